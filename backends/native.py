@@ -1,0 +1,317 @@
+"""Turns a compiled kernel module into a backend: the one place where tensors become pointers.
+
+The module offers the functions of csrc_shared/kernels.h as csrc_shared/bindings.cpp binds them: pointers and
+handles as integers (0 for null), sizes in elements, dtypes and names as the codes below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import signature
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+QUANT_TYPE_CODES = {"fp4": 0, "nf4": 1}
+OPTIMIZER_CODES = {
+    name: code
+    for code, name in enumerate(("adam", "lamb", "ademamix", "momentum", "lars", "lion", "rmsprop", "adagrad"))
+}
+
+Outputs = tuple[Tensor, ...]
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class NativeKernels:
+    """The primitives over one compiled module: each method has its primitive's arguments, tensors contiguous."""
+
+    def __init__(self, module: ModuleType, stream: Callable[[torch.device], int]) -> None:
+        self.module = module
+        self.stream = stream
+
+    def quantize_blockwise(self, A: Tensor, code: Tensor, blocksize: int, out: Outputs) -> None:
+        q, absmax = out
+        self.module.quantize_blockwise(
+            A.data_ptr(), DTYPE_CODES[A.dtype], A.numel(), code.data_ptr(), blocksize, q.data_ptr(), absmax.data_ptr(),
+            self.stream(A.device),
+        )  # fmt: skip
+
+    def dequantize_blockwise(
+        self, A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
+    ) -> None:
+        self.module.dequantize_blockwise(
+            A.data_ptr(), absmax.data_ptr(), code.data_ptr(), A.numel(), blocksize, out.data_ptr(), DTYPE_CODES[dtype],
+            self.stream(A.device),
+        )  # fmt: skip
+
+    def quantize_4bit(
+        self, A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype, out: Outputs
+    ) -> None:
+        packed, absmax = out
+        self.module.quantize_4bit(
+            A.data_ptr(), DTYPE_CODES[A.dtype], A.numel(), blocksize, QUANT_TYPE_CODES[quant_type], packed.data_ptr(),
+            absmax.data_ptr(), self.stream(A.device),
+        )  # fmt: skip
+
+    def dequantize_4bit(
+        self,
+        A: Tensor,
+        absmax: Tensor,
+        blocksize: int,
+        quant_type: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        out: Tensor,
+    ) -> None:
+        self.module.dequantize_4bit(
+            A.data_ptr(), absmax.data_ptr(), out.numel(), blocksize, QUANT_TYPE_CODES[quant_type], out.data_ptr(),
+            DTYPE_CODES[dtype], self.stream(A.device),
+        )  # fmt: skip
+
+    def gemm_4bit(
+        self,
+        A: Tensor,
+        B: Tensor,
+        shape: Sequence[int],
+        absmax: Tensor,
+        blocksize: int,
+        quant_type: str,
+        bias: Tensor | None,
+        nested_absmax: Tensor | None,
+        nested_code: Tensor | None,
+        offset: Tensor | None,
+        nested_blocksize: int,
+        out: Tensor,
+    ) -> None:
+        N, K = shape
+        scales, scale_codes = (absmax, None) if nested_absmax is None else (None, absmax)
+        self.module.gemm_4bit(
+            A.data_ptr(), DTYPE_CODES[A.dtype], math.prod(A.shape[:-1]), N, K, B.data_ptr(), _pointer(scales),
+            _pointer(scale_codes), _pointer(nested_absmax), _pointer(nested_code), _pointer(offset), nested_blocksize,
+            blocksize, QUANT_TYPE_CODES[quant_type], _pointer(bias), out.data_ptr(), self.stream(A.device),
+        )  # fmt: skip
+
+    def int8_vectorwise_quant(self, A: Tensor, threshold: float, out: Outputs) -> None:
+        q, row_stats, outlier_mask = out
+        mask = outlier_mask.data_ptr() if threshold > 0 else 0
+        self.module.int8_vectorwise_quant(
+            A.data_ptr(), DTYPE_CODES[A.dtype], row_stats.numel(), A.shape[-1], threshold, q.data_ptr(),
+            row_stats.data_ptr(), mask, self.stream(A.device),
+        )  # fmt: skip
+
+    def int8_double_quant(self, A: Tensor, threshold: float, out: Outputs) -> None:
+        q_row, q_col, row_stats, col_stats, outlier_mask = out
+        self.int8_vectorwise_quant(A, threshold, (q_row, row_stats, outlier_mask))
+        mask = outlier_mask.data_ptr() if threshold > 0 else 0
+        self.module.int8_columnwise_quant(
+            A.data_ptr(), DTYPE_CODES[A.dtype], row_stats.numel(), A.shape[-1], threshold, q_col.data_ptr(),
+            col_stats.data_ptr(), mask, self.stream(A.device),
+        )  # fmt: skip
+
+    def int8_vectorwise_dequant(self, A: Tensor, stats: Tensor, out: Tensor) -> None:
+        self.module.int8_vectorwise_dequant(
+            A.data_ptr(), stats.data_ptr(), stats.numel(), A.shape[-1], out.data_ptr(), self.stream(A.device)
+        )
+
+    def int8_linear_matmul(self, A: Tensor, B: Tensor, out: Tensor) -> None:
+        self.module.int8_linear_matmul(
+            A.data_ptr(), B.data_ptr(), math.prod(A.shape[:-1]), B.shape[0], B.shape[1], out.data_ptr(),
+            self.stream(A.device),
+        )  # fmt: skip
+
+    def int8_mm_dequant(
+        self,
+        A: Tensor,
+        row_stats: Tensor,
+        col_stats: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        out: Tensor,
+    ) -> None:
+        self.module.int8_mm_dequant(
+            A.data_ptr(), row_stats.data_ptr(), col_stats.data_ptr(), row_stats.numel(), A.shape[-1], _pointer(bias),
+            out.data_ptr(), DTYPE_CODES[dtype], self.stream(A.device),
+        )  # fmt: skip
+
+    def int8_scaled_mm(
+        self,
+        A: Tensor,
+        B: Tensor,
+        row_stats: Tensor,
+        col_stats: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        out: Tensor,
+    ) -> None:
+        self._int8_mm(A, B, row_stats, col_stats, None, None, bias, dtype, out)
+
+    def int8_mixed_scaled_mm(
+        self,
+        A: Tensor,
+        CA: Tensor,
+        CB: Tensor,
+        row_stats: Tensor,
+        col_stats: Tensor,
+        outlier_mask: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        columns = outlier_mask.nonzero().view(-1)
+        self._int8_mm(CA, CB, row_stats, col_stats, A, columns, bias, A.dtype, out)
+
+    def _int8_mm(
+        self,
+        A: Tensor,
+        B: Tensor,
+        row_stats: Tensor,
+        col_stats: Tensor,
+        unquantized: Tensor | None,
+        columns: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        out: Tensor,
+    ) -> None:
+        self.module.int8_mixed_scaled_mm(
+            A.data_ptr(), B.data_ptr(), math.prod(A.shape[:-1]), B.shape[0], B.shape[1], row_stats.data_ptr(),
+            col_stats.data_ptr(), _pointer(unquantized), _pointer(columns), 0 if columns is None else columns.numel(),
+            _pointer(bias), out.data_ptr(), DTYPE_CODES[dtype], self.stream(A.device),
+        )  # fmt: skip
+
+    def optimizer_update_32bit(
+        self,
+        optimizer_name: str,
+        g: Tensor,
+        p: Tensor,
+        state1: Tensor,
+        state2: Tensor | None,
+        unorm_vec: Tensor | None,
+        *hyperparameters: Any,
+    ) -> None:
+        norms = _norms(p, hyperparameters)
+        self.module.optimizer_update_32bit(
+            *_step_arguments(optimizer_name, *hyperparameters), g.data_ptr(), p.data_ptr(), DTYPE_CODES[p.dtype],
+            state1.data_ptr(), _pointer(state2), p.numel(), _pointer(norms), self.stream(p.device),
+        )  # fmt: skip
+        _store_update_norm(norms, unorm_vec)
+
+    def optimizer_update_8bit_blockwise(
+        self,
+        optimizer_name: str,
+        g: Tensor,
+        p: Tensor,
+        state1: Tensor,
+        state2: Tensor | None,
+        qmap1: Tensor,
+        qmap2: Tensor | None,
+        absmax1: Tensor,
+        absmax2: Tensor | None,
+        unorm_vec: Tensor | None,
+        *hyperparameters: Any,
+    ) -> None:
+        norms = _norms(p, hyperparameters)
+        self.module.optimizer_update_8bit_blockwise(
+            *_step_arguments(optimizer_name, *hyperparameters), g.data_ptr(), p.data_ptr(), DTYPE_CODES[p.dtype],
+            state1.data_ptr(), _pointer(state2), qmap1.data_ptr(), _pointer(qmap2), absmax1.data_ptr(),
+            _pointer(absmax2), p.numel(), _pointer(norms), self.stream(p.device),
+        )  # fmt: skip
+        _store_update_norm(norms, unorm_vec)
+
+
+def _step_arguments(
+    optimizer_name: str,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    step: int,
+    lr: float,
+    weight_decay: float,
+    gnorm_scale: float,
+    max_unorm: float,
+    skip_zeros: bool,
+) -> tuple[Any, ...]:
+    """The primitive's hyperparameters in the order of kernels.h's OptimizerStep."""
+    code = OPTIMIZER_CODES[optimizer_name]
+    return code, step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, max_unorm, skip_zeros
+
+
+def _norms(p: Tensor, hyperparameters: tuple[Any, ...]) -> Tensor | None:
+    """Room for |p|^2 and |update|^2, where ``max_unorm`` asks for them."""
+    max_unorm = hyperparameters[-2]
+    return torch.zeros(2, dtype=torch.float64, device=p.device) if max_unorm > 0 else None
+
+
+def _store_update_norm(norms: Tensor | None, unorm_vec: Tensor | None) -> None:
+    if norms is not None and unorm_vec is not None:
+        unorm_vec.copy_(norms[1:].sqrt())
+
+
+def _contiguous(argument: Any) -> Any:
+    return argument.contiguous() if isinstance(argument, Tensor) else argument
+
+
+def _filling_outputs(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Hand contiguous inputs to a kernel; the outputs are contiguous already."""
+
+    @wraps(kernel)
+    def call(*arguments: Any, out: Any) -> None:
+        kernel(*map(_contiguous, arguments), out=out)
+
+    return call
+
+
+def _updating_in_place(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Hand contiguous tensors to a kernel that changes some of them, and carry the changes back."""
+    changed = [name in CHANGED_IN_PLACE for name in signature(kernel).parameters]
+
+    @wraps(kernel)
+    @torch.no_grad()
+    def call(*arguments: Any) -> None:
+        contiguous = [_contiguous(argument) for argument in arguments]
+        kernel(*contiguous)
+        for given, used, is_changed in zip(arguments, contiguous, changed, strict=False):
+            if is_changed and given is not used:
+                given.copy_(used)
+
+    return call
+
+
+FILLING = (
+    "quantize_blockwise",
+    "dequantize_blockwise",
+    "quantize_4bit",
+    "dequantize_4bit",
+    "gemm_4bit",
+    "int8_vectorwise_quant",
+    "int8_double_quant",
+    "int8_vectorwise_dequant",
+    "int8_linear_matmul",
+    "int8_mm_dequant",
+    "int8_scaled_mm",
+    "int8_mixed_scaled_mm",
+)
+IN_PLACE = ("optimizer_update_32bit", "optimizer_update_8bit_blockwise")
+CHANGED_IN_PLACE = {"p", "state1", "state2", "absmax1", "absmax2"}
+
+
+def kernels_of(module: ModuleType, stream: Callable[[torch.device], int]) -> dict[str, Callable[..., None]]:
+    """The table of kernels of a compiled module.
+
+    Args:
+        module: bound by csrc_shared/bindings.cpp.
+        stream: from a device to the handle of its current stream; 0 where there is none.
+    """
+    kernels = NativeKernels(module, stream)
+    return {
+        **{name: _filling_outputs(getattr(kernels, name)) for name in FILLING},
+        **{name: _updating_in_place(getattr(kernels, name)) for name in IN_PLACE},
+    }

@@ -1,0 +1,32 @@
+"""Matmul with a 4-bit weight (docs/SPEC.md section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .quantize import dequantize_4bit, dequantize_blockwise
+
+
+def gemm_4bit(
+    A: Tensor,
+    B: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+) -> Tensor:
+    if nested_absmax is not None:
+        absmax = dequantize_blockwise(absmax, nested_absmax, nested_code, nested_blocksize, torch.float32) + offset
+    weight = dequantize_4bit(B, absmax, blocksize, quant_type, shape, torch.float32)
+    out = A.float() @ weight.t()
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(A.dtype)

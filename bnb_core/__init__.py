@@ -1,0 +1,28 @@
+"""Low-bit quantization for PyTorch: 4-bit and 8-bit weights, 8-bit optimizers, one contract on every device."""
+
+from bnb_core import functional, nn, optim, utils
+from bnb_core.autograd import MatmulLtState, matmul, matmul_4bit
+from bnb_core.compat import install_as_bitsandbytes
+from bnb_core.quantize import quantize_model
+from bnb_core.registry import backends, use_backend
+from bnb_core.version import __version__
+
+features = {"multi_backend"}
+supported_torch_devices = {"cpu", "cuda", "hip", "xpu", "mps"}
+
+__all__ = [
+    "MatmulLtState",
+    "__version__",
+    "backends",
+    "features",
+    "functional",
+    "install_as_bitsandbytes",
+    "matmul",
+    "matmul_4bit",
+    "nn",
+    "optim",
+    "quantize_model",
+    "supported_torch_devices",
+    "use_backend",
+    "utils",
+]

@@ -1,0 +1,209 @@
+"""Differentiable matmuls with quantized weights. The weights are frozen; inputs and biases get their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnb_core import functional, primitives
+from bnb_core.checks import check_float, check_tensor
+from bnb_core.primitive import NAMESPACE, goes_to_dispatcher
+from bnb_core.quant_state import QuantState
+
+
+def _sum_to_bias(dY: Tensor) -> Tensor:
+    return dY.reshape(-1, dY.shape[-1]).sum(0)
+
+
+def _gemm_4bit_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    (_, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, _, nested_absmax, nested_code, offset, nested) = inputs
+    ctx.nested_blocksize = nested
+    ctx.save_for_backward(B, absmax, nested_absmax, nested_code, offset)
+
+
+def _gemm_4bit_backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+    """``dA = dY @ W`` and ``dbias = sum of dY``; the other nine arguments of gemm_4bit have no gradient."""
+    B, absmax, nested_absmax, nested_code, offset = ctx.saved_tensors
+    dA = dbias = None
+    if ctx.needs_input_grad[0]:
+        if nested_absmax is not None:
+            scales = (nested_absmax, nested_code, ctx.nested_blocksize, torch.float32)
+            absmax = primitives.dequantize_blockwise(absmax, *scales) + offset
+        weight = primitives.dequantize_4bit(B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype)
+        dA = dY @ weight
+    if ctx.needs_input_grad[6]:
+        dbias = _sum_to_bias(dY)
+    return dA, None, None, None, None, None, dbias, None, None, None, None
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::gemm_4bit", _gemm_4bit_backward, setup_context=_gemm_4bit_context
+)
+
+
+class _Gemm4Bit(torch.autograd.Function):
+    """The same gradient for eager calls, which do without torch's dispatcher."""
+
+    forward = staticmethod(primitives.gemm_4bit)
+    setup_context = staticmethod(_gemm_4bit_context)
+    backward = staticmethod(_gemm_4bit_backward)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _write_out(result: Tensor, out: Tensor | None, *inputs: Tensor | None) -> Tensor:
+    if out is None:
+        return result
+    if _needs_gradient(*inputs):
+        raise ValueError("out: cannot be given where a gradient is wanted; use torch.no_grad()")
+    return out.copy_(result)
+
+
+def matmul_4bit(
+    A: Tensor, B: Tensor, quant_state: QuantState, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Multiply by a 4-bit weight W [N, K]; differentiable in A and bias.
+
+    Args:
+        A: f32, f16 or bf16. [..., K] where B is transposed, else [..., N].
+        B: the packed weight. As a row (``weight.t()``, what callers usually give) the result is ``A @ W^T``, as the
+            column it was quantized to ``A @ W``.
+        quant_state: of B, for a 2-D weight.
+        out: receives the result; only where no gradient is wanted.
+        bias: in A's dtype, or None.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as above, by its name.
+    """
+    check_tensor("A", A)
+    check_tensor("B", B)
+    if not isinstance(quant_state, QuantState):
+        raise TypeError(f"quant_state: expected a QuantState, got {type(quant_state).__name__}")
+    check_float("A", A)
+    if B.dim() == 2 and B.shape[0] == 1:
+        return _matmul_4bit_transposed(A, B, quant_state, out, bias)
+    result = A @ functional.dequantize_4bit(B, quant_state).to(A.dtype)
+    return _write_out(result if bias is None else result + bias, out, A, bias)
+
+
+def _matmul_4bit_transposed(
+    A: Tensor, B: Tensor, quant_state: QuantState, out: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    arguments = (A, B, *functional.gemm_4bit_weight_arguments(quant_state, bias))
+    if not _needs_gradient(A, bias):
+        return primitives.gemm_4bit(*arguments, out=out)
+    if goes_to_dispatcher(A):
+        return _write_out(primitives.gemm_4bit(*arguments), out, A, bias)
+    return _write_out(_Gemm4Bit.apply(*arguments), out, A, bias)
+
+
+class MatmulLtState:
+    """The int8 weight of a layer and how it is used; modules and adapters read and set its attributes."""
+
+    def __init__(self) -> None:
+        self.CB: Tensor | None = None
+        self.SCB: Tensor | None = None
+        self.SB: Tensor | None = None
+        self.CBt: Tensor | None = None
+        self.SBt: Tensor | None = None
+        self.subB: Tensor | None = None
+        self.idx: Tensor | None = None
+        self.outlier_pool: Any = None
+        self.threshold = 0.0
+        self.has_fp16_weights = True
+        self.is_training = True
+        self.use_pool = False
+        self.force_no_igemmlt = False
+
+    def reset_grads(self) -> None:
+        """Forget the quantized weight: it is taken anew from the layer at the next forward."""
+        self.CB = self.SCB = self.SB = self.CBt = self.SBt = None
+
+
+class _Int8Linear(torch.autograd.Function):
+    """A linear layer with an int8 weight [N, K]. ``weight`` is the weight it was quantized from, if it trains."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, weight: Tensor | None, threshold: float
+    ) -> Tensor:
+        ctx.save_for_backward(CB, SCB, A if weight is not None and weight.requires_grad else None)
+        return int8_linear(A, CB, SCB, bias, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dY,) = gradients
+        CB, SCB, A = ctx.saved_tensors
+        dA = dbias = dweight = None
+        if ctx.needs_input_grad[0]:
+            dA = dY @ primitives.int8_vectorwise_dequant(CB, SCB).to(dY.dtype)
+        if ctx.needs_input_grad[3]:
+            dbias = _sum_to_bias(dY)
+        if ctx.needs_input_grad[4]:
+            dweight = dY.reshape(-1, dY.shape[-1]).t() @ A.reshape(-1, A.shape[-1])
+        return dA, None, None, dbias, dweight, None
+
+
+def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """A linear layer with an int8 weight (LLM.int8(), section 3), not differentiable.
+
+    Args:
+        A: [..., K], f32, f16 or bf16, quantized row by row. CB: i8[N, K] with SCB f32[N]. bias: [N] in A's dtype.
+        threshold: columns of A with an entry of at least this magnitude are multiplied in A's dtype; 0 for none.
+    """
+    CA, row_stats, outlier_mask = primitives.int8_vectorwise_quant(A, threshold)
+    if threshold > 0:
+        return primitives.int8_mixed_scaled_mm(A, CA, CB, row_stats, SCB, outlier_mask, bias)
+    return primitives.int8_scaled_mm(CA, CB, row_stats, SCB, bias, A.dtype)
+
+
+def matmul(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    state: MatmulLtState | None = None,
+    threshold: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``A @ B^T + bias`` by LLM.int8(); differentiable in A, bias and, where it trains, B.
+
+    Args:
+        A: [..., K], f32, f16 or bf16.
+        B: the weight [N, K]: floating-point, then it is quantized at each call, or int8 with its scales in
+            ``state.SCB``. With ``state.has_fp16_weights`` False, ``state.CB`` stands for it once it is set.
+        out: receives the result; only where no gradient is wanted.
+        threshold: of the outliers, if positive; else ``state.threshold`` holds.
+        bias: [N] in A's dtype, or None.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as above, by its name.
+    """
+    check_tensor("A", A)
+    check_tensor("B", B)
+    state = MatmulLtState() if state is None else state
+    if threshold > 0.0:
+        state.threshold = threshold
+    weight = None
+    if state.has_fp16_weights:
+        weight = B
+        CB, SCB, _ = primitives.int8_vectorwise_quant(B, 0.0)
+    else:
+        CB, SCB = _int8_weight(B, state)
+    if not _needs_gradient(A, bias, weight):
+        return _write_out(int8_linear(A, CB, SCB, bias, state.threshold), out)
+    return _write_out(_Int8Linear.apply(A, CB, SCB, bias, weight, state.threshold), out, A, bias, weight)
+
+
+def _int8_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
+    """The quantized weight of a layer that does not train it, made at its first use and kept in ``state``."""
+    if state.CB is None and B.dtype == torch.int8:
+        state.CB = B.detach()
+    if state.CB is None:
+        state.CB, state.SCB, _ = primitives.int8_vectorwise_quant(B.detach(), 0.0)
+    if state.SCB is None:
+        raise ValueError("state.SCB: the int8 weight has no scales; expected float32, one per row, got None")
+    return state.CB, state.SCB

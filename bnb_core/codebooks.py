@@ -1,0 +1,159 @@
+"""The codebooks: the values that a code stands for.
+
+``nf4`` is from QLoRA (arXiv 2305.14314, appendix E), the dynamic map from 8-bit Optimizers (arXiv 2110.02861,
+section 1.3), ``af4`` from NF4 Isn't Information Theoretically Optimal (arXiv 2306.06965).
+Every function returns a fresh tensor: editing one changes no other.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnb_core.checks import check_choice
+
+FOUR_BIT_CODES: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    # Sign in bit 3, the magnitude in the low three bits; zero has no sign (adding 0.0 drops it).
+    "fp4": tuple(
+        sign * magnitude + 0.0
+        for sign in (1.0, -1.0)
+        for magnitude in (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+    ),
+    "int4": tuple(sign * step / 7 for sign, steps in ((1.0, range(7, -1, -1)), (-1.0, range(0, 8))) for step in steps),
+    "af4": (
+        1.0,
+        0.72424863,
+        0.55496234,
+        0.42563882,
+        0.31675666,
+        0.21961274,
+        0.12934483,
+        0.04273164,
+        0.0,
+        -0.04934812,
+        -0.14982478,
+        -0.25607552,
+        -0.3736951,
+        -0.51243739,
+        -0.69441008,
+        -1.0,
+    ),
+}
+
+
+def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
+    """The 16 values of a 4-bit type, f32[16], indexed by code.
+
+    Args:
+        typename: ``nf4``, ``fp4``, ``int4`` or ``af4``.
+        device: where the tensor is made; the default is the CPU.
+        blocksize: ``af4`` was derived for blocks of 64 and takes no other.
+
+    Raises:
+        ValueError: an unknown type, or ``af4`` with another block size.
+    """
+    check_choice("typename", typename, tuple(FOUR_BIT_CODES))
+    if typename == "af4" and blocksize != 64:
+        raise ValueError(f"blocksize: af4 is defined for 64 only, got {blocksize}")
+    return torch.tensor(FOUR_BIT_CODES[typename], dtype=torch.float32, device=device)
+
+
+def _padded(values: list[float] | np.ndarray) -> Tensor:
+    """Sorted f32[256], short codebooks filled up with zeros."""
+    code = np.zeros(256, dtype=np.float32)
+    code[: len(values)] = values
+    return torch.from_numpy(np.sort(code))
+
+
+def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
+    """Evenly spaced values on [-1, 1] (unsigned: [0, 1]), f32[256] ascending.
+
+    With fewer than 8 bits, or with ``add_zero`` (the signed grid then has an odd number of values and so holds 0),
+    the entries left over are zeros in the middle.
+    """
+    count = 2**total_bits
+    if add_zero or total_bits < 8:
+        count -= 1 if signed else 0
+    values = torch.linspace(-1.0 if signed else 0.0, 1.0, count)
+    middle, missing = count // 2, 256 - count
+    return torch.cat([values[:middle], torch.zeros(missing), values[middle:]])
+
+
+def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
+    """Quantiles of the normal distribution scaled to [-1, 1], f32[256] ascending (QLoRA, section 3).
+
+    Args:
+        offset: the probability that the largest quantile stands for.
+        use_extra_value: eight positive values and seven negative ones, instead of seven each.
+    """
+
+    def quantiles(count: int) -> list[float]:
+        probabilities = torch.linspace(offset, 0.5, count + 1)[:-1].tolist()
+        return [NormalDist().inv_cdf(probability) for probability in probabilities]
+
+    positive = quantiles(8 if use_extra_value else 7)
+    code = _padded(positive + [-value for value in quantiles(7)])
+    return code / code.max()
+
+
+def create_fp8_map(
+    signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8
+) -> Tensor:
+    """A floating-point format scaled to [-1, 1], f32[256] ascending.
+
+    Its subnormals lie a factor of 4 below where IEEE 754 puts them: so they stand in the checkpoints in use.
+
+    Raises:
+        ValueError: the fields do not add up to ``total_bits``.
+    """
+    if exponent_bits + precision_bits + int(signed) != total_bits:
+        raise ValueError(
+            f"total_bits: expected signed + exponent_bits + precision_bits = "
+            f"{int(signed) + exponent_bits + precision_bits}, got {total_bits}"
+        )
+    bias = 2 ** (exponent_bits - 1)
+    fractions = [i / 2**precision_bits for i in range(2**precision_bits)]
+    magnitudes = [fraction * 2.0**-bias for fraction in fractions]
+    for exponent in range(1, 2**exponent_bits):
+        magnitudes += [(1 + fraction) * 2.0 ** (exponent + 1 - bias) for fraction in fractions]
+    values = magnitudes + [-magnitude for magnitude in magnitudes] if signed else magnitudes
+    code = _padded(values)
+    return code / code.max()
+
+
+def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
+    """The dynamic tree data type, f32[256] ascending (8-bit Optimizers, section 1.3).
+
+    A code is a sign, a decimal exponent counted in leading zeros, and a fraction in what bits remain: each decade
+    of [10^-max_exponent_bits, 1] is cut into twice as many intervals as the one below, whose centres are the values.
+    The values 0 and 1 complete it.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(max_exponent_bits):
+        intervals = 2 ** (exponent + total_bits - (1 if signed else 0) - max_exponent_bits)
+        edges = torch.linspace(0.1, 1.0, intervals + 1)
+        centres = (edges[:-1] + edges[1:]) / 2.0
+        decade = (10.0 ** (exponent + 1 - max_exponent_bits) * centres).tolist()
+        values += decade + ([-value for value in decade] if signed else [])
+    return _padded(values)

@@ -1,0 +1,157 @@
+"""What a case is, and how it calls a primitive: guarded, observed, twice."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnb_core import registry
+from bnb_core.primitive import Out, Primitive
+
+GUARD_BYTES = 256
+GUARD = 0xA5
+UNWRITTEN = 0xFF
+
+
+class Failure(AssertionError):
+    """A backend does not do what docs/SPEC.md says."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One promise about one primitive (or about the API, where ``primitive`` is empty).
+
+    Args:
+        name: unique within the primitive.
+        run: raises :class:`Failure`; any other error fails the case too.
+        traits: what it covers, such as ``dtype=float32``, ``blocksize=64``, ``shape=odd``, ``values=nan``.
+        large: needs gigabytes or minutes; only run when asked for.
+    """
+
+    primitive: str
+    name: str
+    run: Callable[[Context], None]
+    traits: dict[str, str] = field(default_factory=dict)
+    large: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.primitive or 'api'}/{self.name}"
+
+
+@dataclass
+class Context:
+    """Where a case runs: the backend held to the suite, the device its tensors are on, the seed of the run."""
+
+    backend: str
+    device: torch.device
+    seed: int = 0
+    served: set[tuple[str, str]] = field(default_factory=set)
+
+    def generator(self, name: str) -> torch.Generator:
+        """A random generator that depends on the run's seed and a name, but on nothing else."""
+        return torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed)
+
+    def observe(self, primitive: str, backend: str) -> None:
+        self.served.add((primitive, backend))
+
+    def check_served(self, primitive: str) -> None:
+        """The named backend, and no other, has served this case, and it has served this primitive."""
+        others = sorted({backend for _, backend in self.served if backend != self.backend})
+        if others:
+            raise Failure(f"served by {', '.join(others)} instead of {self.backend}")
+        if primitive and (primitive, self.backend) not in self.served:
+            raise Failure(f"{primitive} was never called")
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """To the device, with the same strides and storage offset: cases are about layouts, too."""
+        if tensor.device == self.device:
+            return tensor
+        storage_size = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+        base = tensor.as_strided((storage_size,), (1,), 0).to(self.device)
+        return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def call(self, primitive: Primitive, *arguments: Any) -> tuple[Tensor, ...]:
+        """The primitive's outputs, on the CPU.
+
+        It is called twice, into guarded memory and without ``out``: the results must have the same bits, the guards
+        must survive, and so must the inputs.
+        """
+        moved = tuple(self.move(a) if isinstance(a, Tensor) else a for a in arguments)
+        before = [_snapshot(a) for a in moved]
+        outputs = primitive.declaration(*moved)
+        expected = (outputs,) if isinstance(outputs, Out) else outputs
+        guarded = [Guarded(o.shape, o.dtype, self.device) for o in expected]  # type: ignore[union-attr]
+        out = tuple(g.tensor for g in guarded)
+        primitive(*moved, out=out[0] if isinstance(outputs, Out) else out)
+        for index, guard in enumerate(guarded):
+            guard.check(f"output {index}")
+        again = primitive(*moved)
+        for first, second in zip(out, (again,) if isinstance(again, Tensor) else again, strict=True):
+            if _snapshot(first) != _snapshot(second):
+                raise Failure("two calls with the same arguments gave different bits")
+        if before != [_snapshot(a) for a in moved]:
+            raise Failure("an input was changed")
+        return tuple(t.cpu() for t in out)
+
+    def update(self, primitive: Primitive, *arguments: Any, changed: Iterable[int]) -> list[Any]:
+        """Call a primitive that changes arguments in place; all arguments afterwards, the changed ones on the CPU."""
+        changed = set(changed)
+        guards = {
+            index: Guarded.like(argument, self.device)
+            for index, argument in enumerate(arguments)
+            if index in changed and argument is not None
+        }
+        moved = [
+            guards[i].tensor if i in guards else (self.move(a) if isinstance(a, Tensor) else a)
+            for i, a in enumerate(arguments)
+        ]
+        before = [None if i in guards else _snapshot(a) for i, a in enumerate(moved)]
+        primitive(*moved)
+        for index, guard in guards.items():
+            guard.check(f"argument {index}")
+        if before != [None if i in guards else _snapshot(a) for i, a in enumerate(moved)]:
+            raise Failure("an argument that is only read was changed")
+        return [a.cpu() if i in guards else a for i, a in enumerate(moved)]
+
+
+class Guarded:
+    """A tensor between guard bytes, filled with a pattern that no kernel would write."""
+
+    def __init__(self, shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> None:
+        shape = tuple(shape)
+        self.size = torch.Size(shape).numel() * dtype.itemsize
+        self.memory = torch.full((self.size + 2 * GUARD_BYTES,), GUARD, dtype=torch.uint8, device=device)
+        content = self.memory[GUARD_BYTES : GUARD_BYTES + self.size]
+        content.fill_(1 if dtype == torch.bool else UNWRITTEN)
+        self.tensor = content.view(dtype).view(shape)
+
+    @classmethod
+    def like(cls, tensor: Tensor, device: torch.device) -> Guarded:
+        """A guarded contiguous copy."""
+        guarded = cls(tensor.shape, tensor.dtype, device)
+        guarded.tensor.copy_(tensor)
+        return guarded
+
+    def check(self, what: str) -> None:
+        for side, guard in (("before", self.memory[:GUARD_BYTES]), ("after", self.memory[GUARD_BYTES + self.size :])):
+            if bool((guard != GUARD).any()):
+                raise Failure(f"{what}: bytes {side} it were overwritten")
+
+
+def _snapshot(value: Any) -> bytes | None:
+    """The bytes of a tensor; None for anything else."""
+    if not isinstance(value, Tensor):
+        return None
+    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+
+
+def backend_of(name: str) -> registry.Backend:
+    """The backend, or the error that says why it cannot be held to the suite."""
+    with registry.use_backend(name):
+        return registry.backends()[name]

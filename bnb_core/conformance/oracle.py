@@ -1,0 +1,181 @@
+"""docs/SPEC.md once more, in numpy and independent of every backend: what the suite compares with.
+
+Sections 2 and 4 are computed in f32 as written there, for bits are promised; the others in f64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnb_core.codebooks import FOUR_BIT_CODES
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+FP4_MAGNITUDES = np.abs(np.array(FOUR_BIT_CODES["fp4"][:8], dtype=np.float32))
+
+
+def blocks_of(values: F32, blocksize: int) -> list[F32]:
+    return [values[start : start + blocksize] for start in range(0, len(values), blocksize)]
+
+
+def _absmax(block: F32) -> np.float32:
+    if np.isnan(block).any():
+        return np.float32(np.nan)
+    largest = np.abs(block).max()
+    return np.float32(0) if largest < np.float32(2.0**-126) else largest
+
+
+def _codes(scaled: F32, code: F32) -> NDArray[np.uint8]:
+    midpoints = (code[:-1] + code[1:]) * np.float32(0.5)
+    return (midpoints[None, :] < scaled[:, None]).sum(axis=1).astype(np.uint8)
+
+
+def _fp4_codes(scaled: F32) -> NDArray[np.uint8]:
+    order = np.argsort(FP4_MAGNITUDES)
+    index = order[_codes(np.abs(scaled), FP4_MAGNITUDES[order])]
+    return (index + 8 * (scaled < 0)).astype(np.uint8)
+
+
+def _quantize_blocks(values: F32, blocksize: int, zero: int, codes_of: object) -> tuple[NDArray[np.uint8], F32]:
+    codes, scales = [], []
+    for block in blocks_of(values, blocksize):
+        absmax = _absmax(block)
+        if absmax > 0 and np.isfinite(absmax):
+            codes.append(codes_of(block * (np.float32(1) / absmax)))  # type: ignore[operator]
+        else:
+            codes.append(np.full(len(block), zero, dtype=np.uint8))
+        scales.append(absmax)
+    empty = np.zeros(0, dtype=np.uint8)
+    return np.concatenate([empty, *codes]), np.array(scales, dtype=np.float32)
+
+
+def quantize_blockwise(values: F32, code: F32, blocksize: int) -> tuple[NDArray[np.uint8], F32]:
+    return _quantize_blocks(values, blocksize, int(np.abs(code).argmin()), lambda scaled: _codes(scaled, code))
+
+
+def quantize_4bit(values: F32, blocksize: int, quant_type: str) -> tuple[NDArray[np.uint8], F32]:
+    """Packed bytes and scales."""
+    if quant_type == "nf4":
+        code = np.array(FOUR_BIT_CODES["nf4"], dtype=np.float32)
+        zero = 7
+        codes, scales = _quantize_blocks(values, blocksize, zero, lambda scaled: _codes(scaled, code))
+    else:
+        zero = 0
+        codes, scales = _quantize_blocks(values, blocksize, zero, _fp4_codes)
+    if len(codes) % 2:
+        codes = np.append(codes, np.uint8(zero))
+    return codes[0::2] << 4 | codes[1::2], scales
+
+
+def dequantize(codes: NDArray[np.uint8], scales: F32, code: F32, blocksize: int) -> F32:
+    return code[codes] * np.repeat(scales, blocksize)[: len(codes)]
+
+
+def dequantize_4bit(packed: NDArray[np.uint8], scales: F32, n: int, blocksize: int, quant_type: str) -> F32:
+    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:n]
+    return dequantize(codes, scales, np.array(FOUR_BIT_CODES[quant_type], dtype=np.float32), blocksize)
+
+
+class Int8Rows(NamedTuple):
+    """Rows quantized to int8."""
+
+    q: NDArray[np.int8]
+    stats: F32
+    outlier_columns: NDArray[np.bool_]
+
+
+def int8_rows(values: F32, threshold: float) -> Int8Rows:
+    """``int8_vectorwise_quant`` of [M, K]."""
+    outliers = np.abs(values) >= threshold if threshold > 0 else np.zeros(values.shape, dtype=bool)
+    columns = outliers.any(axis=0)
+    q, stats = _int8_rows(values, outliers, columns[None, :])
+    return Int8Rows(q, stats, columns)
+
+
+def int8_columns(values: F32, threshold: float) -> Int8Rows:
+    """The column half of ``int8_double_quant``, as [M, K]."""
+    outliers = np.abs(values) >= threshold if threshold > 0 else np.zeros(values.shape, dtype=bool)
+    columns = outliers.any(axis=0)
+    q, stats = _int8_rows(values.T, outliers.T, columns[:, None])
+    return Int8Rows(q.T, stats, columns)
+
+
+def _int8_rows(values: F32, outliers: NDArray, zeroed: NDArray) -> tuple[NDArray[np.int8], F32]:
+    stats = np.zeros(values.shape[0], dtype=np.float32)
+    if values.shape[1]:
+        stats = np.where(outliers, np.float32(0), np.abs(values)).max(axis=1)
+    scale = np.float32(127) / stats
+    stats = np.where(np.isinf(scale), np.float32(0), stats)
+    usable = (stats > 0) & np.isfinite(stats)
+    codes = np.rint(np.where(usable[:, None] & ~outliers & ~zeroed, values * scale[:, None], np.float32(0)))
+    return codes.astype(np.int8), stats
+
+
+class Moments(NamedTuple):
+    """The result of one optimizer step."""
+
+    p: F64
+    state1: F64
+    state2: F64 | None
+    update: F64
+
+
+class Hyperparameters(NamedTuple):
+    """What a step takes beside the tensors."""
+
+    beta1: float
+    beta2: float
+    beta3: float
+    alpha: float
+    eps: float
+    step: int
+    lr: float
+    weight_decay: float
+    gnorm_scale: float
+    max_unorm: float
+    skip_zeros: bool
+
+
+def optimizer_step(name: str, g: F64, p: F64, state1: F64, state2: F64 | None, h: Hyperparameters) -> Moments:
+    """One step in f64. ``update`` is what the learning rate multiplies."""
+    g = g * h.gnorm_scale
+    c1, c2 = 1 - h.beta1**h.step, np.sqrt(1 - h.beta2**h.step)
+    start, kept, decay = p, g == 0, 1 - h.lr * h.weight_decay
+    new1, new2 = state1, state2
+    if name in ("adam", "lamb"):
+        p = p * decay
+        new1 = h.beta1 * state1 + (1 - h.beta1) * g
+        new2 = h.beta2 * state2 + (1 - h.beta2) * g * g  # type: ignore[operator]
+        update = c2 / c1 * new1 / (np.sqrt(new2) + h.eps * c2)
+    elif name == "ademamix":
+        p = p * decay
+        new1 = np.stack([h.beta1 * state1[0] + (1 - h.beta1) * g, h.beta3 * state1[1] + (1 - h.beta3) * g])
+        new2 = h.beta2 * state2 + (1 - h.beta2) * g * g  # type: ignore[operator]
+        update = (new1[0] / c1 + h.alpha * new1[1]) / (np.sqrt(new2) / c2 + h.eps)
+    elif name in ("momentum", "lars"):
+        g = g + h.weight_decay * p
+        new1 = g if h.step == 1 else h.beta1 * state1 + g
+        update = new1
+    elif name == "lion":
+        p = p * decay
+        update = np.sign(h.beta1 * state1 + (1 - h.beta1) * g)
+        new1 = h.beta2 * state1 + (1 - h.beta2) * g
+    else:
+        g = g + h.weight_decay * p
+        new1 = h.beta1 * state1 + (1 - h.beta1) * g * g if name == "rmsprop" else state1 + g * g
+        update = g / (np.sqrt(new1) + h.eps)
+    if h.skip_zeros:
+        update = np.where(kept, 0.0, update)
+    scale = 1.0
+    norm = np.sqrt((update**2).sum())
+    if h.max_unorm > 0 and norm > 0:
+        scale = min(1.0, h.max_unorm * np.sqrt((start**2).sum()) / norm)
+    p = p - h.lr * scale * update
+    if h.skip_zeros:
+        p, new1 = np.where(kept, start, p), np.where(kept, state1, new1)
+        new2 = None if new2 is None else np.where(kept, state2, new2)  # type: ignore[arg-type]
+    return Moments(p, new1, new2, update)

@@ -1,0 +1,35 @@
+"""The cases, a file for each section of docs/SPEC.md."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from bnb_core.conformance.case import Case
+from bnb_core.conformance.suite import gemm_4bit, int8, optimizer, quantize
+
+_FILES = (quantize, gemm_4bit, int8, optimizer)
+
+
+@cache
+def all_cases() -> tuple[Case, ...]:
+    """Every case, in the order in which they run.
+
+    Raises:
+        ValueError: two cases have one name.
+    """
+    cases = tuple(case for file in _FILES for case in file.cases())
+    seen: set[str] = set()
+    for case in cases:
+        if case.id in seen:
+            raise ValueError(f"two conformance cases are named {case.id!r}")
+        seen.add(case.id)
+    return cases
+
+
+def required_classes() -> dict[str, dict[str, tuple[str, ...]]]:
+    """For each primitive, the classes of each trait that must have a case."""
+    required: dict[str, dict[str, tuple[str, ...]]] = {}
+    for file in _FILES:
+        for primitive, classes in file.REQUIRED.items():
+            required.setdefault(primitive, {}).update(classes)
+    return required

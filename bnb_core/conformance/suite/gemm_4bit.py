@@ -1,0 +1,224 @@
+"""Section 3: matmul with a 4-bit weight, within a bound of the f64 result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnb_core import primitives
+from bnb_core.checks import BLOCKSIZES, QUANT_STORAGES, QUANT_TYPES
+from bnb_core.codebooks import create_dynamic_map
+from bnb_core.conformance import oracle
+from bnb_core.conformance.case import Case, Context, Failure
+from bnb_core.conformance.compare import matmul_bound, within
+from bnb_core.conformance.values import DTYPES, LAYOUTS, dtype_name
+
+NESTED_BLOCKSIZE = 256
+
+# (batch dimensions of A, N, K)
+SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "gemv": ((1,), 96, 256),
+    "gemv of a vector": ((), 33, 128),
+    "one weight": ((1,), 1, 1),
+    "2 rows": ((2,), 64, 192),
+    "4 rows": ((4,), 40, 320),
+    "5 rows": ((5,), 31, 96),
+    "16 rows": ((16,), 70, 256),
+    "33 rows": ((33,), 50, 200),
+    "130 rows": ((130,), 80, 288),
+    "K odd": ((3,), 17, 67),
+    "K odd, gemv": ((1,), 18, 131),
+    "K odd, 70 rows": ((70,), 19, 65),
+    "K no multiple of 64": ((7,), 24, 100),
+    "K shorter than a block": ((3,), 65, 8),
+    "K below a vector": ((2,), 21, 3),
+    "one output": ((9,), 1, 512),
+    "N no multiple of 32": ((4,), 47, 64),
+    "3-D": ((2, 3), 40, 128),
+    "4-D": ((2, 1, 3), 40, 64),
+    "no rows": ((0,), 16, 64),
+    "no rows in a batch": ((2, 0), 16, 64),
+    "K long": ((1,), 8, 8200),
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A 4-bit weight as the primitive takes it, and its f32 values as f64."""
+
+    packed: Tensor
+    arguments: tuple
+    values: oracle.F64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One product, by its classes."""
+
+    dtype: torch.dtype
+    shape: str = "K no multiple of 64"
+    blocksize: int = 64
+    quant_type: str = "nf4"
+    quant_storage: torch.dtype = torch.uint8
+    nested: bool = False
+    bias: bool = True
+    layout: str = "contiguous"
+    values: str = "normal"
+
+    @property
+    def traits(self) -> dict[str, str]:
+        return {
+            "dtype": dtype_name(self.dtype),
+            "shape": self.shape,
+            "blocksize": str(self.blocksize),
+            "quant_type": self.quant_type,
+            "quant_storage": dtype_name(self.quant_storage),
+            "scales": "double-quantized" if self.nested else "f32",
+            "bias": "bias" if self.bias else "no bias",
+            "layout": self.layout,
+            "values": self.values,
+        }
+
+    @property
+    def name(self) -> str:
+        return ",".join(self.traits.values())
+
+    def weight(self, generator: torch.Generator) -> Weight:
+        """Random codes: every one of them is a weight, and none depends on a quantizer."""
+        _, N, K = SHAPES[self.shape]
+        n = N * K
+        blocks = primitives.block_count(n, self.blocksize)
+        packed = torch.randint(0, 256, ((n + 1) // 2,), generator=generator, dtype=torch.uint8)
+        absmax: Tensor = torch.rand(blocks, generator=generator) * 2
+        if self.values == "zero blocks":
+            absmax[::2] = 0.0
+        nested: tuple = (None, None, None, NESTED_BLOCKSIZE)
+        scales, stored = absmax.numpy(), absmax
+        if self.nested:
+            stored = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
+            nested_absmax = torch.rand(primitives.block_count(blocks, NESTED_BLOCKSIZE), generator=generator)
+            code, offset = create_dynamic_map(), torch.tensor(0.75)
+            scales = oracle.dequantize(stored.numpy(), nested_absmax.numpy(), code.numpy(), NESTED_BLOCKSIZE)
+            scales = scales + offset.numpy()
+            nested = (nested_absmax, code, offset, NESTED_BLOCKSIZE)
+        values = oracle.dequantize_4bit(packed.numpy(), scales, n, self.blocksize, self.quant_type)
+        bias = torch.randn(N, generator=generator).to(self.dtype) if self.bias else None
+        arguments = ((N, K), stored, self.blocksize, self.quant_type, bias, *nested)
+        stored_packed = packed.view(self.quant_storage).unsqueeze(1)
+        return Weight(stored_packed, arguments, values.reshape(N, K).astype(np.float64))
+
+    def activations(self, generator: torch.Generator) -> Tensor:
+        batch, _, K = SHAPES[self.shape]
+        A = torch.randn((*batch, K), generator=generator)
+        if self.values == "cancelling":
+            # Large terms that nearly cancel: a product in half precision, or an f32 input in bf16, shows.
+            A = A + torch.where(torch.arange(K) % 2 == 0, 300.0, -300.0)
+        elif self.values == "large":
+            A = A * (100.0 if self.dtype == torch.float16 else 1e30)
+        elif self.values == "nan row":
+            A.view(-1, K)[0, K // 2] = float("nan")
+        elif self.values == "inf row":
+            A.view(-1, K)[0, K // 2] = float("inf")
+        return LAYOUTS[self.layout](A.to(self.dtype))
+
+
+def _check(context: Context, sample: Sample) -> None:
+    generator = context.generator(sample.name)
+    weight, A = sample.weight(generator), sample.activations(generator)
+    (got,) = context.call(primitives.gemm_4bit, A, weight.packed, *weight.arguments)
+    bias = weight.arguments[4]
+    a, w = A.double().numpy(), weight.values
+    with np.errstate(all="ignore"):
+        expected = a @ w.T
+        magnitude = np.abs(a) @ np.abs(w).T
+        if bias is not None:
+            expected, magnitude = expected + bias.double().numpy(), magnitude + np.abs(bias.double().numpy())
+        if sample.values in ("nan row", "inf row"):
+            _check_first_row_alone(got, expected)
+            return
+        bound = matmul_bound(sample.dtype, a.shape[-1], magnitude, expected)
+    within("result", got.double().numpy(), expected, bound)
+
+
+def _check_first_row_alone(got: Tensor, expected: oracle.F64) -> None:
+    """A row that is not finite is so where f64 says, and no other row is touched."""
+    finite = np.isfinite(expected)
+    if not np.array_equal(np.isfinite(got.double().numpy()), finite):
+        raise Failure("a value that is not finite did not stay in its row, or got lost")
+
+
+def _row_permutation(context: Context, dtype: torch.dtype) -> None:
+    """Rows do not depend on one another: permuting A permutes the result, to the bit."""
+    sample = Sample(dtype, "16 rows")
+    generator = context.generator(f"permutation,{dtype}")
+    weight, A = sample.weight(generator), sample.activations(generator)
+    order = torch.randperm(A.shape[0], generator=generator)
+    (plain,) = context.call(primitives.gemm_4bit, A, weight.packed, *weight.arguments)
+    (permuted,) = context.call(primitives.gemm_4bit, A[order], weight.packed, *weight.arguments)
+    if not torch.equal(plain[order], permuted):
+        raise Failure("permuting the rows of A changed a row's result")
+
+
+def _expanded_rows(context: Context, dtype: torch.dtype) -> None:
+    """A row repeated by expand (stride 0) is that row, each time."""
+    sample = Sample(dtype, "5 rows")
+    generator = context.generator(f"expanded,{dtype}")
+    weight = sample.weight(generator)
+    row = torch.randn((1, SHAPES["5 rows"][2]), generator=generator).to(dtype)
+    arguments = (weight.packed, *weight.arguments)
+    (expanded,) = context.call(primitives.gemm_4bit, row.expand(5, -1), *arguments)
+    (copied,) = context.call(primitives.gemm_4bit, row.repeat(5, 1), *arguments)
+    if not torch.equal(expanded, copied):
+        raise Failure("an expanded row gave another result than its copies")
+
+
+VALUES = ("normal", "cancelling", "large", "zero blocks", "nan row", "inf row")
+
+
+def _samples() -> Iterator[Sample]:
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            yield Sample(dtype, shape)
+            yield Sample(dtype, shape, quant_type="fp4", nested=True, bias=False)
+        for blocksize in BLOCKSIZES:
+            for nested in (False, True):
+                yield Sample(dtype, "K odd", blocksize, nested=nested)
+                yield Sample(dtype, "130 rows", blocksize, nested=nested)
+        for layout in LAYOUTS:
+            yield Sample(dtype, "5 rows", layout=layout)
+            yield Sample(dtype, "3-D", layout=layout)
+        for values in VALUES:
+            yield Sample(dtype, "gemv", values=values, bias=False)
+            yield Sample(dtype, "33 rows", values=values)
+    for storage in QUANT_STORAGES:
+        for shape in ("gemv", "33 rows"):
+            yield Sample(torch.bfloat16, shape, quant_storage=storage, nested=True)
+
+
+def cases() -> Iterator[Case]:
+    for sample in dict.fromkeys(_samples()):
+        yield Case("gemm_4bit", sample.name, partial(_check, sample=sample), sample.traits)
+    for dtype in DTYPES:
+        traits = {"dtype": dtype_name(dtype)}
+        yield Case("gemm_4bit", f"row permutation,{traits['dtype']}", partial(_row_permutation, dtype=dtype), traits)
+        yield Case("gemm_4bit", f"expanded rows,{traits['dtype']}", partial(_expanded_rows, dtype=dtype), traits)
+
+
+REQUIRED = {
+    "gemm_4bit": {
+        "dtype": tuple(dtype_name(dtype) for dtype in DTYPES),
+        "shape": tuple(SHAPES),
+        "blocksize": tuple(str(blocksize) for blocksize in BLOCKSIZES),
+        "quant_type": QUANT_TYPES,
+        "quant_storage": tuple(dtype_name(dtype) for dtype in QUANT_STORAGES),
+        "scales": ("f32", "double-quantized"),
+        "bias": ("bias", "no bias"),
+        "layout": tuple(LAYOUTS),
+        "values": VALUES,
+    }
+}

@@ -1,0 +1,287 @@
+"""Section 4: LLM.int8(). Codes, integers and scales are the same bits everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnb_core import primitives
+from bnb_core.conformance import oracle
+from bnb_core.conformance.case import Case, Context
+from bnb_core.conformance.compare import ROUNDOFF, SUBNORMAL_ROUNDOFF, same_bits, within
+from bnb_core.conformance.values import DTYPES, LAYOUTS, VALUES, dtype_name
+
+ACTIVATION_SHAPES: dict[str, tuple[int, ...]] = {
+    "one": (1, 1),
+    "vector": (40,),
+    "row": (1, 130),
+    "matrix": (7, 64),
+    "odd": (5, 33),
+    "tall": (70, 9),
+    "3-D": (2, 3, 50),
+    "4-D": (2, 2, 3, 17),
+    "no rows": (0, 16),
+    "no columns": (3, 0),
+}
+THRESHOLDS = (0.0, 3.0)
+
+# (batch dimensions of A, N, K)
+PRODUCT_SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "one": ((1,), 1, 1),
+    "vector": ((), 5, 64),
+    "one row": ((1,), 70, 256),
+    "matrix": ((16,), 48, 128),
+    "odd": ((5,), 33, 67),
+    "below a vector": ((3,), 7, 5),
+    "many rows": ((130,), 40, 96),
+    "3-D": ((2, 3), 20, 64),
+    "no rows": ((0,), 8, 32),
+    "K long": ((2,), 3, 65536),
+}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """One tensor to quantize, by its classes."""
+
+    dtype: torch.dtype
+    shape: str = "matrix"
+    threshold: float = 0.0
+    values: str = "normal"
+    layout: str = "contiguous"
+
+    @property
+    def traits(self) -> dict[str, str]:
+        return {
+            "dtype": dtype_name(self.dtype),
+            "shape": self.shape,
+            "threshold": str(self.threshold),
+            "values": self.values,
+            "layout": self.layout,
+        }
+
+    @property
+    def name(self) -> str:
+        return ",".join(self.traits.values())
+
+    def tensor(self, context: Context) -> Tensor:
+        size = ACTIVATION_SHAPES[self.shape]
+        n = torch.Size(size).numel()
+        return LAYOUTS[self.layout](VALUES[self.values](n, self.dtype, context.generator(self.name)).view(size))
+
+
+def _rows(A: Tensor) -> oracle.F32:
+    return A.float().contiguous().view(A.shape[:-1].numel(), A.shape[-1]).numpy()
+
+
+def _check_row_results(A: Tensor, q: Tensor, row_stats: Tensor, mask: Tensor, threshold: float) -> None:
+    with np.errstate(all="ignore"):
+        expected = oracle.int8_rows(_rows(A), threshold)
+    same_bits("codes", q, torch.from_numpy(expected.q).view(A.shape))
+    same_bits("row_stats", row_stats, expected.stats)
+    same_bits("outlier_mask", mask, torch.from_numpy(expected.outlier_columns) if threshold > 0 else mask[:0])
+
+
+def _check_vectorwise_quant(context: Context, sample: Activations) -> None:
+    A = sample.tensor(context)
+    q, row_stats, mask = context.call(primitives.int8_vectorwise_quant, A, sample.threshold)
+    _check_row_results(A, q, row_stats, mask, sample.threshold)
+
+
+def _check_double_quant(context: Context, sample: Activations) -> None:
+    A = sample.tensor(context)
+    q_row, q_col, row_stats, col_stats, mask = context.call(primitives.int8_double_quant, A, sample.threshold)
+    _check_row_results(A, q_row, row_stats, mask, sample.threshold)
+    with np.errstate(all="ignore"):
+        expected = oracle.int8_columns(_rows(A), sample.threshold)
+    same_bits("codes by column", q_col, torch.from_numpy(np.ascontiguousarray(expected.q)).view(A.shape))
+    same_bits("col_stats", col_stats, expected.stats)
+
+
+def _check_vectorwise_dequant(context: Context, shape: str, layout: str) -> None:
+    size, generator = ACTIVATION_SHAPES[shape], context.generator(f"dequant,{shape},{layout}")
+    q = torch.randint(-127, 128, size, generator=generator, dtype=torch.int8)
+    stats = torch.rand(q.shape[:-1].numel(), generator=generator) * 5
+    (got,) = context.call(primitives.int8_vectorwise_dequant, LAYOUTS[layout](q), stats)
+    expected = q.view(stats.numel(), q.shape[-1]).numpy().astype(np.float64) * stats.double().numpy()[:, None] / 127
+    bound = np.abs(expected) * 2.0**-22
+    within("values", got.view(expected.shape).numpy(), expected, bound)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One int8 product with its scales, by its classes."""
+
+    dtype: torch.dtype
+    shape: str = "odd"
+    bias: bool = True
+    layout: str = "contiguous"
+    values: str = "random"
+
+    @property
+    def traits(self) -> dict[str, str]:
+        return {
+            "dtype": dtype_name(self.dtype),
+            "shape": self.shape,
+            "bias": "bias" if self.bias else "no bias",
+            "layout": self.layout,
+            "values": self.values,
+        }
+
+    @property
+    def name(self) -> str:
+        return ",".join(self.traits.values())
+
+    def operands(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A [..., K] and B [N, K]; "extreme": every product is the largest there is."""
+        batch, N, K = PRODUCT_SHAPES[self.shape]
+        if self.values == "extreme":
+            A, B = torch.full((*batch, K), -128, dtype=torch.int8), torch.full((N, K), 127, dtype=torch.int8)
+        else:
+            A = torch.randint(-128, 128, (*batch, K), generator=generator, dtype=torch.int8)
+            B = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
+        return LAYOUTS[self.layout](A), LAYOUTS[self.layout](B)
+
+    def scales(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """row_stats, col_stats and bias."""
+        batch, N, _ = PRODUCT_SHAPES[self.shape]
+        row_stats = torch.rand(torch.Size(batch).numel(), generator=generator) * 4
+        col_stats = torch.rand(N, generator=generator) * 0.3
+        bias = torch.randn(N, generator=generator).to(self.dtype) if self.bias else None
+        return row_stats, col_stats, bias
+
+
+def _exact(A: Tensor, B: Tensor) -> Tensor:
+    rows = A.long().view(A.shape[:-1].numel(), A.shape[-1])
+    return (rows @ B.long().t()).to(torch.int32).view(*A.shape[:-1], B.shape[0])
+
+
+def _check_matmul(context: Context, sample: Product) -> None:
+    A, B = sample.operands(context.generator(sample.name))
+    (got,) = context.call(primitives.int8_linear_matmul, A, B)
+    same_bits("result", got, _exact(A.contiguous(), B))
+
+
+def _scaled(C: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None) -> oracle.F64:
+    scale = row_stats.double().view(*C.shape[:-1], 1) * col_stats.double() / (127.0 * 127.0)
+    result = C.double() * scale
+    return (result if bias is None else result + bias.double()).numpy()
+
+
+def _rounding_bound(dtype: torch.dtype, terms: oracle.F64, expected: oracle.F64) -> oracle.F64:
+    """A few f32 roundings of each term, and one to the dtype."""
+    return 2.0**-21 * (terms + np.abs(expected)) + ROUNDOFF[dtype] * np.abs(expected) + SUBNORMAL_ROUNDOFF[dtype]
+
+
+def _check_mm_dequant(context: Context, sample: Product) -> None:
+    generator = context.generator(sample.name)
+    A, B = sample.operands(generator)
+    C, (row_stats, col_stats, bias) = _exact(A.contiguous(), B), sample.scales(generator)
+    given = LAYOUTS[sample.layout](C)
+    (got,) = context.call(primitives.int8_mm_dequant, given, row_stats, col_stats, bias, sample.dtype)
+    expected, terms = _scaled(C, row_stats, col_stats, bias), np.abs(_scaled(C, row_stats, col_stats, None))
+    within("result", got.double().numpy(), expected, _rounding_bound(sample.dtype, terms, expected))
+
+
+def _check_scaled_mm(context: Context, sample: Product) -> None:
+    generator = context.generator(sample.name)
+    (A, B), (row_stats, col_stats, bias) = sample.operands(generator), sample.scales(generator)
+    (got,) = context.call(primitives.int8_scaled_mm, A, B, row_stats, col_stats, bias, sample.dtype)
+    C = _exact(A.contiguous(), B)
+    expected, terms = _scaled(C, row_stats, col_stats, bias), np.abs(_scaled(C, row_stats, col_stats, None))
+    within("result", got.double().numpy(), expected, _rounding_bound(sample.dtype, terms, expected))
+
+
+def _check_mixed_scaled_mm(context: Context, sample: Product, outliers: int) -> None:
+    batch, _, K = PRODUCT_SHAPES[sample.shape]
+    generator = context.generator(f"{sample.name},{outliers}")
+    (CA, CB), (row_stats, col_stats, bias) = sample.operands(generator), sample.scales(generator)
+    mask = torch.zeros(K, dtype=torch.bool)
+    mask[torch.randperm(K, generator=generator)[:outliers]] = True
+    CA = LAYOUTS[sample.layout](CA.masked_fill(mask, 0))
+    A = LAYOUTS[sample.layout]((torch.randn((*batch, K), generator=generator) * 20).to(sample.dtype))
+    arguments = (A, CA, CB, row_stats, col_stats, mask, bias)
+    (got,) = context.call(primitives.int8_mixed_scaled_mm, *arguments)
+    C = _exact(CA.contiguous(), CB)
+    weight = (CB.double() * col_stats.double()[:, None] / 127)[:, mask].numpy()
+    inputs = A.double()[..., mask].numpy()
+    expected = _scaled(C, row_stats, col_stats, bias) + inputs @ weight.T
+    outlier_terms = np.abs(inputs) @ np.abs(weight).T
+    terms = np.abs(_scaled(C, row_stats, col_stats, None)) + outlier_terms
+    # The outlier product may round the weight to A's dtype once, as tensor cores need.
+    bound = _rounding_bound(sample.dtype, terms, expected) + ROUNDOFF[sample.dtype] * outlier_terms
+    within("result", got.double().numpy(), expected, bound)
+
+
+def _activation_samples() -> Iterator[Activations]:
+    for dtype in DTYPES:
+        for threshold in THRESHOLDS:
+            for shape in ACTIVATION_SHAPES:
+                yield Activations(dtype, shape, threshold)
+            for values in VALUES:
+                yield Activations(dtype, "tall", threshold, values)
+            for layout in LAYOUTS:
+                yield Activations(dtype, "matrix", threshold, "outliers", layout)
+                yield Activations(dtype, "3-D", threshold, "outliers", layout)
+
+
+def _product_samples() -> Iterator[Product]:
+    for dtype in DTYPES:
+        for shape in PRODUCT_SHAPES:
+            for bias in (False, True):
+                yield Product(dtype, shape, bias)
+        for layout in LAYOUTS:
+            yield Product(dtype, layout=layout)
+        yield Product(dtype, "K long", values="extreme")
+
+
+def cases() -> Iterator[Case]:
+    for activations in dict.fromkeys(_activation_samples()):
+        run = partial(_check_vectorwise_quant, sample=activations)
+        yield Case("int8_vectorwise_quant", activations.name, run, activations.traits)
+        run = partial(_check_double_quant, sample=activations)
+        yield Case("int8_double_quant", activations.name, run, activations.traits)
+    for shape in ACTIVATION_SHAPES:
+        for layout in LAYOUTS:
+            dequantize = partial(_check_vectorwise_dequant, shape=shape, layout=layout)
+            traits = {"dtype": "float32", "shape": shape, "layout": layout}
+            yield Case("int8_vectorwise_dequant", f"{shape},{layout}", dequantize, traits)
+    for product in dict.fromkeys(_product_samples()):
+        for primitive, check in (("int8_mm_dequant", _check_mm_dequant), ("int8_scaled_mm", _check_scaled_mm)):
+            yield Case(primitive, product.name, partial(check, sample=product), product.traits)
+        if product.dtype == torch.float32 and product.bias:
+            traits = {**product.traits, "dtype": "int8"}
+            yield Case("int8_linear_matmul", product.name, partial(_check_matmul, sample=product), traits)
+        if product.values == "random" and product.shape != "K long":
+            for outliers in (0, 1, 3):
+                mixed = partial(_check_mixed_scaled_mm, sample=product, outliers=outliers)
+                traits = {**product.traits, "outliers": str(outliers)}
+                yield Case("int8_mixed_scaled_mm", f"{product.name},{outliers} outliers", mixed, traits)
+
+
+_DTYPES = {"dtype": tuple(dtype_name(dtype) for dtype in DTYPES)}
+_LAYOUTS = {"layout": tuple(LAYOUTS)}
+_ACTIVATIONS = {
+    **_DTYPES,
+    **_LAYOUTS,
+    "shape": tuple(ACTIVATION_SHAPES),
+    "threshold": tuple(str(threshold) for threshold in THRESHOLDS),
+    "values": tuple(VALUES),
+}
+_PRODUCTS = {**_LAYOUTS, "shape": tuple(PRODUCT_SHAPES), "values": ("random", "extreme")}
+_SCALED = {**_DTYPES, **_PRODUCTS, "bias": ("bias", "no bias")}
+
+REQUIRED = {
+    "int8_vectorwise_quant": _ACTIVATIONS,
+    "int8_double_quant": _ACTIVATIONS,
+    "int8_vectorwise_dequant": {**_LAYOUTS, "shape": tuple(ACTIVATION_SHAPES)},
+    "int8_linear_matmul": _PRODUCTS,
+    "int8_mm_dequant": _SCALED,
+    "int8_scaled_mm": _SCALED,
+    "int8_mixed_scaled_mm": {**_DTYPES, **_LAYOUTS, "bias": ("bias", "no bias"), "outliers": ("0", "1", "3")},
+}

@@ -1,0 +1,307 @@
+"""Section 5: optimizer steps, near the f64 result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnb_core import primitives
+from bnb_core.codebooks import create_dynamic_map
+from bnb_core.conformance import oracle
+from bnb_core.conformance.case import Case, Context, Failure
+from bnb_core.conformance.compare import ROUNDOFF, SUBNORMAL_ROUNDOFF, within
+from bnb_core.conformance.values import DTYPES, dtype_name
+from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS
+
+RELATIVE = 1e-5
+
+# (sizes that leave blocks short, hold one element, none, or more dimensions)
+SHAPES: dict[str, tuple[int, ...]] = {
+    "one": (1,),
+    "short last block": (3 * 256 + 7,),
+    "one block": (256,),
+    "matrix": (33, 50),
+    "3-D": (5, 7, 11),
+    "empty": (0,),
+    "many blocks": (40, 512),
+}
+
+OPTIONS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "first step": {"step": 1},
+    "weight decay": {"weight_decay": 0.1},
+    "scaled gradient": {"gnorm_scale": 0.3},
+    "bounded update": {"max_unorm": 0.02},
+    "skipped zeros": {"skip_zeros": True},
+    "all": {"weight_decay": 0.1, "gnorm_scale": 0.3, "max_unorm": 0.02, "skip_zeros": True},
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One step, by its classes."""
+
+    optimizer: str
+    dtype: torch.dtype
+    shape: str = "short last block"
+    option: str = "plain"
+    gradient: str = "normal"
+
+    @property
+    def traits(self) -> dict[str, str]:
+        return {
+            "optimizer": self.optimizer,
+            "dtype": dtype_name(self.dtype),
+            "shape": self.shape,
+            "option": self.option,
+            "gradient": self.gradient,
+        }
+
+    @property
+    def name(self) -> str:
+        return ",".join(self.traits.values())
+
+    @property
+    def hyperparameters(self) -> oracle.Hyperparameters:
+        defaults = oracle.Hyperparameters(0.9, 0.99, 0.999, 2.0, 1e-8, 4, 0.01, 0.0, 1.0, 0.0, False)
+        options = dict(OPTIONS[self.option])
+        if not OPTIMIZERS[self.optimizer].takes_max_unorm:
+            options.pop("max_unorm", None)
+        return defaults._replace(**options)  # type: ignore[arg-type]
+
+    def gradient_and_parameter(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        shape = SHAPES[self.shape]
+        g, p = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+        if self.gradient == "some zero":
+            g[torch.rand(shape, generator=generator) < 0.3] = 0.0
+        elif self.gradient == "wide":
+            g = g * 10 ** (torch.rand(shape, generator=generator) * 6 - 6)
+        elif self.gradient == "zero":
+            g = torch.zeros(shape)
+        return g.to(self.dtype), p.to(self.dtype)
+
+    def moments(self, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """f32 states as a few steps leave them; zero before the first."""
+        traits, shape = OPTIMIZERS[self.optimizer], SHAPES[self.shape]
+        scale = 0.0 if self.hyperparameters.step == 1 else 0.1
+        state1 = scale * torch.randn((2, *shape) if traits.stacked else shape, generator=generator)
+        if traits.divides_by_state1:
+            state1 = state1.square()
+        if traits.states == 1:
+            return state1, None
+        newest = state1[0] if traits.stacked else state1
+        return state1, (newest.square() + scale**2) * (0.5 + torch.rand(shape, generator=generator))
+
+
+def _f64(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.double().numpy()
+
+
+def _unorm(sample: Sample) -> Tensor | None:
+    return torch.zeros(1) if sample.hyperparameters.max_unorm > 0 else None
+
+
+def _effective_terms(sample: Sample, g: oracle.F64, p: oracle.F64) -> oracle.F64:
+    """The magnitude of what a gradient is added up from: an f32 sum is only as exact as its terms are large."""
+    h = sample.hyperparameters
+    return np.abs(h.gnorm_scale * g) + h.weight_decay * np.abs(p)
+
+
+def _check_parameter(sample: Sample, after: Tensor, g: Tensor, p: Tensor, expected: oracle.Moments) -> None:
+    """Within 1e-5 of the change, f32's roundings of the terms, and one rounding to the parameter's dtype."""
+    h, wanted = sample.hyperparameters, expected.p
+    change = h.lr * np.abs(expected.update)
+    if sample.optimizer in ("momentum", "lars"):
+        # Not a ratio, in which the gradient's own error nearly cancels.
+        change = change + h.lr * _effective_terms(sample, _f64(g), _f64(p))
+    bound = RELATIVE * change + 2.0**-22 * np.abs(_f64(p)) + 2 * ROUNDOFF[sample.dtype] * np.abs(wanted)
+    within("p", _f64(after), wanted, bound + SUBNORMAL_ROUNDOFF[sample.dtype] + 1e-9)
+
+
+def _state1_bound(sample: Sample, g: oracle.F64, p: oracle.F64, expected: oracle.F64) -> oracle.F64:
+    terms = _effective_terms(sample, g, p)
+    if OPTIMIZERS[sample.optimizer].divides_by_state1:
+        return RELATIVE * expected + 2.0**-21 * terms**2
+    return RELATIVE * np.abs(expected) + 2.0**-22 * terms
+
+
+def _check_32bit(context: Context, sample: Sample) -> None:
+    generator = context.generator(sample.name)
+    (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
+    h = sample.hyperparameters
+    arguments = (sample.optimizer, g, p, state1, state2, _unorm(sample), *h)
+    after = context.update(primitives.optimizer_update_32bit, *arguments, changed=(2, 3, 4, 5))
+    expected = oracle.optimizer_step(sample.optimizer, _f64(g), _f64(p), _f64(state1), _f64(state2), h)
+    _check_parameter(sample, after[2], g, p, expected)
+    within("state1", _f64(after[3]), expected.state1, _state1_bound(sample, _f64(g), _f64(p), expected.state1))
+    if state2 is not None:
+        within("state2", _f64(after[4]), expected.state2, RELATIVE * np.abs(expected.state2) + 1e-30)  # type: ignore[arg-type]
+    if h.max_unorm > 0:
+        norm = np.sqrt((expected.update**2).sum(keepdims=True)).reshape(1)
+        within("unorm_vec", _f64(after[5]), norm, RELATIVE * norm)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An 8-bit state: codes, codebook, scales; f64 values; whether the state divides."""
+
+    codes: Tensor
+    qmap: Tensor
+    absmax: Tensor
+    divides: bool
+
+    @classmethod
+    def of(cls, state: Tensor, signed: bool, divides: bool, stacked: bool) -> Quantized:
+        qmap = create_dynamic_map(signed)
+        parts = state.unbind(0) if stacked else [state]
+        quantized = [
+            oracle.quantize_blockwise(part.reshape(-1).numpy(), qmap.numpy(), OPTIMIZER_BLOCKSIZE) for part in parts
+        ]
+        codes = torch.from_numpy(np.concatenate([codes for codes, _ in quantized])).view(state.shape)
+        absmax = torch.from_numpy(np.stack([scales for _, scales in quantized]))
+        return cls(codes, qmap, absmax if stacked else absmax[0], divides)
+
+    @property
+    def values(self) -> oracle.F64:
+        return decoded(self.codes, self.absmax, self.qmap)
+
+
+def decoded(codes: Tensor, absmax: Tensor, qmap: Tensor) -> oracle.F64:
+    """The f32 values of an 8-bit state as f64; a stacked state has a row of scales for each part."""
+    scales = absmax.view(absmax.shape[0] if absmax.dim() == 2 else 1, -1)
+    parts = codes.reshape(scales.shape[0], -1)
+    values = [
+        oracle.dequantize(part.numpy(), scale.numpy(), qmap.numpy(), OPTIMIZER_BLOCKSIZE)
+        for part, scale in zip(parts, scales, strict=True)
+    ]
+    return np.stack(values).reshape(tuple(codes.shape)).astype(np.float64)
+
+
+def _check_state(what: str, before: Quantized, codes: Tensor, absmax: Tensor, expected: oracle.F64) -> None:
+    """The codes nearest to the exact state, but where it lies within 1e-5 of a midpoint."""
+    stacked = absmax.dim() == 2
+    parts = (absmax.shape[0] if stacked else 1, -1)
+    pairs = zip(codes.reshape(parts), absmax.view(parts), expected.reshape(parts), strict=True)
+    for got_codes, got_absmax, exact in pairs:
+        blocks = oracle.blocks_of(exact, OPTIMIZER_BLOCKSIZE)
+        largest = np.array([np.abs(block).max() for block in blocks])
+        stored = np.where(largest < 2.0**-126, 0.0, largest)
+        within(f"{what} absmax", _f64(got_absmax), stored, RELATIVE * stored + 2.0**-126)
+        _check_codes(what, before, got_codes.numpy(), exact, np.repeat(stored, OPTIMIZER_BLOCKSIZE)[: len(exact)])
+
+
+def _check_codes(what: str, before: Quantized, got: Any, exact: oracle.F64, scales: oracle.F64) -> None:
+    qmap = _f64(before.qmap)
+    zero = int(np.abs(qmap).argmin())
+    midpoints = (qmap[:-1] + qmap[1:]) / 2
+    scaled = np.divide(exact, scales, out=np.zeros_like(exact), where=scales > 0)
+    slack = RELATIVE * np.abs(scaled) + 1e-12
+    low, high = (np.searchsorted(midpoints, scaled + side * slack) for side in (-1, 1))
+    if before.divides:
+        smallest = np.where((exact > 0) & (scales > 0), zero + 1, 0)
+        low, high = np.maximum(low, smallest), np.maximum(high, smallest)
+    low, high = (np.where(scales > 0, bound, zero) for bound in (low, high))
+    wrong = (got < low) | (got > high)
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise Failure(
+            f"{what}: {int(wrong.sum())} of {wrong.size} codes are not the nearest, first at {first}: "
+            f"expected {low[first]} to {high[first]} for {scaled[first]:.9g} of its block's absmax, got {got[first]}"
+        )
+
+
+def _check_8bit(context: Context, sample: Sample) -> None:
+    generator, traits = context.generator(sample.name), OPTIMIZERS[sample.optimizer]
+    (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
+    first = Quantized.of(state1, True, traits.divides_by_state1, traits.stacked)
+    second = None if state2 is None else Quantized.of(state2, False, True, False)
+    codes2, qmap2, absmax2 = (None, None, None) if second is None else (second.codes, second.qmap, second.absmax)
+    h = sample.hyperparameters
+    arguments = (
+        sample.optimizer, g, p, first.codes, codes2, first.qmap, qmap2, first.absmax, absmax2, _unorm(sample), *h,
+    )  # fmt: skip
+    after = context.update(primitives.optimizer_update_8bit_blockwise, *arguments, changed=(2, 3, 4, 7, 8, 9))
+    values2 = None if second is None else second.values
+    expected = oracle.optimizer_step(sample.optimizer, _f64(g), _f64(p), first.values, values2, h)
+    _check_parameter(sample, after[2], g, p, expected)
+    if p.numel() == 0:
+        return
+    _check_state("state1", first, after[3], after[7], expected.state1)
+    if second is not None:
+        _check_state("state2", second, after[4], after[8], expected.state2)  # type: ignore[arg-type]
+
+
+def _contained(context: Context, optimizer: str, bits: int, bad: float) -> None:
+    """A gradient entry that is not finite touches its own parameter entry and its own state block, nothing else."""
+    sample = Sample(optimizer, torch.float32, "many blocks")
+    generator, traits = context.generator(f"contained,{optimizer}"), OPTIMIZERS[optimizer]
+    (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
+    place = 3 * OPTIMIZER_BLOCKSIZE + 17
+    spoilt = g.clone()
+    spoilt.view(-1)[place] = bad
+    h = sample.hyperparameters
+    primitive: Any
+    if bits == 32:
+        primitive, changed = primitives.optimizer_update_32bit, (2, 3, 4)
+        tail: tuple = (p, state1, state2, None, *h)
+    else:
+        primitive, changed = primitives.optimizer_update_8bit_blockwise, (2, 3, 4, 7, 8)
+        first = Quantized.of(state1, True, traits.divides_by_state1, traits.stacked)
+        second = None if state2 is None else Quantized.of(state2, False, True, False)
+        codes2, qmap2, absmax2 = (None, None, None) if second is None else (second.codes, second.qmap, second.absmax)
+        tail = (p, first.codes, codes2, first.qmap, qmap2, first.absmax, absmax2, None, *h)
+    clean = context.update(primitive, optimizer, g, *tail, changed=changed)
+    dirty = context.update(primitive, optimizer, spoilt, *tail, changed=changed)
+    touched = torch.zeros(p.numel(), dtype=torch.bool)
+    touched[place] = True
+    if not torch.equal(clean[2].view(-1)[~touched], dirty[2].view(-1)[~touched]):
+        raise Failure("p: an entry changed whose gradient is finite")
+    touched[3 * OPTIMIZER_BLOCKSIZE : 4 * OPTIMIZER_BLOCKSIZE] = True
+    for index in changed[1:3]:
+        if clean[index] is None:
+            continue
+        pair = (after[index].reshape(-1, p.numel())[:, ~touched] for after in (clean, dirty))
+        if not torch.equal(*pair):
+            raise Failure(f"state{index - 2}: an entry of another block changed")
+
+
+def _samples() -> Iterator[Sample]:
+    for optimizer in OPTIMIZERS:
+        for dtype in DTYPES:
+            for option in OPTIONS:
+                yield Sample(optimizer, dtype, option=option, gradient="some zero")
+            for shape in SHAPES:
+                yield Sample(optimizer, dtype, shape)
+        for gradient in GRADIENTS:
+            yield Sample(optimizer, torch.float32, gradient=gradient)
+
+
+GRADIENTS = ("normal", "some zero", "wide", "zero")
+
+
+def cases() -> Iterator[Case]:
+    for sample in dict.fromkeys(_samples()):
+        yield Case("optimizer_update_32bit", sample.name, partial(_check_32bit, sample=sample), sample.traits)
+        run = partial(_check_8bit, sample=sample)
+        yield Case("optimizer_update_8bit_blockwise", sample.name, run, sample.traits)
+    for optimizer in OPTIMIZERS:
+        for bits, primitive in ((32, "optimizer_update_32bit"), (8, "optimizer_update_8bit_blockwise")):
+            for bad in (float("nan"), float("inf")):
+                contained = partial(_contained, optimizer=optimizer, bits=bits, bad=bad)
+                yield Case(primitive, f"contained,{optimizer},{bad}", contained, {"gradient": str(bad)})
+
+
+_REQUIRED = {
+    "optimizer": tuple(OPTIMIZERS),
+    "dtype": tuple(dtype_name(dtype) for dtype in DTYPES),
+    "shape": tuple(SHAPES),
+    "option": tuple(OPTIONS),
+    "gradient": (*GRADIENTS, "nan", "inf"),
+}
+REQUIRED = {"optimizer_update_32bit": _REQUIRED, "optimizer_update_8bit_blockwise": _REQUIRED}

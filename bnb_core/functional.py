@@ -1,0 +1,473 @@
+"""The functions of the API. They keep the ecosystem's signatures and call the primitives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnb_core import primitives
+from bnb_core.checks import check_dimensions, check_tensor
+from bnb_core.codebooks import (
+    create_dynamic_map,
+    create_fp8_map,
+    create_linear_map,
+    create_normal_map,
+    get_4bit_type,
+)
+from bnb_core.paged import paged_tensor
+from bnb_core.quant_state import QuantState
+from bnb_core.serialization import pack_dict_to_tensor, unpack_tensor_to_dict
+
+__all__ = [
+    "QuantState",
+    "batched_igemm",
+    "create_dynamic_map",
+    "create_fp8_map",
+    "create_linear_map",
+    "create_normal_map",
+    "dequantize_4bit",
+    "dequantize_absmax",
+    "dequantize_blockwise",
+    "dequantize_fp4",
+    "dequantize_nf4",
+    "gemv_4bit",
+    "get_4bit_type",
+    "get_paged",
+    "igemm",
+    "int8_double_quant",
+    "int8_linear_matmul",
+    "int8_mm_dequant",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
+    "is_on_gpu",
+    "optimizer_update_32bit",
+    "optimizer_update_8bit_blockwise",
+    "pack_dict_to_tensor",
+    "prefetch_tensor",
+    "quantize_4bit",
+    "quantize_blockwise",
+    "quantize_fp4",
+    "quantize_nf4",
+    "unpack_tensor_to_dict",
+]
+
+DEFAULT_BLOCKSIZE_4BIT = 64
+NESTED_BLOCKSIZE = 256
+
+
+def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
+    """Double quantization (QLoRA, section 3): the scales less their mean, in 8 bits."""
+    offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
+    codes, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    return codes, offset, state2
+
+
+def dequantize_absmax(quant_state: QuantState) -> Tensor:
+    """The f32 scale of each block, double-quantized or not."""
+    if quant_state.state2 is None or not quant_state.nested:
+        return quant_state.absmax
+    return dequantize_blockwise(quant_state.absmax, quant_state.state2) + quant_state.offset
+
+
+def quantize_4bit(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_type: str = "fp4",
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """Quantize to 4 bits per element in blocks (QLoRA, section 3).
+
+    Args:
+        A: any shape, f32, f16 or bf16.
+        absmax: receives the scales, f32[ceil(n / blocksize)].
+        out: receives the packed codes, ``quant_storage[bytes / itemsize, 1]``.
+        blocksize: 32 to 4096, a power of two; None for 64.
+        compress_statistics: quantize the scales to 8 bits as well.
+        quant_type: ``fp4`` or ``nf4``.
+        quant_storage: the dtype that the packed bytes are viewed as: u8, f16, bf16 or f32.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as above, by its name.
+    """
+    check_tensor("A", A)
+    blocksize = DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
+    outputs = None if out is None and absmax is None else (out, absmax)
+    packed, scales = primitives.quantize_4bit(A, blocksize, quant_type, quant_storage, out=outputs)
+    offset, state2 = None, None
+    if compress_statistics:
+        scales, offset, state2 = _quantize_scales(scales)
+    code = get_4bit_type(quant_type, A.device)
+    return packed, QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype, offset, state2)
+
+
+def quantize_nf4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """:func:`quantize_4bit` to ``nf4``."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
+
+
+def quantize_fp4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """:func:`quantize_4bit` to ``fp4``."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
+
+
+def is_transposed(packed: Tensor) -> bool:
+    """A packed weight is a column; callers hand it over as a row (``weight.t()``) to say "transposed"."""
+    return packed.dim() == 2 and packed.shape[0] == 1 and packed.shape[1] != 1
+
+
+def dequantize_4bit(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    quant_type: str = "fp4",
+) -> Tensor:
+    """Undo :func:`quantize_4bit`.
+
+    Args:
+        A: the packed codes; as a row (``packed.t()``) they give the transposed result.
+        quant_state: what :func:`quantize_4bit` returned; or instead of it
+        absmax, out, blocksize, quant_type: the f32 scales, and a tensor of the result's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as above, by its name.
+    """
+    check_tensor("A", A)
+    if quant_state is None:
+        if absmax is None or out is None:
+            raise ValueError("quant_state: expected a QuantState, or absmax and out in its place, got None")
+        blocksize = DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
+        shape, dtype = out.shape, out.dtype
+    else:
+        absmax, blocksize, quant_type = dequantize_absmax(quant_state), quant_state.blocksize, quant_state.quant_type
+        shape, dtype = quant_state.shape, quant_state.dtype if out is None else out.dtype
+    result = primitives.dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype, out=out)
+    return result.t() if is_transposed(A) and result.dim() == 2 else result
+
+
+def dequantize_nf4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """:func:`dequantize_4bit` from ``nf4``."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+def dequantize_fp4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """:func:`dequantize_4bit` from ``fp4``."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
+
+
+def quantize_blockwise(
+    A: Tensor,
+    code: Tensor | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> tuple[Tensor, QuantState]:
+    """Quantize to 8 bits per element in blocks (8-bit Optimizers, section 2.1).
+
+    Args:
+        A: any shape, f32, f16 or bf16.
+        code: f32[256], ascending; None for the signed dynamic map.
+        absmax, out: receive the scales, f32[ceil(n / blocksize)], and the codes, u8 in A's shape.
+        nested: quantize the scales to 8 bits as well.
+    """
+    check_tensor("A", A)
+    code = _dynamic_map(A.device) if code is None else code.to(A.device)
+    outputs = None if out is None and absmax is None else (out, absmax)
+    codes, scales = primitives.quantize_blockwise(A, code, blocksize, out=outputs)
+    offset, state2 = None, None
+    if nested:
+        scales, offset, state2 = _quantize_scales(scales)
+    return codes, QuantState(
+        scales, A.shape, code, blocksize, dtype=A.dtype, offset=offset, state2=state2
+    )
+
+
+def dequantize_blockwise(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    code: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> Tensor:
+    """Undo :func:`quantize_blockwise`.
+
+    Args:
+        A: codes, u8, any shape.
+        quant_state: what :func:`quantize_blockwise` returned; or instead of it
+        absmax, code, blocksize: the f32 scales, the codebook (None for the signed dynamic map), the block size.
+        out: receives the result and gives its dtype; without it, the quant state's dtype or f32.
+        nested: read from the quant state.
+    """
+    check_tensor("A", A)
+    dtype = torch.float32
+    if quant_state is not None:
+        absmax, code, blocksize = dequantize_absmax(quant_state), quant_state.code, quant_state.blocksize  # type: ignore[assignment]
+        dtype = quant_state.dtype or dtype
+    elif absmax is None:
+        raise ValueError("quant_state: expected a QuantState, or absmax in its place, got None")
+    code = _dynamic_map(A.device) if code is None else code.to(A.device)
+    return primitives.dequantize_blockwise(
+        A, absmax, code, blocksize, dtype if out is None else out.dtype, out=out
+    )
+
+
+_dynamic_maps: dict[torch.device, Tensor] = {}
+
+
+def _dynamic_map(device: torch.device) -> Tensor:
+    """A copy of the signed dynamic map for the caller to keep."""
+    if torch.compiler.is_compiling():
+        return create_dynamic_map().to(device)
+    if device not in _dynamic_maps:
+        _dynamic_maps[device] = create_dynamic_map().to(device)
+    return _dynamic_maps[device].clone()
+
+
+def gemm_4bit(A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``A @ dequantized(B)^T + bias``, not differentiable: A [..., K], B packed, bias [N] or None. Result [..., N]."""
+    return primitives.gemm_4bit(A, B, *gemm_4bit_weight_arguments(quant_state, bias), out=out)
+
+
+def gemm_4bit_weight_arguments(quant_state: QuantState, bias: Tensor | None) -> tuple[Any, ...]:
+    """What the primitive gemm_4bit takes after the packed weight."""
+    state2 = quant_state.state2 if quant_state.nested else None
+    scales = (quant_state.absmax, quant_state.blocksize, quant_state.quant_type)
+    if state2 is None:
+        return quant_state.shape, *scales, bias, None, None, None, NESTED_BLOCKSIZE
+    return quant_state.shape, *scales, bias, state2.absmax, state2.code, quant_state.offset, state2.blocksize
+
+
+def gemv_4bit(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | None = None,
+) -> Tensor:
+    """``A @ dequantized(B)^T`` for one row: A [..., K] of K elements, B packed [N, K]. Result [..., N] in A's dtype.
+
+    Raises:
+        TypeError, ValueError: no state, more than one row, or a transposition asked for.
+    """
+    check_tensor("A", A)
+    if state is None:
+        raise ValueError("state: expected the QuantState of B, got None")
+    for name, flag in (("transposed_A", transposed_A), ("transposed_B", transposed_B)):
+        if flag:
+            raise ValueError(f"{name}: expected False, got {flag}; B is always taken as [N, K]")
+    if A.numel() != (A.shape[-1] if A.dim() else 0):
+        raise ValueError(f"A: expected one row, got shape {tuple(A.shape)}; matmul_4bit takes more")
+    return gemm_4bit(A, B, state, out=out)
+
+
+def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantize each row of A [..., K] to int8 (LLM.int8(), section 3).
+
+    Returns:
+        codes i8 in A's shape; row_stats f32[rows]; the outlier columns, i64 ascending, None when threshold is 0.
+    """
+    check_tensor("A", A)
+    q, row_stats, outlier_mask = primitives.int8_vectorwise_quant(A, threshold)
+    return q, row_stats, outlier_mask.nonzero().view(-1) if threshold > 0 else None
+
+
+def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
+    """``A * stats / 127`` by rows: A i8[..., K], stats f32. Result f32."""
+    return primitives.int8_vectorwise_dequant(A, stats)
+
+
+def int8_double_quant(
+    A: Tensor,
+    col_stats: Tensor | None = None,
+    row_stats: Tensor | None = None,
+    out_col: Tensor | None = None,
+    out_row: Tensor | None = None,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Quantize A [..., K] to int8 by rows and by columns at once; the optional tensors receive the results.
+
+    Returns:
+        codes by row, codes by column, row_stats, col_stats, outlier columns (None when threshold is 0).
+    """
+    check_tensor("A", A)
+    outputs = (out_row, out_col, row_stats, col_stats, None)
+    given = outputs if any(output is not None for output in outputs) else None
+    *results, outlier_mask = primitives.int8_double_quant(A, threshold, out=given)
+    return (*results, outlier_mask.nonzero().view(-1) if threshold > 0 else None)  # type: ignore[return-value]
+
+
+def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
+    """``A @ B^T`` in i32, exact: A i8[..., K], B i8[N, K]."""
+    if dtype != torch.int32:
+        raise ValueError(f"dtype: expected torch.int32, got {dtype}")
+    return primitives.int8_linear_matmul(A, B, out=out)
+
+
+def int8_mm_dequant(
+    A: Tensor,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``A * row_stats * col_stats / 127^2 + bias`` of A i32[..., N], in the dtype of out, else of bias, else f16."""
+    like = out if out is not None else bias
+    dtype = torch.float16 if like is None else like.dtype
+    return primitives.int8_mm_dequant(A, row_stats, col_stats, bias, dtype, out=out)
+
+
+def igemm(
+    A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False
+) -> Tensor:
+    """``A @ B`` of int8 matrices in i32, exact: A [M, K] (transposed_A: [K, M]), B [K, N] (transposed_B: [N, K])."""
+    check_tensor("A", A)
+    check_tensor("B", B)
+    check_dimensions("A", A, 2)
+    check_dimensions("B", B, 2)
+    return primitives.int8_linear_matmul(A.t() if transposed_A else A, B if transposed_B else B.t(), out=out)
+
+
+def batched_igemm(
+    A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False
+) -> Tensor:
+    """:func:`igemm` over the leading dimension of two 3-D tensors."""
+    check_tensor("A", A)
+    check_tensor("B", B)
+    check_dimensions("A", A, 3)
+    check_dimensions("B", B, 3)
+    if A.shape[0] != B.shape[0]:
+        raise ValueError(f"B: expected a batch of {A.shape[0]} like A, got shape {tuple(B.shape)}")
+    if out is None:
+        M, N = A.shape[2 if transposed_A else 1], B.shape[1 if transposed_B else 2]
+        out = torch.empty((A.shape[0], M, N), dtype=torch.int32, device=A.device)
+    for a, b, result in zip(A, B, out, strict=True):
+        igemm(a, b, result, transposed_A, transposed_B)
+    return out
+
+
+def optimizer_update_32bit(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    beta1: float,
+    eps: float,
+    step: int,
+    lr: float,
+    state2: Tensor | None = None,
+    beta2: float = 0.0,
+    beta3: float = 0.0,
+    alpha: float = 0.0,
+    weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0,
+    unorm_vec: Tensor | None = None,
+    max_unorm: float = 0.0,
+    skip_zeros: bool = False,
+) -> None:
+    """One optimizer step with f32 state, in place; :data:`bnb_core.primitives.optimizer_update_32bit` says more."""
+    primitives.optimizer_update_32bit(
+        optimizer_name, g, p, state1, state2, unorm_vec, beta1, beta2, beta3, alpha, eps, step, lr, weight_decay,
+        gnorm_scale, max_unorm, skip_zeros,
+    )  # fmt: skip
+
+
+def optimizer_update_8bit_blockwise(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    step: int,
+    lr: float,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    absmax1: Tensor,
+    absmax2: Tensor | None,
+    weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0,
+    skip_zeros: bool = False,
+    *,
+    unorm_vec: Tensor | None = None,
+    max_unorm: float = 0.0,
+) -> None:
+    """One optimizer step with 8-bit state, in place.
+
+    :data:`bnb_core.primitives.optimizer_update_8bit_blockwise` says more.
+    """
+    primitives.optimizer_update_8bit_blockwise(
+        optimizer_name, g, p, state1, state2, qmap1, qmap2, absmax1, absmax2, unorm_vec, beta1, beta2, beta3, alpha,
+        eps, step, lr, weight_decay, gnorm_scale, max_unorm, skip_zeros,
+    )  # fmt: skip
+
+
+def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """A zeroed tensor whose memory may be paged out, so that it can be larger than the device's own."""
+    return paged_tensor(shape, dtype, torch.device(device))
+
+
+def _is_paged(tensor: Tensor) -> bool:
+    return getattr(tensor, "is_paged", False)
+
+
+def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
+    """Bring a paged tensor near before it is used; in host memory the operating system's read-ahead does so.
+
+    Raises:
+        ValueError: the tensor is not paged.
+    """
+    if not _is_paged(A):
+        raise ValueError("A: expected a paged tensor, as get_paged makes them")
+
+
+def is_on_gpu(tensors: Iterable[Tensor | None]) -> bool:
+    """True if all tensors are on one GPU; None and paged tensors do not count.
+
+    Raises:
+        ValueError: they are not.
+    """
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None and not _is_paged(tensor)}
+    if len(devices) > 1 or "cpu" in devices:
+        raise ValueError(f"tensors: expected all on one GPU, found them on {', '.join(sorted(devices))}")
+    return True

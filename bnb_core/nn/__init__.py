@@ -1,0 +1,32 @@
+"""Quantized modules and their parameters."""
+
+from bnb_core.nn import parametrize
+from bnb_core.nn.embedding import (
+    Embedding,
+    Embedding4bit,
+    Embedding8bit,
+    EmbeddingFP4,
+    EmbeddingNF4,
+    StableEmbedding,
+)
+from bnb_core.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
+from bnb_core.nn.linear8bit import Int8Params, Linear8bitLt
+from bnb_core.nn.outlier import OutlierAwareLinear
+from bnb_core.nn.params4bit import Params4bit
+
+__all__ = [
+    "Embedding",
+    "Embedding4bit",
+    "Embedding8bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
+    "Int8Params",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LinearFP4",
+    "LinearNF4",
+    "OutlierAwareLinear",
+    "Params4bit",
+    "StableEmbedding",
+    "parametrize",
+]

@@ -1,0 +1,161 @@
+"""Embeddings: with a layer norm and 32-bit optimizer state, or with a quantized weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnb_core import functional, primitives
+from bnb_core.functional import QuantState
+from bnb_core.nn.linear4bit import Weight4bitMixin
+from bnb_core.nn.linear8bit import Int8Params, Weight8bitMixin
+from bnb_core.nn.params4bit import Params4bit
+from bnb_core.optim import GlobalOptimManager
+
+NOT_QUANTIZED = "the weight is not quantized yet: move the layer to a device, such as .to('cpu')"
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding with Xavier initialization whose weight keeps 32-bit optimizer state (8-bit Optimizers, 2.3)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        GlobalOptimManager.get_instance().register_module_override(self, "weight", {"optim_bits": 32})
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        self._fill_padding_idx_with_zero()
+
+
+class StableEmbedding(Embedding):
+    """:class:`Embedding` followed by a layer norm (8-bit Optimizers, section 2.3)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
+        self.norm = nn.LayerNorm(embedding_dim, device=kwargs.get("device"))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The norm is taken in its own dtype; the result has the weight's."""
+        return self.norm(super().forward(input).to(self.norm.weight.dtype)).to(self.weight.dtype)
+
+
+class Embedding8bit(Weight8bitMixin, nn.Embedding):
+    """An embedding whose weight is quantized to int8 by rows when it moves to a device.
+
+    Its output has the dtype that the weight had before.
+    """
+
+    weight: Int8Params  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        self.dtype = self.weight.dtype
+        self.weight = Int8Params(self.weight.data, requires_grad=False)
+
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight.SCB is None:
+            raise RuntimeError(NOT_QUANTIZED)
+        rows = input.reshape(-1)
+        codes = self.weight.data.index_select(0, rows)
+        values = functional.int8_vectorwise_dequant(codes, self.weight.SCB.index_select(0, rows))
+        return values.to(self.dtype).view(*input.shape, self.embedding_dim)
+
+
+class Embedding4bit(Weight4bitMixin, nn.Embedding):
+    """An embedding whose weight is quantized to 4 bits when it moves to a device.
+
+    Args:
+        num_embeddings, embedding_dim, dtype, device: as in nn.Embedding; the output has this dtype.
+        quant_type: ``fp4`` or ``nf4``.
+        quant_storage: the dtype that the packed bytes are viewed as.
+    """
+
+    weight: Params4bit  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        self.dtype = self.weight.dtype
+        self.quant_state: QuantState | None = None
+        self.weight = Params4bit(
+            self.weight.data,
+            requires_grad=False,
+            compress_statistics=False,
+            quant_type=quant_type,
+            quant_storage=quant_storage,
+            module=self,
+        )
+
+    def _expected_shape(self) -> tuple[int, ...]:
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        quant_state = self._current_quant_state()
+        if quant_state is None:
+            raise RuntimeError(NOT_QUANTIZED)
+        packed = self.weight.data
+        if self.embedding_dim % quant_state.blocksize:  # type: ignore[operator]
+            # Rows share blocks, perhaps bytes.
+            weight = functional.dequantize_4bit(packed, quant_state)
+            return nn.functional.embedding(input, weight).to(self.dtype)
+        rows = input.reshape(-1)
+        values = primitives.dequantize_4bit(
+            packed.view(torch.uint8).view(self.num_embeddings, -1).index_select(0, rows),
+            self._scales_of(quant_state, rows),
+            quant_state.blocksize,
+            quant_state.quant_type,
+            (rows.numel(), self.embedding_dim),
+            self.dtype,
+        )
+        return values.view(*input.shape, self.embedding_dim)
+
+    def _scales_of(self, quant_state: QuantState, rows: Tensor) -> Tensor:
+        """The f32 scales of these rows, each a whole number of blocks."""
+        scales = functional.dequantize_absmax(quant_state)
+        return scales.view(self.num_embeddings, -1).index_select(0, rows)
+
+
+class EmbeddingNF4(Embedding4bit):
+    """:class:`Embedding4bit` with the codebook nf4."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, dtype, "nf4", quant_storage, device)
+
+
+class EmbeddingFP4(Embedding4bit):
+    """:class:`Embedding4bit` with the codebook fp4."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, dtype, "fp4", quant_storage, device)

@@ -1,0 +1,220 @@
+"""Linear layers with an int8 weight (LLM.int8(), arXiv 2208.07339)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnb_core import functional
+from bnb_core.autograd import MatmulLtState, matmul
+from bnb_core.checks import check_float
+from bnb_core.primitive import plain_tensor_type
+from bnb_core.utils import LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
+
+ROW_FORMAT = LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"]
+
+
+@plain_tensor_type
+class Int8Params(nn.Parameter):
+    """A weight [N, K] that the first move to a device quantizes to int8 by rows, unless it trains.
+
+    Args:
+        data: the weight, floating-point; or its codes i8, with their scales in ``SCB``.
+        has_fp16_weights: the weight stays floating-point and trains.
+        CB: the codes, once quantized the same tensor as ``data``.
+        SCB: f32[N], the absmax of each row.
+
+    Unknown keyword arguments are ignored.
+    """
+
+    CB: Tensor | None
+    SCB: Tensor | None
+    has_fp16_weights: bool
+
+    def __new__(
+        cls,
+        data: Tensor | None = None,
+        requires_grad: bool = True,
+        has_fp16_weights: bool = False,
+        CB: Tensor | None = None,
+        SCB: Tensor | None = None,
+        **ignored: Any,
+    ) -> Int8Params:
+        data = torch.empty(0) if data is None else data
+        self = Tensor._make_subclass(cls, data, requires_grad and data.is_floating_point())
+        self.has_fp16_weights = has_fp16_weights
+        self.CB = CB
+        self.SCB = SCB
+        return self
+
+    def _quantize(self, device: torch.device) -> Int8Params:
+        """In place, because torch moves a module by setting its parameters' data."""
+        codes, scales, _ = functional.int8_vectorwise_quant(self.data.contiguous().to(device))
+        self.requires_grad = False
+        self.data, self.CB, self.SCB = codes, codes, scales
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Int8Params:  # type: ignore[override]
+        """Move, and on the first move to a device other than meta quantize; codes keep their dtype."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if not self.has_fp16_weights and self.is_floating_point() and device is not None and device.type != "meta":
+            return self._quantize(device)
+        moved = self.data.to(device, dtype if self.is_floating_point() else None, non_blocking)
+        scales = self.SCB
+        if scales is not None and device is not None and device.type != "meta":
+            # The module keeps this very parameter and takes only its new data, so its scales must move too.
+            scales = self.SCB = scales.to(device, non_blocking=non_blocking)
+        CB = moved if moved.dtype == torch.int8 else self.CB
+        return type(self)(moved, self.requires_grad, self.has_fp16_weights, CB, scales)
+
+    def cpu(self) -> Int8Params:  # type: ignore[override]
+        return self.to(device="cpu")
+
+    def cuda(self, device: Any = None, non_blocking: bool = False) -> Int8Params:  # type: ignore[override]
+        return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
+
+    def xpu(self, device: Any = None, non_blocking: bool = False) -> Int8Params:  # type: ignore[override]
+        return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Params:
+        if id(self) not in memo:
+            data = self.data.clone()
+            CB = data if self.CB is not None else None
+            memo[id(self)] = type(self)(
+                data, self.requires_grad, self.has_fp16_weights, CB, copy.deepcopy(self.SCB, memo)
+            )
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self), (self.data, self.requires_grad, self.has_fp16_weights, self.CB, self.SCB)
+
+
+class Weight8bitMixin(nn.Module):
+    """A module whose ``weight`` is an :class:`Int8Params`: its state dict holds the scales, both ways."""
+
+    weight: Int8Params
+
+    def _weight_shape(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _scales(self) -> Tensor | None:
+        return self.weight.SCB
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        scales = self._scales()
+        if scales is not None and self.weight.dtype == torch.int8:
+            destination[f"{prefix}SCB"] = scales if keep_vars else scales.detach()
+            destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take int8 codes with their scales, or values, which an already quantized weight quantizes."""
+        weight_key, handled = f"{prefix}weight", set()
+        value = state_dict.get(weight_key)
+        if value is not None and value.dtype == torch.int8:
+            self._load_codes(prefix, value, state_dict)
+            handled = {weight_key, f"{prefix}SCB", f"{prefix}weight_format"}
+        elif value is not None and self.weight.dtype == torch.int8:
+            self._check_weight(weight_key, value)
+            check_float(weight_key, value)
+            self.weight = Int8Params(value.clone(), requires_grad=False).to(self.weight.device)
+            handled = {weight_key}
+        rest = {key: value for key, value in state_dict.items() if key not in handled}
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        missing_keys += [key for key in missing if key not in handled]
+
+    def _check_weight(self, key: str, value: Tensor) -> None:
+        if tuple(value.shape) != self._weight_shape():
+            raise ValueError(f"{key}: expected shape {self._weight_shape()}, got {tuple(value.shape)}")
+
+    def _load_codes(self, prefix: str, codes: Tensor, state_dict: dict[str, Any]) -> None:
+        self._check_weight(f"{prefix}weight", codes)
+        scales, weight_format = state_dict.get(f"{prefix}SCB"), state_dict.get(f"{prefix}weight_format")
+        if scales is None:
+            raise ValueError(f"{prefix}SCB: missing, though {prefix}weight is int8")
+        if scales.dtype != torch.float32 or scales.numel() != codes.shape[0]:
+            raise ValueError(
+                f"{prefix}SCB: expected {codes.shape[0]} elements of torch.float32, "
+                f"got {scales.numel()} of {scales.dtype}"
+            )
+        if weight_format is not None and (weight_format.numel() != 1 or int(weight_format) != ROW_FORMAT):
+            raise ValueError(f"{prefix}weight_format: expected {ROW_FORMAT} (row), got {weight_format.tolist()}")
+        if self.weight.has_fp16_weights:
+            raise ValueError(f"{prefix}weight: int8 codes cannot be loaded into a weight with has_fp16_weights=True")
+        device = codes.device if self.weight.is_meta else self.weight.device
+        codes, scales = codes.clone().to(device), scales.clone().to(device)
+        self.weight = Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+
+
+class Linear8bitLt(Weight8bitMixin, nn.Linear):
+    """A linear layer by LLM.int8(): rows of the input and of the weight in int8, outlier columns in the input's dtype.
+
+    Args:
+        input_features, output_features, bias: as in nn.Linear.
+        has_fp16_weights: keep a floating-point weight that trains, quantized anew at each forward; otherwise the
+            weight is quantized once, when it moves to a device, and frozen.
+        threshold: input columns with an entry of at least this magnitude are outliers; 0 for none.
+        index: kept for callers; it has no meaning.
+        device: of the weight before quantization.
+    """
+
+    weight: Int8Params  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        has_fp16_weights: bool = True,
+        threshold: float = 0.0,
+        index: Any = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device)
+        self.state = MatmulLtState()
+        self.state.threshold = threshold
+        self.state.has_fp16_weights = has_fp16_weights
+        self.index = index
+        self.weight = Int8Params(
+            self.weight.data, requires_grad=has_fp16_weights, has_fp16_weights=has_fp16_weights
+        )
+
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _scales(self) -> Tensor | None:
+        """The weight's; adapters that rebuild the weight leave them in the state."""
+        scales = getattr(self.weight, "SCB", None)
+        return self.state.SCB if scales is None else scales
+
+    def init_8bit_state(self) -> None:
+        """Point the state at the weight as it is now: it may have moved or been replaced since the last forward."""
+        scales = self._scales()
+        self.state.CB = self.weight.data
+        self.state.SCB = None if scales is None else scales.to(self.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_float("x", x)
+        self.state.is_training = self.training
+        if not self.state.has_fp16_weights:
+            if self.weight.dtype != torch.int8:
+                raise RuntimeError("the weight is not quantized yet: move the layer to a device, such as .to('cpu')")
+            self.init_8bit_state()
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = self.weight if self.weight.dtype in (x.dtype, torch.int8) else self.weight.to(x.dtype)
+        return matmul(x, weight, bias=bias, state=self.state)

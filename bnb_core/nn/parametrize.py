@@ -1,0 +1,139 @@
+"""Any parameter in 4 bits, whatever its shape: it is dequantized when it is read.
+
+For weights that are not an nn.Linear's, such as the 3-D ones of fused experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bnb_core import functional
+from bnb_core.checks import check_float
+from bnb_core.functional import QuantState
+
+
+class Bnb4bitParametrization(nn.Module):
+    """Dequantizes packed codes with a quant state."""
+
+    def __init__(self, quant_state: QuantState) -> None:
+        super().__init__()
+        self.quant_state = quant_state
+
+    @torch.no_grad()
+    def forward(self, packed: Tensor) -> Tensor:
+        return functional.dequantize_4bit(packed, self.quant_state)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Bnb4bitParametrization:
+        """Scales keep their dtype when the module is converted, but follow it to a device."""
+        super()._apply(fn, recurse)
+        self.quant_state.to(fn(torch.empty(0, device=self.quant_state.absmax.device)).device)
+        return self
+
+
+def replace_parameter_4bit(
+    module: nn.Module,
+    name: str,
+    compress_statistics: bool = False,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+) -> None:
+    """Quantize a parameter of ``module`` in place; reading ``module.<name>`` gives the dequantized tensor.
+
+    Args:
+        module: the module that owns the parameter.
+        name: of the parameter: f32, f16 or bf16, any shape.
+        compress_statistics, quant_type, blocksize: as in :func:`bnb_core.functional.quantize_4bit`.
+
+    Raises:
+        AttributeError: no such parameter.
+        TypeError, ValueError: the parameter or an argument cannot be quantized so.
+    """
+    parameter = _parameter(module, name)
+    check_float(name, parameter)
+    packed, quant_state = functional.quantize_4bit(
+        parameter.data, blocksize=blocksize, compress_statistics=compress_statistics, quant_type=quant_type
+    )
+    _parametrize(module, name, packed, quant_state)
+
+
+def replace_parameter_4bit_prequantized(
+    module: nn.Module, name: str, qs_dict: Mapping[str, Any], device: torch.device | str
+) -> None:
+    """Treat a parameter of ``module`` that holds packed codes as quantized, with the quant state of ``qs_dict``.
+
+    Raises:
+        AttributeError: no such parameter.
+        ValueError: a malformed quant state.
+    """
+    parameter = _parameter(module, name)
+    _parametrize(module, name, parameter.data.to(device), QuantState.from_dict(qs_dict, device))
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    parameter = getattr(module, name, None)
+    if not isinstance(parameter, nn.Parameter):
+        raise AttributeError(f"name: {type(module).__name__} has no parameter {name!r}")
+    return parameter
+
+
+def _parametrize(module: nn.Module, name: str, packed: Tensor, quant_state: QuantState) -> None:
+    setattr(module, name, nn.Parameter(packed, requires_grad=False))
+    parametrize.register_parametrization(module, name, Bnb4bitParametrization(quant_state), unsafe=True)
+    module.register_state_dict_post_hook(partial(_save, name=name))
+    module.register_load_state_dict_pre_hook(partial(_load, name=name))
+    module.register_forward_pre_hook(_enable_cache)
+    module.register_forward_hook(_disable_cache, always_call=True)
+
+
+def _state_key(prefix: str, name: str) -> str:
+    return f"{prefix}parametrizations.{name}.original"
+
+
+def _save(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *, name: str
+) -> None:
+    """Under the parameter's own name, with its quant state, as a quantized layer's weight is saved."""
+    packed = state_dict.pop(_state_key(prefix, name))
+    state_dict[prefix + name] = packed
+    parametrization: Any = module.parametrizations[name][0]  # type: ignore[index]
+    for key, value in parametrization.quant_state.as_dict(packed=True).items():
+        state_dict[f"{prefix}{name}.{key}"] = value
+
+
+def _load(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any, name: str
+) -> None:
+    key = prefix + name
+    if key not in state_dict:
+        return
+    packed = state_dict.pop(key)
+    stats = {k: state_dict.pop(k) for k in [k for k in state_dict if k.startswith(key + ".")]}
+    parametrization: Any = module.parametrizations[name][0]  # type: ignore[index]
+    original: Any = module.parametrizations[name].original  # type: ignore[index]
+    try:
+        quant_state = QuantState.from_dict({k: v.clone() for k, v in stats.items()}, original.device)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    if quant_state.shape != parametrization.quant_state.shape:
+        raise ValueError(
+            f"{key}: expected shape {tuple(parametrization.quant_state.shape)}, got {tuple(quant_state.shape)}"  # type: ignore[arg-type]
+        )
+    parametrization.quant_state = quant_state
+    state_dict[_state_key(prefix, name)] = packed
+
+
+def _enable_cache(module: nn.Module, inputs: Any) -> None:
+    """Within one forward the parameter is dequantized once, however often it is read."""
+    parametrize._cache_enabled += 1  # type: ignore[attr-defined]
+
+
+def _disable_cache(module: nn.Module, inputs: Any, output: Any) -> None:
+    parametrize._cache_enabled -= 1  # type: ignore[attr-defined]
+    if not parametrize._cache_enabled:  # type: ignore[attr-defined]
+        parametrize._cache = {}  # type: ignore[attr-defined]

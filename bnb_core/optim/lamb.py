@@ -1,0 +1,61 @@
+"""LAMB (arXiv 1904.00962)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from bnb_core.optim.hyperparameters import check_only
+from bnb_core.optim.optimizer import Optimizer8bit
+
+
+class LAMB(Optimizer8bit):
+    """LAMB: Adam whose update is limited by the parameter's norm (arXiv 1904.00962).
+
+    Args:
+        lr: step size.
+        bias_correction: True only.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled from the gradient; a step takes ``lr * weight_decay`` of the parameter.
+        amsgrad: False only.
+        adam_w_mode: True only.
+        max_unorm: the update's norm is at most this multiple of the parameter's; a parameter of zeros stays zero.
+
+    The settings that all optimizers share are described at :class:`~bnb_core.optim.optimizer.Optimizer8bit`.
+    """
+
+    optimizer_name = "lamb"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        adam_w_mode: bool = True,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 1.0,
+    ) -> None:
+        check_only("bias_correction", bias_correction, True)
+        check_only("amsgrad", amsgrad, False)
+        check_only("adam_w_mode", adam_w_mode, True)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, optim_bits, args, min_8bit_size, max_unorm=max_unorm)
+
+
+class LAMB8bit(LAMB):
+    """LAMB with 8-bit state."""
+
+    state_bits = 8
+
+
+class LAMB32bit(LAMB):
+    """LAMB with 32-bit state."""
+
+    state_bits = 32

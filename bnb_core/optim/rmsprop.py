@@ -1,0 +1,56 @@
+"""RMSprop (Tieleman and Hinton, 2012)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from bnb_core.optim.hyperparameters import check_only
+from bnb_core.optim.optimizer import Optimizer8bit
+
+
+class RMSprop(Optimizer8bit):
+    """RMSprop (Tieleman and Hinton, Coursera lecture 6.5, 2012).
+
+    Args:
+        lr: step size.
+        alpha: decay of the squared gradient's average.
+        eps: added to the root of that average.
+        weight_decay: added to the gradient as ``weight_decay * p``.
+        momentum: 0 only.
+        centered: False only.
+
+    The settings that all optimizers share are described at :class:`~bnb_core.optim.optimizer.Optimizer8bit`.
+    """
+
+    optimizer_name = "rmsprop"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        check_only("momentum", momentum, 0)
+        check_only("centered", centered, False)
+        defaults = {"lr": lr, "betas": (alpha, 0.0), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, optim_bits, args, min_8bit_size)
+
+
+class RMSprop8bit(RMSprop):
+    """RMSprop with 8-bit state."""
+
+    state_bits = 8
+
+
+class RMSprop32bit(RMSprop):
+    """RMSprop with 32-bit state."""
+
+    state_bits = 32

@@ -1,0 +1,83 @@
+"""Stochastic gradient descent with momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnb_core.optim.hyperparameters import check_only
+from bnb_core.optim.optimizer import Optimizer8bit
+
+
+class MomentumOptimizer(Optimizer8bit):
+    """What SGD and LARS share: with a momentum of 0 there is nothing to remember, so such a parameter has no state."""
+
+    def keeps_state(self, config: Mapping[str, Any]) -> bool:
+        return config["betas"][0] > 0
+
+    def init_state(self, group: Mapping[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        if self.keeps_state(self.get_config(gindex, pindex, group)):
+            super().init_state(group, p, gindex, pindex)
+        else:
+            self.state[p]["step"] = 0
+
+    def update_step(self, group: Mapping[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        config = self.get_config(gindex, pindex, group)
+        state = self.state[p]
+        if "state1" not in state and self.keeps_state(config):
+            self.init_state(group, p, gindex, pindex)
+        if "state1" in state:
+            self._update(p, state, config)
+            return
+        # At its first step the rule takes the gradient for the momentum and does not read the state.
+        scratch = {"step": 0, "state1": torch.empty(p.shape, dtype=torch.float32, device=p.device)}
+        self._update(p, scratch, config)
+        state["step"] += 1
+
+
+class SGD(MomentumOptimizer):
+    """Stochastic gradient descent, as ``torch.optim.SGD`` without dampening and Nesterov's momentum.
+
+    Args:
+        lr: step size.
+        momentum: decay of the gradients' sum; with 0, no state is kept.
+        dampening: 0 only.
+        weight_decay: added to the gradient as ``weight_decay * p``.
+        nesterov: False only.
+
+    The settings that all optimizers share are described at :class:`~bnb_core.optim.optimizer.Optimizer8bit`.
+    """
+
+    optimizer_name = "momentum"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        check_only("dampening", dampening, 0)
+        check_only("nesterov", nesterov, False)
+        defaults = {"lr": lr, "betas": (momentum, 0.0), "eps": 0.0, "weight_decay": weight_decay}
+        super().__init__(params, defaults, optim_bits, args, min_8bit_size)
+
+
+class SGD8bit(SGD):
+    """SGD with 8-bit state."""
+
+    state_bits = 8
+
+
+class SGD32bit(SGD):
+    """SGD with 32-bit state."""
+
+    state_bits = 32

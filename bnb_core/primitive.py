@@ -1,0 +1,162 @@
+"""What a primitive is: one declaration that holds its schema, its checks, its result and its documentation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnb_core import registry
+from bnb_core.checks import check_dtype, check_same_device, check_shape, check_tensor
+
+NAMESPACE = "bnb_core"
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+
+
+class Out(NamedTuple):
+    """The shape and dtype of one output. It is allocated on the device of the first tensor argument."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+
+    def allocate(self, device: torch.device) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+def plain_tensor_type(cls: type) -> type:
+    """Class decorator: a Tensor subclass without behaviour of its own, whose instances go straight to the kernels."""
+    _PLAIN_TYPES.add(cls)
+    return cls
+
+
+def goes_to_dispatcher(tensor: Tensor) -> bool:
+    """Whether torch must see the call: under compile, tracing, fake and meta tensors, or a dispatch mode."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in _PLAIN_TYPES
+        or tensor.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+class Primitive:
+    """A callable that checks its arguments, allocates its outputs and has the serving backend's kernel fill them.
+
+    Eager calls go straight to the kernel; traced ones go through ``torch.ops.bnb_core.<name>``, which does the same
+    at run time. ``out=`` takes the outputs from the caller, who then gets them back.
+    """
+
+    def __init__(
+        self, schema: str, declaration: Callable[..., Out | tuple[Out, ...] | None], differentiable: bool
+    ) -> None:
+        self.name = declaration.__name__
+        self.schema = f"{self.name}{schema}"
+        self.declaration = declaration
+        self.__doc__ = declaration.__doc__
+        self.__signature__ = inspect.signature(declaration)
+        self._argument_names = tuple(self.__signature__.parameters)
+        _library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._fake, lib=_library)
+        if not differentiable:
+            _library.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
+        self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        registry.declare(self.name)
+
+    def __repr__(self) -> str:
+        return f"<primitive {self.schema}>"
+
+    def __call__(self, *arguments: Any, out: Any = None) -> Any:
+        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[1]
+        check_tensor(self._argument_names[0], first)
+        if not goes_to_dispatcher(first):
+            return self._run(*arguments, out=out)
+        result = self.op(*arguments)
+        if out is None:
+            return result
+        filled = tuple(
+            computed if given is None else given.copy_(computed)
+            for given, computed in zip(_as_tuple(out), _as_tuple(result), strict=True)
+        )
+        return filled if isinstance(out, tuple) else filled[0]
+
+    def _run(self, *arguments: Any, out: Any = None) -> Any:
+        outputs, device = self._declared(arguments)
+        if outputs is None:
+            registry.kernel_for(self.name, device.type, arguments)(*arguments)
+            return None
+        if out is None:
+            result = outputs.allocate(device) if isinstance(outputs, Out) else tuple(o.allocate(device) for o in outputs)
+            registry.kernel_for(self.name, device.type, arguments)(*arguments, out=result)
+            return result
+        return self._run_into(out, _as_tuple(outputs), arguments, device)
+
+    def _run_into(self, out: Any, outputs: tuple[Out, ...], arguments: tuple[Any, ...], device: torch.device) -> Any:
+        """Fill the caller's outputs; those that are None are allocated."""
+        given = tuple(
+            expected.allocate(device) if tensor is None else tensor
+            for tensor, expected in zip(_as_tuple(out), outputs, strict=True)
+        )
+        for tensor, expected in zip(given, outputs, strict=True):
+            self._check_output(tensor, expected, arguments, device)
+        buffers = tuple(t if t.is_contiguous() else e.allocate(device) for t, e in zip(given, outputs, strict=True))
+        kernel = registry.kernel_for(self.name, device.type, arguments)
+        kernel(*arguments, out=buffers if isinstance(out, tuple) else buffers[0])
+        for tensor, buffer in zip(given, buffers, strict=True):
+            if tensor is not buffer:
+                tensor.copy_(buffer)
+        return given if isinstance(out, tuple) else given[0]
+
+    def _check_output(self, tensor: Tensor, expected: Out, arguments: tuple[Any, ...], device: torch.device) -> None:
+        check_dtype("out", tensor, (expected.dtype,))
+        check_shape("out", tensor, expected.shape)
+        if tensor.device != device:
+            raise ValueError(f"out: expected on {device}, got on {tensor.device}")
+        for name, argument in zip(self._argument_names, arguments, strict=True):
+            if isinstance(argument, Tensor) and _same_storage(argument, tensor):
+                raise ValueError(f"out: shares its memory with {name}, which is still to be read")
+
+    def _fake(self, *arguments: Any) -> Any:
+        outputs, device = self._declared(arguments)
+        if outputs is None or isinstance(outputs, Out):
+            return None if outputs is None else outputs.allocate(device)
+        return tuple(o.allocate(device) for o in outputs)
+
+    def _declared(self, arguments: tuple[Any, ...]) -> tuple[Out | tuple[Out, ...] | None, torch.device]:
+        """Check the arguments; the outputs that follow from them, and the device all of it is on."""
+        outputs = self.declaration(*arguments)
+        tensors = [
+            (name, value)
+            for name, value in zip(self._argument_names, arguments, strict=True)
+            if isinstance(value, Tensor)
+        ]
+        check_same_device(tensors)
+        return outputs, tensors[0][1].device
+
+
+def primitive(schema: str, differentiable: bool = False) -> Callable[[Callable[..., Any]], Primitive]:
+    """Declare a primitive.
+
+    The decorated function checks the arguments, raising TypeError or ValueError (docs/SPEC.md section 7), and
+    returns the :class:`Out` or the tuple of them that the primitive gives; None if it only changes its arguments.
+
+    Args:
+        schema: the arguments and results in torch's schema language, without the name.
+        differentiable: autograd.py registers a gradient; otherwise torch sees results that need none.
+    """
+    return lambda declaration: Primitive(schema, declaration, differentiable)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """A lone Out is itself a tuple, of shape and dtype."""
+    return value if isinstance(value, tuple) and not isinstance(value, Out) else (value,)
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -1,0 +1,482 @@
+"""Every primitive once: schema, checks, result and documentation. docs/SPEC.md says what each computes, to the bit.
+
+All arguments are positional and none has a default, so that a kernel's signature reads like its primitive's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnb_core.checks import (
+    QUANT_STORAGES,
+    QUANT_TYPES,
+    check_blocksize,
+    check_choice,
+    check_code,
+    check_dimensions,
+    check_dtype,
+    check_dtype_argument,
+    check_float,
+    check_number,
+    check_numel,
+    check_shape,
+)
+from bnb_core.primitive import Out, primitive
+
+OPTIMIZER_BLOCKSIZE = 256
+MAX_INT8_INNER_SIZE = 2**16
+
+
+class OptimizerTraits(NamedTuple):
+    """What state an optimizer keeps, and whether its update can be bounded.
+
+    ``states`` tensors; state1 may stack two moments or be a divisor; ``max_unorm`` may not apply.
+    """
+
+    states: int
+    stacked: bool = False
+    divides_by_state1: bool = False
+    takes_max_unorm: bool = True
+
+
+OPTIMIZERS = {
+    "adam": OptimizerTraits(2),
+    "lamb": OptimizerTraits(2),
+    "ademamix": OptimizerTraits(2, stacked=True, takes_max_unorm=False),
+    "momentum": OptimizerTraits(1),
+    "lars": OptimizerTraits(1),
+    "lion": OptimizerTraits(1),
+    "rmsprop": OptimizerTraits(1, divides_by_state1=True),
+    "adagrad": OptimizerTraits(1, divides_by_state1=True, takes_max_unorm=False),
+}
+
+
+def block_count(n: int, blocksize: int) -> int:
+    """How many blocks of ``blocksize`` hold ``n`` elements, the last one perhaps short."""
+    return (n + blocksize - 1) // blocksize
+
+
+def _product(shape: Sequence[int]) -> int:
+    n = 1
+    for size in shape:
+        n = n * size
+    return n
+
+
+@primitive("(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)")
+def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Out, Out]:
+    """Quantize to 8 bits per element in blocks (8-bit Optimizers, section 2.1).
+
+    Args:
+        A: any shape, f32, f16 or bf16.
+        code: f32[256], ascending.
+        blocksize: elements per block of the flat tensor.
+
+    Returns:
+        codes u8 in A's shape, absmax f32[ceil(n / blocksize)].
+    """
+    check_float("A", A)
+    check_code("code", code)
+    check_blocksize(blocksize)
+    return Out(A.shape, torch.uint8), Out((block_count(A.numel(), blocksize),), torch.float32)
+
+
+@primitive("(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor")
+def dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Out:
+    """Undo :data:`quantize_blockwise`: ``code[A_i] * absmax_b`` in f32, rounded once to ``dtype``.
+
+    Args:
+        A: codes, u8, any shape.
+        absmax: f32, one value per block.
+        code: f32[256].
+        dtype: of the result: f32, f16 or bf16.
+    """
+    check_dtype("A", A, (torch.uint8,))
+    check_dtype("absmax", absmax, (torch.float32,))
+    check_code("code", code)
+    check_blocksize(blocksize)
+    check_numel("absmax", absmax, block_count(A.numel(), blocksize))
+    check_dtype_argument("dtype", dtype)
+    return Out(A.shape, dtype)
+
+
+@primitive("(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)")
+def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Out, Out]:
+    """Quantize to 4 bits per element in blocks (QLoRA, section 3).
+
+    Args:
+        A: any shape, f32, f16 or bf16.
+        blocksize: elements per block of the flat tensor.
+        quant_type: ``nf4`` or ``fp4``.
+        quant_storage: the dtype that the packed bytes are viewed as: u8, f16, bf16 or f32.
+
+    Returns:
+        packed ``quant_storage[bytes / itemsize, 1]`` (element 2k in the high nibble of byte k),
+        absmax f32[ceil(n / blocksize)].
+    """
+    check_float("A", A)
+    check_blocksize(blocksize)
+    check_choice("quant_type", quant_type, QUANT_TYPES)
+    check_dtype_argument("quant_storage", quant_storage, QUANT_STORAGES)
+    n, itemsize = A.numel(), quant_storage.itemsize
+    packed_bytes = (n + 1) // 2
+    if packed_bytes % itemsize:
+        fitting = [str(dtype).removeprefix("torch.") for dtype in QUANT_STORAGES if packed_bytes % dtype.itemsize == 0]
+        raise ValueError(
+            f"quant_storage: {n} elements pack into {packed_bytes} bytes, no multiple of the {itemsize} bytes of "
+            f"{str(quant_storage).removeprefix('torch.')}; {', '.join(fitting)} fit"
+        )
+    return Out((packed_bytes // itemsize, 1), quant_storage), Out((block_count(n, blocksize),), torch.float32)
+
+
+def _check_packed(name: str, packed: Tensor, n: int, blocksize: int, quant_type: str) -> None:
+    check_dtype(name, packed, QUANT_STORAGES)
+    check_blocksize(blocksize)
+    check_choice("quant_type", quant_type, QUANT_TYPES)
+    packed_bytes = packed.numel() * packed.dtype.itemsize
+    if packed_bytes != (n + 1) // 2:
+        raise ValueError(f"{name}: expected {(n + 1) // 2} bytes for {n} elements of 4 bits, got {packed_bytes}")
+
+
+@primitive(
+    "(Tensor A, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, ScalarType dtype) -> Tensor"
+)
+def dequantize_4bit(
+    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+) -> Out:
+    """Undo :data:`quantize_4bit`: ``code[nibble_i] * absmax_b`` in f32, rounded once to ``dtype``.
+
+    Args:
+        A: packed bytes in any storage dtype and shape.
+        absmax: f32, one value per block.
+        shape: of the result.
+        dtype: of the result: f32, f16 or bf16.
+    """
+    n = _product(shape)
+    _check_packed("A", A, n, blocksize, quant_type)
+    check_dtype("absmax", absmax, (torch.float32,))
+    check_numel("absmax", absmax, block_count(n, blocksize))
+    check_dtype_argument("dtype", dtype)
+    return Out(tuple(shape), dtype)
+
+
+@primitive(
+    "(Tensor A, Tensor B, SymInt[] shape, Tensor absmax, int blocksize, str quant_type, Tensor? bias, "
+    "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize) -> Tensor",
+    differentiable=True,
+)
+def gemm_4bit(
+    A: Tensor,
+    B: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+) -> Out:
+    """``A @ dequantized(B)^T + bias`` in A's dtype, accumulated in f32 or wider; one row of A is the gemv.
+
+    Args:
+        A: [..., K], f32, f16 or bf16.
+        B: the weight [N, K] packed by :data:`quantize_4bit`, any storage dtype.
+        shape: (N, K).
+        absmax: f32 per block; with double quantization (QLoRA, section 3) the u8 codes of the scales.
+        bias: [N] in A's dtype, or None.
+        nested_absmax, nested_code, offset: with double quantization f32[ceil(blocks / nested_blocksize)], f32[256]
+            and one f32; otherwise None.
+    """
+    check_float("A", A)
+    if len(shape) != 2:
+        raise ValueError(f"shape: expected (N, K), got {tuple(shape)}")
+    N, K = shape
+    _check_packed("B", B, N * K, blocksize, quant_type)
+    if A.dim() == 0 or A.shape[-1] != K:
+        raise ValueError(f"A: expected a last dimension of {K} for a weight of shape {(N, K)}, got {tuple(A.shape)}")
+    if bias is not None:
+        check_dtype("bias", bias, (A.dtype,))
+        check_shape("bias", bias, (N,))
+    blocks = block_count(N * K, blocksize)
+    check_numel("absmax", absmax, blocks)
+    if nested_absmax is None:
+        check_dtype("absmax", absmax, (torch.float32,))
+    else:
+        check_dtype("absmax", absmax, (torch.uint8,))
+        check_blocksize(nested_blocksize, "nested_blocksize")
+        check_dtype("nested_absmax", nested_absmax, (torch.float32,))
+        check_numel("nested_absmax", nested_absmax, block_count(blocks, nested_blocksize))
+        check_code("nested_code", nested_code)  # type: ignore[arg-type]
+        check_dtype("offset", offset, (torch.float32,))  # type: ignore[arg-type]
+        check_numel("offset", offset, 1)  # type: ignore[arg-type]
+    return Out((*A.shape[:-1], N), A.dtype)
+
+
+def _check_rows(name: str, A: Tensor) -> tuple[int, int]:
+    """(rows, columns) of a tensor of at least one dimension, read as a stack of rows."""
+    if A.dim() == 0:
+        raise ValueError(f"{name}: expected at least one dimension, got a scalar")
+    return _product(A.shape[:-1]), A.shape[-1]
+
+
+@primitive("(Tensor A, float threshold) -> (Tensor, Tensor, Tensor)")
+def int8_vectorwise_quant(A: Tensor, threshold: float) -> tuple[Out, Out, Out]:
+    """Quantize each row to int8 by its absmax, setting outlier columns aside (LLM.int8(), section 3).
+
+    Args:
+        A: [..., K], f32, f16 or bf16.
+        threshold: entries with |a| >= threshold are outliers; 0 for none.
+
+    Returns:
+        codes i8 in A's shape, row_stats f32[rows], outlier_mask bool[K] (empty when threshold is 0).
+    """
+    check_float("A", A)
+    check_number("threshold", threshold, minimum=0.0)
+    rows, columns = _check_rows("A", A)
+    return (
+        Out(A.shape, torch.int8),
+        Out((rows,), torch.float32),
+        Out((columns if threshold > 0 else 0,), torch.bool),
+    )
+
+
+@primitive("(Tensor A, float threshold) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+def int8_double_quant(A: Tensor, threshold: float) -> tuple[Out, Out, Out, Out, Out]:
+    """Quantize to int8 by rows and by columns at once.
+
+    Args:
+        A: [..., K], f32, f16 or bf16, read as [rows, K].
+        threshold: as in :data:`int8_vectorwise_quant`; outlier columns are zero in both results.
+
+    Returns:
+        codes by row and codes by column, i8 in A's shape; row_stats f32[rows], col_stats f32[K],
+        outlier_mask bool[K] (empty when threshold is 0).
+    """
+    q_row, row_stats, outlier_mask = int8_vectorwise_quant.declaration(A, threshold)  # type: ignore[misc]
+    return q_row, q_row, row_stats, Out((A.shape[-1],), torch.float32), outlier_mask
+
+
+@primitive("(Tensor A, Tensor stats) -> Tensor")
+def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Out:
+    """``A * stats / 127`` in f32: A i8[..., K], stats f32, one per row."""
+    check_dtype("A", A, (torch.int8,))
+    rows, _ = _check_rows("A", A)
+    check_dtype("stats", stats, (torch.float32,))
+    check_numel("stats", stats, rows)
+    return Out(A.shape, torch.float32)
+
+
+def _check_int8_operands(A: Tensor, B: Tensor) -> tuple[int, int]:
+    """(rows of A, rows of B) of i8[..., K] and i8[N, K]."""
+    check_dtype("A", A, (torch.int8,))
+    check_dtype("B", B, (torch.int8,))
+    rows, K = _check_rows("A", A)
+    check_dimensions("B", B, 2)
+    if B.shape[1] != K:
+        raise ValueError(f"B: expected {K} columns like A, got shape {tuple(B.shape)}")
+    if K > MAX_INT8_INNER_SIZE:
+        raise ValueError(f"A: expected at most {MAX_INT8_INNER_SIZE} columns, beyond which i32 overflows, got {K}")
+    return rows, B.shape[0]
+
+
+@primitive("(Tensor A, Tensor B) -> Tensor")
+def int8_linear_matmul(A: Tensor, B: Tensor) -> Out:
+    """``A @ B^T``, exact: A i8[..., K], B i8[N, K], result i32[..., N]; K up to 2^16."""
+    _, N = _check_int8_operands(A, B)
+    return Out((*A.shape[:-1], N), torch.int32)
+
+
+def _check_scales(row_stats: Tensor, col_stats: Tensor, rows: int, N: int, bias: Tensor | None, dtype: torch.dtype) -> None:
+    check_dtype_argument("dtype", dtype)
+    check_dtype("row_stats", row_stats, (torch.float32,))
+    check_numel("row_stats", row_stats, rows)
+    check_dtype("col_stats", col_stats, (torch.float32,))
+    check_numel("col_stats", col_stats, N)
+    if bias is not None:
+        check_dtype("bias", bias, (dtype,))
+        check_shape("bias", bias, (N,))
+
+
+@primitive("(Tensor A, Tensor row_stats, Tensor col_stats, Tensor? bias, ScalarType dtype) -> Tensor")
+def int8_mm_dequant(
+    A: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Out:
+    """``A * row_stats * col_stats / 127^2 + bias`` in f32, rounded once to ``dtype``.
+
+    Args:
+        A: i32[..., N], the result of :data:`int8_linear_matmul`.
+        row_stats: f32, one per row. col_stats: f32[N].
+        bias: ``dtype[N]``, or None.
+    """
+    check_dtype("A", A, (torch.int32,))
+    rows, N = _check_rows("A", A)
+    _check_scales(row_stats, col_stats, rows, N, bias, dtype)
+    return Out(A.shape, dtype)
+
+
+@primitive(
+    "(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+def int8_scaled_mm(
+    A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Out:
+    """:data:`int8_linear_matmul`, then :data:`int8_mm_dequant`, in one: A i8[..., K], B i8[N, K] → dtype[..., N]."""
+    rows, N = _check_int8_operands(A, B)
+    _check_scales(row_stats, col_stats, rows, N, bias, dtype)
+    return Out((*A.shape[:-1], N), dtype)
+
+
+@primitive(
+    "(Tensor A, Tensor CA, Tensor CB, Tensor row_stats, Tensor col_stats, Tensor outlier_mask, Tensor? bias) -> Tensor"
+)
+def int8_mixed_scaled_mm(
+    A: Tensor,
+    CA: Tensor,
+    CB: Tensor,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    outlier_mask: Tensor,
+    bias: Tensor | None,
+) -> Out:
+    """:data:`int8_scaled_mm` plus ``A[:, outliers] @ dequantized(CB[:, outliers])^T`` (LLM.int8(), section 3.2).
+
+    Args:
+        A: [..., K], f32, f16 or bf16; the result has its dtype.
+        CA, row_stats, outlier_mask: of A, from :data:`int8_vectorwise_quant`.
+        CB: i8[N, K] with col_stats f32[N].
+        bias: [N] in A's dtype, or None.
+    """
+    check_float("A", A)
+    rows, N = _check_int8_operands(CA, CB)
+    check_shape("CA", CA, A.shape)
+    check_dtype("outlier_mask", outlier_mask, (torch.bool,))
+    check_numel("outlier_mask", outlier_mask, A.shape[-1])
+    _check_scales(row_stats, col_stats, rows, N, bias, A.dtype)
+    return Out((*A.shape[:-1], N), A.dtype)
+
+
+def _check_optimizer(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    state_dtype: torch.dtype,
+    unorm_vec: Tensor | None,
+    step: int,
+    max_unorm: float,
+) -> None:
+    check_choice("optimizer_name", optimizer_name, tuple(OPTIMIZERS))
+    traits = OPTIMIZERS[optimizer_name]
+    check_float("p", p)
+    check_dtype("g", g, (p.dtype,))
+    check_shape("g", g, p.shape)
+    check_dtype("state1", state1, (state_dtype,))
+    check_shape("state1", state1, (2, *p.shape) if traits.stacked else p.shape)
+    if traits.states == 2:
+        check_dtype("state2", state2, (state_dtype,))  # type: ignore[arg-type]
+        check_shape("state2", state2, p.shape)  # type: ignore[arg-type]
+    elif state2 is not None:
+        raise ValueError(f"state2: {optimizer_name} has one state, expected None")
+    if step < 1:
+        raise ValueError(f"step: counts from 1, got {step}")
+    check_number("max_unorm", max_unorm, minimum=0.0)
+    if max_unorm > 0 and not traits.takes_max_unorm:
+        raise ValueError(f"max_unorm: {optimizer_name} has no bounded update, expected 0, got {max_unorm}")
+    if max_unorm > 0:
+        check_dtype("unorm_vec", unorm_vec, (torch.float32,))  # type: ignore[arg-type]
+        check_numel("unorm_vec", unorm_vec, 1)  # type: ignore[arg-type]
+
+
+_HYPERPARAMETERS_SCHEMA = (
+    "float beta1, float beta2, float beta3, float alpha, float eps, int step, float lr, float weight_decay, "
+    "float gnorm_scale, float max_unorm, bool skip_zeros) -> ()"
+)
+
+
+@primitive(
+    "(str optimizer_name, Tensor g, Tensor(a!) p, Tensor(b!) state1, Tensor(c!)? state2, Tensor(d!)? unorm_vec, "
+    + _HYPERPARAMETERS_SCHEMA
+)
+def optimizer_update_32bit(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    unorm_vec: Tensor | None,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    step: int,
+    lr: float,
+    weight_decay: float,
+    gnorm_scale: float,
+    max_unorm: float,
+    skip_zeros: bool,
+) -> None:
+    """One optimizer step with f32 state, in place (docs/SPEC.md section 5 has the rule of each optimizer).
+
+    Args:
+        optimizer_name: a key of :data:`OPTIMIZERS`.
+        g, p: gradient and parameter of one shape and dtype: f32, f16 or bf16. p is updated.
+        state1, state2: f32 in p's shape ([2, *shape] for ademamix's state1; state2 None where there is one state).
+        unorm_vec: f32[1], receives the norm of the update when ``max_unorm`` > 0; otherwise may be None.
+        step: from 1. alpha and beta3 are this step's, schedules applied.
+    """
+    _check_optimizer(optimizer_name, g, p, state1, state2, torch.float32, unorm_vec, step, max_unorm)
+
+
+@primitive(
+    "(str optimizer_name, Tensor g, Tensor(a!) p, Tensor(b!) state1, Tensor(c!)? state2, Tensor qmap1, Tensor? qmap2, "
+    "Tensor(d!) absmax1, Tensor(e!)? absmax2, Tensor(f!)? unorm_vec, " + _HYPERPARAMETERS_SCHEMA
+)
+def optimizer_update_8bit_blockwise(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    absmax1: Tensor,
+    absmax2: Tensor | None,
+    unorm_vec: Tensor | None,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    step: int,
+    lr: float,
+    weight_decay: float,
+    gnorm_scale: float,
+    max_unorm: float,
+    skip_zeros: bool,
+) -> None:
+    """One optimizer step with 8-bit state in blocks of 256, in place (8-bit Optimizers; docs/SPEC.md section 5).
+
+    Args:
+        state1, state2: u8 codes, shaped as in :data:`optimizer_update_32bit`.
+        qmap1, qmap2: f32[256], the codebooks of the two states.
+        absmax1, absmax2: f32[blocks] ([2, blocks] for ademamix's absmax1), updated.
+        The others as in :data:`optimizer_update_32bit`.
+    """
+    _check_optimizer(optimizer_name, g, p, state1, state2, torch.uint8, unorm_vec, step, max_unorm)
+    traits = OPTIMIZERS[optimizer_name]
+    blocks = block_count(p.numel(), OPTIMIZER_BLOCKSIZE)
+    check_code("qmap1", qmap1)
+    check_dtype("absmax1", absmax1, (torch.float32,))
+    check_numel("absmax1", absmax1, 2 * blocks if traits.stacked else blocks)
+    if traits.states == 2:
+        check_code("qmap2", qmap2)  # type: ignore[arg-type]
+        check_dtype("absmax2", absmax2, (torch.float32,))  # type: ignore[arg-type]
+        check_numel("absmax2", absmax2, blocks)  # type: ignore[arg-type]

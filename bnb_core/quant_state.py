@@ -1,0 +1,252 @@
+"""What is needed, beside the codes, to dequantize a tensor, and how checkpoints store it (docs/SPEC.md section 6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnb_core.checks import BLOCKSIZES, FLOAT_DTYPES, QUANT_TYPES
+from bnb_core.primitives import block_count
+from bnb_core.serialization import pack_dict_to_tensor, unpack_tensor_to_dict
+
+PACKED_KEY = "quant_state.bitsandbytes__"
+TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+NESTED_TENSOR_KEYS = ("nested_absmax", "nested_quant_map")
+VALUE_KEYS = ("quant_type", "blocksize", "dtype", "shape")
+NESTED_VALUE_KEYS = ("nested_blocksize", "nested_dtype", "nested_offset")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+
+
+class QuantState:
+    """The state of a quantized tensor.
+
+    Args:
+        absmax: one scale per block, f32; with double quantization u8 codes of the scales.
+        shape: of the tensor before quantization.
+        code: the codebook, f32[16] or f32[256].
+        blocksize: elements per block.
+        quant_type: ``nf4`` or ``fp4``; None for 8-bit blockwise codes.
+        dtype: of the tensor before quantization, and of the dequantized one.
+        offset: with double quantization, the f32 mean of the scales, taken off before they were quantized.
+        state2: with double quantization, the state of the quantized scales.
+    """
+
+    def __init__(
+        self,
+        absmax: Tensor,
+        shape: torch.Size | tuple[int, ...] | None = None,
+        code: Tensor | None = None,
+        blocksize: int | None = None,
+        quant_type: str | None = None,
+        dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
+        state2: QuantState | None = None,
+    ) -> None:
+        self.absmax = absmax
+        self.shape = shape
+        self.code = code
+        self.dtype = dtype
+        self.blocksize = blocksize
+        self.quant_type = quant_type
+        self.offset = offset
+        self.state2 = state2
+        self.nested = state2 is not None
+
+    def __getitem__(self, index: int) -> Any:
+        """The old list form: [absmax, shape, dtype, blocksize, [offset, state2] or None, quant_type]."""
+        nested = [self.offset, self.state2] if self.nested else None
+        return [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type][index]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QuantState):
+            return NotImplemented
+        return (
+            self.shape == other.shape
+            and self.dtype == other.dtype
+            and self.blocksize == other.blocksize
+            and self.quant_type == other.quant_type
+            and self.nested == other.nested
+            and self.state2 == other.state2
+            and _equal(self.absmax, other.absmax)
+            and _equal(self.code, other.code)
+            and _equal(self.offset, other.offset)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantState(quant_type={self.quant_type!r}, shape={self.shape}, dtype={self.dtype}, "
+            f"blocksize={self.blocksize}, nested={self.nested})"
+        )
+
+    def to(self, device: torch.device | str) -> QuantState:
+        """Move every tensor of this state, in place."""
+        self.absmax = self.absmax.to(device)
+        if self.code is not None:
+            self.code = self.code.to(device)
+        if self.offset is not None:
+            self.offset = self.offset.to(device)
+        if self.state2 is not None:
+            self.state2.to(device)
+        return self
+
+    def as_dict(self, packed: bool = False) -> dict[str, Any]:
+        """The entries of a state dict, without their prefix.
+
+        Args:
+            packed: what is not a tensor goes into one, as checkpoints want it.
+        """
+        state: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "absmax": self.absmax,
+            "blocksize": self.blocksize,
+            "quant_map": self.code,
+            "dtype": _dtype_name(self.dtype),
+            "shape": None if self.shape is None else tuple(self.shape),
+        }
+        if self.state2 is not None:
+            state |= {
+                "nested_absmax": self.state2.absmax,
+                "nested_blocksize": self.state2.blocksize,
+                "nested_quant_map": self.state2.code,
+                "nested_dtype": _dtype_name(self.state2.dtype),
+                "nested_offset": self.offset.item(),  # type: ignore[union-attr]
+            }
+        if not packed:
+            return state
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        values = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        return {**tensors, f"{PACKED_KEY}{self.quant_type}": pack_dict_to_tensor(values)}
+
+    @classmethod
+    def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str) -> QuantState:
+        """Read what :meth:`as_dict` wrote, packed or not; keys may carry a prefix that ends in a dot.
+
+        Raises:
+            ValueError: a missing, surplus or malformed entry, named by its key.
+        """
+        entries = _Entries(qs_dict)
+        entries.check()
+        values, tensors = entries.values, entries.tensors
+        state2, offset = None, None
+        if entries.nested:
+            offset = torch.tensor(float(values["nested_offset"]), dtype=torch.float32, device=device)
+            state2 = cls(
+                absmax=tensors["nested_absmax"].to(device),
+                blocksize=values["nested_blocksize"],
+                code=tensors["nested_quant_map"].to(device),
+                dtype=DTYPES[values["nested_dtype"]],
+            )
+        return cls(
+            absmax=tensors["absmax"].to(device),
+            shape=torch.Size(values["shape"]),
+            code=tensors["quant_map"].to(device),
+            blocksize=values["blocksize"],
+            quant_type=values["quant_type"],
+            dtype=DTYPES[values["dtype"]],
+            offset=offset,
+            state2=state2,
+        )
+
+
+class _Entries:
+    """The entries of a quant state in a checkpoint, which may say anything: each is checked before it is used."""
+
+    def __init__(self, qs_dict: Mapping[str, Any]) -> None:
+        self.key_of: dict[str, str] = {}
+        self.values: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        packed_type = None
+        for key, value in qs_dict.items():
+            prefix, separator, quant_type = key.rpartition(PACKED_KEY)
+            if separator and (not prefix or prefix.endswith(".")):
+                if packed_type is not None:
+                    raise ValueError(f"{key}: a second packed quant state")
+                packed_type = quant_type
+                self._add_packed(key, value)
+            else:
+                self._add(key.rpartition(".")[2], key, value)
+        if packed_type is not None and self.values.get("quant_type") != packed_type:
+            raise ValueError(
+                f"{self.key_of['quant_state']}: holds quant_type {self.values.get('quant_type')!r}, "
+                f"its key says {packed_type!r}"
+            )
+        self.nested = any(name in self.key_of for name in NESTED_TENSOR_KEYS + NESTED_VALUE_KEYS)
+
+    def _add_packed(self, key: str, value: Any) -> None:
+        self.key_of["quant_state"] = key
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key}: expected a uint8 tensor, got {type(value).__name__}")
+        try:
+            content = unpack_tensor_to_dict(value)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+        for name, entry in content.items():
+            self._add(name, f"{key}: {name}", entry)
+
+    def _add(self, name: str, key: str, value: Any) -> None:
+        if name in self.key_of:
+            raise ValueError(f"{key}: given twice")
+        if name in TENSOR_KEYS:
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{key}: expected a tensor, got {type(value).__name__}")
+            self.tensors[name] = value
+        elif name in VALUE_KEYS + NESTED_VALUE_KEYS:
+            self.values[name] = value
+        else:
+            raise ValueError(f"{key}: not a part of a 4-bit quant state")
+        self.key_of[name] = key
+
+    def check(self) -> None:
+        wanted = ("absmax", "quant_map", *VALUE_KEYS)
+        if self.nested:
+            wanted += NESTED_TENSOR_KEYS + NESTED_VALUE_KEYS
+        for name in wanted:
+            if name not in self.key_of:
+                raise ValueError(f"{name}: missing from the quant state, which has {', '.join(sorted(self.key_of))}")
+        self._check_choice("quant_type", QUANT_TYPES)
+        self._check_choice("blocksize", BLOCKSIZES)
+        self._check_choice("dtype", tuple(DTYPES))
+        shape = self.values["shape"]
+        if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"{self.key_of['shape']}: expected a list of sizes, got {shape!r}")
+        blocks = block_count(math.prod(shape), self.values["blocksize"])
+        self._check_tensor("quant_map", torch.float32, 16)
+        self._check_tensor("absmax", torch.uint8 if self.nested else torch.float32, blocks)
+        if self.nested:
+            self._check_choice("nested_blocksize", BLOCKSIZES)
+            self._check_choice("nested_dtype", ("float32",))
+            offset = self.values["nested_offset"]
+            if type(offset) not in (int, float):
+                raise ValueError(f"{self.key_of['nested_offset']}: expected a number, got {offset!r}")
+            self._check_tensor("nested_absmax", torch.float32, block_count(blocks, self.values["nested_blocksize"]))
+            self._check_tensor("nested_quant_map", torch.float32, 256)
+
+    def _check_choice(self, name: str, accepted: tuple[Any, ...]) -> None:
+        value = self.values[name]
+        if type(value) not in (str, int) or value not in accepted:
+            choices = ", ".join(str(choice) for choice in accepted)
+            raise ValueError(f"{self.key_of[name]}: expected one of {choices}, got {value!r}")
+
+    def _check_tensor(self, name: str, dtype: torch.dtype, numel: int) -> None:
+        tensor = self.tensors[name]
+        if tensor.dtype != dtype or tensor.numel() != numel:
+            raise ValueError(
+                f"{self.key_of[name]}: expected {numel} elements of {dtype}, "
+                f"got {tensor.numel()} of {tensor.dtype}"
+            )
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

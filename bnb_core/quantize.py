@@ -1,0 +1,82 @@
+"""Quantize a whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnb_core.checks import check_choice
+from bnb_core.nn.linear4bit import Linear4bit
+from bnb_core.nn.linear8bit import Linear8bitLt
+
+METHODS = ("nf4", "fp4", "int8")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How :func:`quantize_model` quantizes.
+
+    Args:
+        method: ``nf4`` or ``fp4`` (4 bits, QLoRA) or ``int8`` (LLM.int8()).
+        double_quantization: with 4 bits, quantize the scales as well.
+        compute_dtype: with 4 bits, what inputs are converted to; None takes it from the first input.
+        quant_storage: with 4 bits, the dtype that the packed bytes are viewed as.
+        threshold: with int8, the magnitude from which on an input column is an outlier.
+        skip_modules: names of linear layers that stay as they are.
+    """
+
+    method: str = "nf4"
+    double_quantization: bool = True
+    compute_dtype: torch.dtype | None = None
+    quant_storage: torch.dtype = torch.uint8
+    threshold: float = 6.0
+    skip_modules: tuple[str, ...] = ("lm_head",)
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+
+
+def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -> nn.Module:
+    """Replace every linear layer of ``model`` by a quantized one with the same weight, in place, and freeze it.
+
+    Each new layer is quantized on the device on which the old one was; one on meta stays there, to be loaded.
+
+    Returns:
+        The model.
+    """
+    config = config or QuantizationConfig()
+    layer: partial[Any]
+    if config.method == "int8":
+        layer = partial(Linear8bitLt, has_fp16_weights=False, threshold=config.threshold, device="meta")
+    else:
+        layer = partial(
+            Linear4bit,
+            compute_dtype=config.compute_dtype,
+            compress_statistics=config.double_quantization,
+            quant_type=config.method,
+            quant_storage=config.quant_storage,
+            device="meta",
+        )
+    replacements: dict[nn.Linear, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and name not in config.skip_modules:
+                if child not in replacements:
+                    replacements[child] = _quantized(child, layer)
+                setattr(parent, name, replacements[child])
+    return model.requires_grad_(False)
+
+
+def _quantized(linear: nn.Linear, layer: partial[Any]) -> nn.Module:
+    """A quantized layer with the weight and the very bias of ``linear``."""
+    module = layer(linear.in_features, linear.out_features, linear.bias is not None)
+    weight = module.weight
+    module.weight = type(weight)(linear.weight.data, **{**weight.__dict__, "requires_grad": False}).to(linear.weight.device)
+    if isinstance(module, Linear4bit):
+        module.quant_state = module.weight.quant_state
+    module.bias = linear.bias
+    return module.train(linear.training)

@@ -1,0 +1,290 @@
+"""Which function serves a primitive on a device.
+
+A backend is a table from primitive names to functions. Backends are found through the entry-point group
+``bnb_core.backends``, ours and other people's alike, and each is imported when it is first asked for. One that
+fails to import is listed with its reason and disturbs nobody.
+
+Without an override the available backend of highest priority serves. ``BNB_BACKEND`` and :func:`use_backend`
+are strict: the backend they name serves, or the call raises :class:`BackendError`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+ENTRY_POINT_GROUP = "bnb_core.backends"
+ENVIRONMENT_VARIABLE = "BNB_BACKEND"
+EVERY_DEVICE = "*"
+EVERY_PRIMITIVE = "*"
+
+
+class BackendError(ValueError):
+    """No backend can serve a call, or a backend was named that does not exist or is not available."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function that serves one primitive.
+
+    ``function(*arguments, out=outputs)`` writes the outputs (a tensor or a tuple of them) that the primitive
+    has allocated. ``supports(*arguments)`` returns None, or the reason why these arguments cannot be served.
+    """
+
+    function: Callable[..., None]
+    supports: Callable[..., str | None] | None = None
+
+
+@dataclass(frozen=True)
+class InstructionSets:
+    """The builds of one backend's kernels for different instruction sets.
+
+    ``available()`` names those that this machine runs, ``current()`` the one that serves, and ``select(name)`` makes
+    another one serve.
+    """
+
+    available: Callable[[], list[str]]
+    current: Callable[[], str]
+    select: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A table of kernels.
+
+    Args:
+        name: what BNB_BACKEND calls it.
+        device_types: torch device types whose tensors it takes; ``("*",)`` for every one.
+        priority: the highest available one serves.
+        kernels: primitive name to :class:`Kernel`, or to its function.
+        unavailable: why it cannot run here and what to do about it; None when it can.
+        by_name_only: never chosen by priority (simulators, interpreters).
+        details: facts for ``bnb-core info``, such as the instruction set in use.
+        instruction_sets: where there are several, how to choose among them.
+        expected_failures: a JSON file of the conformance cases that are known to fail (conformance/runner.py).
+    """
+
+    name: str
+    device_types: tuple[str, ...]
+    priority: int
+    kernels: Mapping[str, Kernel | Callable[..., None]]
+    unavailable: str | None = None
+    by_name_only: bool = False
+    details: Callable[[], dict[str, str]] = field(default=dict)
+    instruction_sets: InstructionSets | None = None
+    expected_failures: Path | None = None
+
+    @property
+    def available(self) -> bool:
+        return self.unavailable is None
+
+    def serves(self, device_type: str) -> bool:
+        return EVERY_DEVICE in self.device_types or device_type in self.device_types
+
+    def kernel(self, primitive: str) -> Kernel | None:
+        entry = self.kernels.get(primitive)
+        return entry if entry is None or isinstance(entry, Kernel) else Kernel(entry)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    backend: str
+    kernel: Kernel
+
+
+class _Selection:
+    """What an override names, and the look-ups made under it."""
+
+    def __init__(self, override: Mapping[str, str]) -> None:
+        self.override = override
+        self.found: dict[tuple[str, str], list[_Candidate]] = {}
+
+    def candidates(self, primitive: str, device_type: str) -> list[_Candidate]:
+        """The kernels that may serve, in the order in which they are asked."""
+        key = (primitive, device_type)
+        candidates = self.found.get(key)
+        if candidates is None:
+            name = self.override.get(primitive) or self.override.get(EVERY_PRIMITIVE)
+            if name is None:
+                candidates = _by_priority(primitive, device_type)
+            else:
+                candidates = [_strict_candidate(primitive, device_type, name)]
+            self.found[key] = candidates
+        return candidates
+
+
+_primitives: list[str] = []
+_selection: ContextVar[_Selection | None] = ContextVar("bnb_core_backend", default=None)
+_observers: list[Callable[[str, str], None]] = []
+
+
+def declare(primitive: str) -> None:
+    """Make a primitive's name known; primitives.py calls it once for each."""
+    _primitives.append(primitive)
+
+
+def primitive_names() -> list[str]:
+    return list(_primitives)
+
+
+@cache
+def _entry_points() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        found.setdefault(entry.name, entry)
+    if not found:
+        raise BackendError(
+            f"no backend is registered under the entry-point group {ENTRY_POINT_GROUP!r}: "
+            "bnb_core is not installed; run `pip install .` (or `pip install -e .`) in its source folder"
+        )
+    return found
+
+
+@cache
+def _load(name: str) -> Backend:
+    """The backend of that entry point; one that fails to load is unavailable with the error as the reason."""
+    entry = _entry_points()[name]
+    try:
+        backend = entry.load()
+        if not isinstance(backend, Backend):
+            raise TypeError(f"{entry.value} is a {type(backend).__name__}, not a bnb_core.registry.Backend")
+        return backend
+    except Exception as error:
+        reason = f"importing {entry.value} failed: {type(error).__name__}: {error}"
+        return Backend(name, (), 0, {}, unavailable=reason)
+
+
+def backends() -> dict[str, Backend]:
+    """Every registered backend by name, highest priority first, available or not (``.unavailable`` says why)."""
+    loaded = ((name, _load(name)) for name in sorted(_entry_points()))
+    return dict(sorted(loaded, key=lambda item: -item[1].priority))
+
+
+def _named(name: str) -> Backend:
+    if name not in _entry_points():
+        raise BackendError(f"unknown backend {name!r}; registered are: {', '.join(sorted(_entry_points()))}")
+    return _load(name)
+
+
+def parse_override(text: str) -> dict[str, str]:
+    """Read ``"cpu"`` or ``"gemm_4bit=reference,*=cpu"`` into a mapping from primitive to backend name.
+
+    Raises:
+        BackendError: an unknown backend or primitive, or a malformed entry.
+    """
+    override: dict[str, str] = {}
+    for entry in (part.strip() for part in text.split(",")):
+        primitive, separator, name = entry.rpartition("=")
+        if not separator:
+            primitive = EVERY_PRIMITIVE
+        if primitive != EVERY_PRIMITIVE and primitive not in _primitives:
+            raise BackendError(f"unknown primitive {primitive!r} in {text!r}; primitives are: {', '.join(_primitives)}")
+        if primitive in override:
+            raise BackendError(f"{text!r} names a backend for {primitive!r} twice")
+        _named(name)
+        override[primitive] = name
+    return override
+
+
+@cache
+def _environment_selection() -> _Selection:
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
+    return _Selection(parse_override(text) if text else {})
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every call in this context by the named backend (or ``"primitive=backend,*=backend"``), strictly.
+
+    Raises:
+        BackendError: an unknown name, or a backend that is not available (with the reason).
+    """
+    override = parse_override(name)
+    for backend in set(override.values()):
+        _require_available(_named(backend))
+    token = _selection.set(_Selection(override))
+    try:
+        yield
+    finally:
+        _selection.reset(token)
+
+
+@contextmanager
+def observe(callback: Callable[[str, str], None]) -> Iterator[None]:
+    """Call ``callback(primitive, backend)`` for every primitive served in this context, in any thread."""
+    _observers.append(callback)
+    try:
+        yield
+    finally:
+        _observers.remove(callback)
+
+
+def _require_available(backend: Backend) -> None:
+    if backend.unavailable is not None:
+        raise BackendError(f"backend {backend.name!r} is not available: {backend.unavailable}")
+
+
+def _strict_candidate(primitive: str, device_type: str, name: str) -> _Candidate:
+    """The candidate of the backend that an override names, or an error that says what is missing."""
+    backend = _named(name)
+    _require_available(backend)
+    remedy = f"choose another with {ENVIRONMENT_VARIABLE} or use_backend(), or name none"
+    if not backend.serves(device_type):
+        raise BackendError(
+            f"{primitive}: backend {name!r} takes tensors on {', '.join(backend.device_types)}, "
+            f"got one on {device_type}; move the tensor or {remedy}"
+        )
+    kernel = backend.kernel(primitive)
+    if kernel is None:
+        raise BackendError(f"{primitive}: backend {name!r} does not have this primitive; {remedy}")
+    return _Candidate(name, kernel)
+
+
+def _by_priority(primitive: str, device_type: str) -> list[_Candidate]:
+    found = []
+    for backend in backends().values():
+        kernel = backend.kernel(primitive)
+        if backend.available and not backend.by_name_only and backend.serves(device_type) and kernel:
+            found.append(_Candidate(backend.name, kernel))
+    if not found:
+        reasons = "; ".join(f"{b.name}: {b.unavailable}" for b in backends().values() if b.unavailable)
+        raise BackendError(f"{primitive}: no backend serves tensors on {device_type}. Not available: {reasons or 'none'}")
+    return found
+
+
+def kernel_for(primitive: str, device_type: str, arguments: tuple[Any, ...]) -> Callable[..., None]:
+    """The function that serves ``primitive`` with these arguments on tensors of this device type.
+
+    Raises:
+        BackendError: none does, or the one that an override names cannot.
+    """
+    candidates = (_selection.get() or _environment_selection()).candidates(primitive, device_type)
+    reasons = []
+    for candidate in candidates:
+        supports = candidate.kernel.supports
+        reason = supports(*arguments) if supports else None
+        if reason is None:
+            for observer in _observers:
+                observer(primitive, candidate.backend)
+            return candidate.kernel.function
+        reasons.append(f"{candidate.backend}: {reason}")
+    raise BackendError(f"{primitive}: no backend supports these arguments: {'; '.join(reasons)}")
+
+
+def serving(device_type: str) -> dict[str, str]:
+    """For each primitive, the name of the backend that serves tensors of this device type, or the error."""
+    selection = _selection.get() or _environment_selection()
+    table = {}
+    for primitive in _primitives:
+        try:
+            table[primitive] = selection.candidates(primitive, device_type)[0].backend
+        except BackendError as error:
+            table[primitive] = str(error)
+    return table

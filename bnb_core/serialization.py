@@ -1,0 +1,31 @@
+"""A dict of plain values as a tensor, so that it can stand in a state dict beside the weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def pack_dict_to_tensor(source: dict[str, Any]) -> Tensor:
+    """The JSON text of ``source`` in UTF-8, u8[bytes]."""
+    return torch.tensor(list(json.dumps(source).encode("utf-8")), dtype=torch.uint8)
+
+
+def unpack_tensor_to_dict(tensor: Tensor) -> dict[str, Any]:
+    """Undo :func:`pack_dict_to_tensor`.
+
+    Raises:
+        ValueError: not a u8 tensor that holds a JSON object.
+    """
+    if tensor.dtype != torch.uint8:
+        raise ValueError(f"tensor: expected uint8 bytes of JSON, got {tensor.dtype}")
+    try:
+        content = json.loads(bytes(tensor.cpu().flatten().tolist()).decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"tensor: does not hold JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"tensor: expected a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,151 @@
+"""Helpers around models: replacing layers, finding outliers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnb_core.serialization import pack_dict_to_tensor, unpack_tensor_to_dict
+
+__all__ = [
+    "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",
+    "LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",
+    "OutlierTracer",
+    "find_outlier_dims",
+    "pack_dict_to_tensor",
+    "replace_linear",
+    "sync_gpu",
+    "unpack_tensor_to_dict",
+]
+
+LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
+INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {
+    number: name for name, number in LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.items()
+}
+
+
+def replace_linear(
+    model: nn.Module,
+    linear_replacement: Callable[..., nn.Module],
+    skip_modules: Sequence[str] = ("lm_head",),
+    copy_weights: bool = False,
+    post_processing_function: str | None = None,
+) -> nn.Module:
+    """Replace every nn.Linear below ``model``, in place.
+
+    Args:
+        linear_replacement: called with in_features, out_features and whether there is a bias.
+        skip_modules: names of layers (the last part of their path) that stay.
+        copy_weights: the new layers take the old ones' weight and bias; otherwise they keep their own.
+        post_processing_function: the name of a method of the replaced layer to call afterwards.
+
+    Returns:
+        The model.
+    """
+    for name, module in model.named_children():
+        if isinstance(module, nn.Linear) and name not in skip_modules:
+            replacement = linear_replacement(module.in_features, module.out_features, module.bias is not None)
+            if copy_weights:
+                with torch.no_grad():
+                    replacement.weight.data = module.weight.data.clone()  # type: ignore[union-attr]
+                    if module.bias is not None:
+                        replacement.bias.data = module.bias.data.clone()  # type: ignore[union-attr]
+            setattr(model, name, replacement)
+            if post_processing_function is not None:
+                method = getattr(module, post_processing_function, None)
+                if method is not None:
+                    method()
+        else:
+            replace_linear(module, linear_replacement, skip_modules, copy_weights, post_processing_function)
+    return model
+
+
+def _zscores(values: Tensor) -> Tensor:
+    return (values - values.mean()) / values.std()
+
+
+def find_outlier_dims(
+    weight: Tensor, reduction_dim: int = 0, zscore: float = 4.0, topk: int | None = None, rdm: bool = False
+) -> Tensor:
+    """The dimensions of a weight whose values are unusually large (LLM.int8(), appendix D).
+
+    Args:
+        weight: [N, K].
+        reduction_dim: the dimension that is reduced; the indices are into the other one.
+        zscore: how many standard deviations above the mean the standard deviation of a dimension must lie.
+        topk: return this many of the largest instead.
+        rdm: return as many random dimensions as there are outliers, for comparison.
+
+    Returns:
+        i64, ascending unless ``topk`` is given.
+    """
+    spread = weight.float().std(dim=reduction_dim)
+    if topk is not None:
+        return spread.topk(topk).indices
+    outliers = (_zscores(spread) > zscore).nonzero().view(-1)
+    if rdm:
+        sample = sorted(random.sample(range(spread.numel()), outliers.numel()))
+        return torch.tensor(sample, dtype=torch.int64, device=weight.device)
+    return outliers
+
+
+class OutlierTracer:
+    """Finds the outlier dimensions of each linear layer's input, from the weights of the layers that feed it.
+
+    ``OutlierTracer.get_instance().initialize(model)`` adds hooks; after one forward, :meth:`get_outliers` answers.
+    """
+
+    _instance: OutlierTracer | None = None
+
+    def __init__(self) -> None:
+        self.outlier_of_weight: dict[int, Tensor] = {}
+        self.hooks: list[Any] = []
+        self.last_weight: Tensor | None = None
+
+    @classmethod
+    def get_instance(cls) -> OutlierTracer:
+        if cls._instance is None:
+            cls._instance = cls()
+        return cls._instance
+
+    def is_initialized(self) -> bool:
+        return bool(self.hooks)
+
+    def initialize(self, model: nn.Module) -> None:
+        """Watch the forward of every nn.Linear of the model."""
+        self.remove()
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                self.hooks.append(module.register_forward_pre_hook(self._trace))
+
+    def remove(self) -> None:
+        """Take the hooks away and forget what was found."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.outlier_of_weight, self.last_weight = [], {}, None
+
+    def _trace(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        weight = module.weight
+        if self.last_weight is not None and self.last_weight.shape[0] == weight.shape[1]:  # type: ignore[index]
+            self.outlier_of_weight[weight.data_ptr()] = find_outlier_dims(self.last_weight, reduction_dim=1)  # type: ignore[operator]
+        self.last_weight = weight.data  # type: ignore[assignment]
+
+    def get_outliers(self, weight: Tensor) -> Tensor | None:
+        """The outlier dimensions of the input of the layer with this weight, i64; None if none were traced.
+
+        Raises:
+            RuntimeError: :meth:`initialize` has not been called.
+        """
+        if not self.is_initialized():
+            raise RuntimeError("OutlierTracer watches no model yet: call initialize(model) first")
+        return self.outlier_of_weight.get(weight.data_ptr())
+
+
+def sync_gpu(tensor: Tensor) -> None:
+    """Wait until the tensor's device has done what was asked of it; a CPU always has."""
+    if tensor.device.type != "cpu":
+        torch.get_device_module(tensor.device).synchronize(tensor.device)

@@ -1,0 +1,105 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "targets/targets.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace bnb {
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+struct Cpuid {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  explicit Cpuid(unsigned leaf) { __get_cpuid_count(leaf, 0, &eax, &ebx, &ecx, &edx); }
+};
+
+bool bits_set(unsigned value, unsigned mask) { return (value & mask) == mask; }
+
+// Whether the system saves the register state that `mask` names when it switches threads.
+bool system_saves(unsigned mask) {
+  if (!bits_set(Cpuid(1).ecx, bit_OSXSAVE)) return false;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return bits_set(low, mask);
+}
+
+constexpr unsigned kYmmState = 0x06;
+constexpr unsigned kZmmState = 0xe6;
+
+bool has_avx2() {
+  return system_saves(kYmmState) && bits_set(Cpuid(1).ecx, bit_AVX | bit_FMA | bit_F16C) &&
+         bits_set(Cpuid(7).ebx, bit_AVX2);
+}
+
+bool has_avx512() {
+  return has_avx2() && system_saves(kZmmState) &&
+         bits_set(Cpuid(7).ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL);
+}
+#endif
+
+struct Isa {
+  const char* name;
+  bool (*available)();
+  const Kernels* kernels;
+};
+
+// Ascending: the last one available is the default.
+const Isa kIsas[] = {
+    {"portable", always, &portable_kernels},
+#if defined(__x86_64__)
+    {"avx2", has_avx2, &avx2_kernels},
+    {"avx512", has_avx512, &avx512_kernels},
+#endif
+};
+
+const Isa* chosen = &kIsas[0];
+
+}  // namespace
+
+std::vector<std::string> isas_built() {
+  std::vector<std::string> names;
+  for (const Isa& each : kIsas) names.push_back(each.name);
+  return names;
+}
+
+std::vector<std::string> isas_available() {
+  std::vector<std::string> names;
+  for (const Isa& each : kIsas) {
+    if (each.available()) names.push_back(each.name);
+  }
+  return names;
+}
+
+std::string isa() { return chosen->name; }
+
+void set_isa(const std::string& name) {
+  for (const Isa& each : kIsas) {
+    if (name == each.name && each.available()) {
+      chosen = &each;
+      return;
+    }
+  }
+  std::string message = "CPU instruction set '" + name + "' is not available; available here:";
+  for (const std::string& available : isas_available()) message += " " + available;
+  throw std::invalid_argument(message);
+}
+
+void choose_isa() {
+  const char* cap = std::getenv("BNB_CPU_ISA");
+  try {
+    set_isa(cap && *cap ? cap : isas_available().back());
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(std::string("BNB_CPU_ISA: ") + error.what());
+  }
+}
+
+const Kernels& kernels() { return *chosen->kernels; }
+
+}  // namespace bnb

@@ -1,0 +1,19 @@
+// Which instruction set serves, chosen once at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace bnb {
+
+std::vector<std::string> isas_built();      // ascending
+std::vector<std::string> isas_available();  // those of them that this machine and its system can run
+std::string isa();                          // the one that serves
+
+// Throws std::invalid_argument, listing what is available, for any other name.
+void set_isa(const std::string& name);
+
+// The most capable one, or the one that BNB_CPU_ISA names.
+void choose_isa();
+
+}  // namespace bnb

@@ -1,0 +1,90 @@
+// What the algorithms share: element types, threads, scratch memory.
+#pragma once
+
+#include "../../csrc_shared/codebooks.h"
+#include "../../csrc_shared/kernels.h"
+#include "../threads.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many rows or blocks of `length` elements a thread should have before a second one is worth waking.
+inline int64_t grain(int64_t length) { return ceil_div(16384, max(length, 1)); }
+
+// Calls body(begin, end) on parts of [0, n), of `least` or more where that is possible.
+template <class Body>
+void parallel_for(int64_t n, int64_t least, const Body& body) {
+  const auto run = [](void* context, int64_t begin, int64_t end) {
+    (*static_cast<const Body*>(context))(begin, end);
+  };
+  parallel_range(n, least, run, const_cast<Body*>(&body));
+}
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(static_cast<T*>(allocate(size * sizeof(T)))) {}
+  ~Buffer() { deallocate(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// p as a pointer to what `like` points to.
+template <class T>
+const T* same_type(const void* p, const T*) {
+  return static_cast<const T*>(p);
+}
+
+template <class T>
+struct PointeeOf;
+template <class T>
+struct PointeeOf<T*> {
+  using type = T;
+};
+template <class Pointer>
+using Pointee = typename PointeeOf<Pointer>::type;
+
+// An integer known when compiling, as an argument.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+// Calls f with p as a pointer to elements of `dtype`.
+template <class F>
+void with_type(DType dtype, void* p, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(static_cast<float*>(p));
+    case DType::f16:
+      return f(static_cast<Half*>(p));
+    case DType::bf16:
+      return f(static_cast<BFloat16*>(p));
+  }
+}
+template <class F>
+void with_type(DType dtype, const void* p, const F& f) {
+  with_type(dtype, const_cast<void*>(p), [&](auto* typed) { f(same_type(p, typed)); });
+}
+
+// max |a_i| as its bits, which order like the values themselves and put NaN above infinity.
+constexpr int32_t kSmallestNormal = 0x00800000;
+constexpr int32_t kInfinity = 0x7f800000;
+constexpr int32_t kNan = 0x7fc00000;
+
+BNB_INLINE float float_from_bits(int32_t x) {
+  float result;
+  __builtin_memcpy(&result, &x, sizeof result);
+  return result;
+}
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET

@@ -1,0 +1,298 @@
+// LLM.int8() (docs/SPEC.md section 4).
+#pragma once
+
+#include "common.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
+constexpr float kNoThreshold = __builtin_nanf("");  // no comparison with it holds
+
+// What an entry adds to its row's or column's absmax, as bits: nothing if it is an outlier.
+BNB_INLINE I32 inlier_bits(F32 x, F32 threshold) {
+  const F32 magnitude = abs(x);
+  return select(less_equal(threshold, magnitude), I32{}, bits(magnitude));
+}
+
+// Entries are multiplied by 127 / absmax, or by 0 where that or absmax is not finite.
+BNB_INLINE F32 int8_scale(F32 absmax) {
+  const F32 scale = splat(127.0f) / absmax;
+  const I32 infinity = splat(kInfinity);
+  const Mask finite = less(bits(scale), infinity);
+  return select(finite, select(less(bits(absmax), infinity), scale, F32{}), F32{});
+}
+
+// The statistic to keep: 0 where 127 / absmax overflows.
+BNB_INLINE F32 int8_statistic(F32 absmax) {
+  return select(equal(bits(splat(127.0f) / absmax), splat(kInfinity)), F32{}, absmax);
+}
+
+// Where `scale` is 0 the code is 0, whatever x is.
+BNB_INLINE I32 int8_code(F32 x, F32 scale) {
+  F32 scaled = x * scale;
+  scaled = select(less(scaled, splat(-127.0f)), splat(-127.0f), scaled);
+  scaled = select(less(splat(127.0f), scaled), splat(127.0f), scaled);
+  return round_to_int(select(equal(scale, F32{}), F32{}, scaled));
+}
+
+BNB_INLINE F32 canonical_nan(F32 x) { return select(equal(x, x), x, splat(float_from_bits(kNan))); }
+
+template <class T>
+float row_absmax(const T* a, int64_t K, F32 threshold, uint8_t* outlier_columns) {
+  I32 largest{};
+  for_each_vector(K, [&](int64_t k, auto lanes) {
+    const F32 x = load(a + k, lanes);
+    largest = max(largest, inlier_bits(x, threshold));
+    if (!outlier_columns) return;
+    const Mask is_outlier = less_equal(threshold, abs(x));
+    if (!any(is_outlier)) return;
+    const I32 outliers = select(is_outlier, splat(1), I32{});
+    for (int i = 0; i < kLanes; i++) {
+      if (outliers[i]) __atomic_store_n(outlier_columns + k + i, uint8_t{1}, __ATOMIC_RELAXED);
+    }
+  });
+  return float_from_bits(reduce_max(largest));
+}
+
+template <class T>
+void int8_quantize_row(const T* a, int64_t K, F32 scale, const uint8_t* outlier_columns, int8_t* q) {
+  uint8_t* codes = reinterpret_cast<uint8_t*>(q);
+  for_each_vector(K, [&](int64_t k, auto lanes) {
+    I32 code = int8_code(load(a + k, lanes), scale);
+    if (outlier_columns) code = select(equal(load(outlier_columns + k, lanes), I32{}), code, I32{});
+    store(codes + k, code, lanes);
+  });
+}
+
+void int8_vectorwise_quant(const void* A, DType dtype, int64_t M, int64_t K, float threshold, int8_t* q,
+                           float* row_stats, uint8_t* outlier_columns, Stream) {
+  const F32 limit = splat(threshold > 0 ? threshold : kNoThreshold);
+  if (outlier_columns) __builtin_memset(outlier_columns, 0, K);
+  with_type(dtype, A, [&](auto* a) {
+    const auto measure = [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        row_stats[r] = row_absmax(a + r * K, K, limit, outlier_columns);
+      }
+    };
+    const auto quantize = [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        const F32 absmax = splat(row_stats[r]);
+        int8_quantize_row(a + r * K, K, int8_scale(absmax), outlier_columns, q + r * K);
+        row_stats[r] = canonical_nan(int8_statistic(absmax))[0];
+      }
+    };
+
+    parallel_for(M, grain(K),
+                 measure);  // every outlier column must be known before the first row is quantized
+    parallel_for(M, grain(K), quantize);
+  });
+}
+
+// A strip of up to kStrip columns.
+constexpr int64_t kStrip = 256;
+
+template <class T>
+void int8_quantize_columns(const T* a, int64_t M, int64_t K, int64_t first, int64_t columns, F32 threshold,
+                           int8_t* q, float* col_stats, const uint8_t* outlier_columns) {
+  I32 largest[kStrip / kLanes] = {};
+  for (int64_t r = 0; r < M; r++) {
+    for_each_vector(columns, [&](int64_t k, auto lanes) {
+      I32& column = largest[k / kLanes];
+      column = max(column, inlier_bits(load(a + r * K + first + k, lanes), threshold));
+    });
+  }
+  F32 scales[kStrip / kLanes];
+  for_each_vector(columns, [&](int64_t k, auto lanes) {
+    const F32 absmax = from_bits(largest[k / kLanes]);
+    F32 scale = int8_scale(absmax);
+    if (outlier_columns) {
+      scale = select(equal(load(outlier_columns + first + k, lanes), I32{}), scale, F32{});
+    }
+    scales[k / kLanes] = scale;
+    store(col_stats + first + k, canonical_nan(int8_statistic(absmax)), lanes);
+  });
+  uint8_t* codes = reinterpret_cast<uint8_t*>(q);
+  for (int64_t r = 0; r < M; r++) {
+    for_each_vector(columns, [&](int64_t k, auto lanes) {
+      const int64_t i = r * K + first + k;
+      store(codes + i, int8_code(load(a + i, lanes), scales[k / kLanes]), lanes);
+    });
+  }
+}
+
+void int8_columnwise_quant(const void* A, DType dtype, int64_t M, int64_t K, float threshold, int8_t* q,
+                           float* col_stats, const uint8_t* outlier_columns, Stream) {
+  const F32 limit = splat(threshold > 0 ? threshold : kNoThreshold);
+  with_type(dtype, A, [&](auto* a) {
+    parallel_for(ceil_div(K, kStrip), grain(kStrip * M), [&](int64_t begin, int64_t end) {
+      for (int64_t strip = begin; strip < end; strip++) {
+        const int64_t first = strip * kStrip;
+        int8_quantize_columns(a, M, K, first, min(kStrip, K - first), limit, q, col_stats, outlier_columns);
+      }
+    });
+  });
+}
+
+void int8_vectorwise_dequant(const int8_t* q, const float* stats, int64_t M, int64_t K, float* out, Stream) {
+  parallel_for(M, grain(K), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const F32 scale = splat(stats[r]);
+      for_each_vector(K, [&](int64_t k, auto lanes) {
+        const int64_t i = r * K + k;
+        store(out + i, to_float(load(q + i, lanes)) * scale / splat(127.0f), lanes);
+      });
+    }
+  });
+}
+
+// Tiles of C whose rows of A and B stay in cache, and within them tiles of accumulators in registers.
+constexpr int64_t kInt8BlockRows = 64;
+constexpr int64_t kInt8BlockColumns = 48;
+constexpr int kInt8Rows = kRegisters == 32 ? 4 : 2;
+constexpr int kInt8Columns = kRegisters == 32 ? 4 : 3;
+
+BNB_INLINE I16 load_int8(const int8_t* p, int64_t count) {
+  int8_t padded[kInt8Step] = {};
+  __builtin_memcpy(padded, p, count);
+  return load_int8(padded);
+}
+
+// Dot products of rows of A with rows of B.
+template <int rows, int columns>
+void int8_tile(const int8_t* const* a, const int8_t* const* b, int64_t K, int32_t* C, int64_t stride) {
+  I32 sums[rows][columns] = {};
+  const auto add = [&](const auto& load_at) {
+    I16 values[columns];
+    for (int c = 0; c < columns; c++) values[c] = load_at(b[c]);
+    for (int r = 0; r < rows; r++) {
+      const I16 x = load_at(a[r]);
+      for (int c = 0; c < columns; c++) sums[r][c] += multiply_add_pairs(x, values[c]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kInt8Step <= K; k += kInt8Step) add([&](const int8_t* p) { return load_int8(p + k); });
+  if (k < K) add([&](const int8_t* p) { return load_int8(p + k, K - k); });
+  for (int r = 0; r < rows; r++) {
+    for (int c = 0; c < columns; c++) C[r * stride + c] = reduce_add(sums[r][c]);
+  }
+}
+
+// C[rows, columns] of a block: register tiles, at the edges narrower ones.
+void int8_block(const int8_t* A, const int8_t* B, int64_t rows, int64_t columns, int64_t K, int32_t* C,
+                int64_t stride) {
+  const auto strip = [&](auto tile_rows, int64_t r) {
+    constexpr int height = decltype(tile_rows)::value;
+    const int8_t* a[height];
+    for (int i = 0; i < height; i++) a[i] = A + (r + i) * K;
+    int64_t c = 0;
+    for (; c + kInt8Columns <= columns; c += kInt8Columns) {
+      const int8_t* b[kInt8Columns];
+      for (int i = 0; i < kInt8Columns; i++) b[i] = B + (c + i) * K;
+      int8_tile<height, kInt8Columns>(a, b, K, C + r * stride + c, stride);
+    }
+    for (; c < columns; c++) {
+      const int8_t* b = B + c * K;
+      int8_tile<height, 1>(a, &b, K, C + r * stride + c, stride);
+    }
+  };
+  int64_t r = 0;
+  for (; r + kInt8Rows <= rows; r += kInt8Rows) strip(Constant<kInt8Rows>{}, r);
+  for (; r < rows; r++) strip(Constant<1>{}, r);
+}
+
+// Calls body(row, rows, column, columns) for every block of an M x N result.
+template <class Body>
+void for_each_int8_block(int64_t M, int64_t N, int64_t K, const Body& body) {
+  const int64_t across = ceil_div(N, kInt8BlockColumns);
+  const int64_t work = min(M, kInt8BlockRows) * kInt8BlockColumns * K;
+  parallel_for(ceil_div(M, kInt8BlockRows) * across, grain(work / 8), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t row = i / across * kInt8BlockRows;
+      const int64_t column = i % across * kInt8BlockColumns;
+      body(row, min(kInt8BlockRows, M - row), column, min(kInt8BlockColumns, N - column));
+    }
+  });
+}
+
+void int8_linear_matmul(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, int32_t* C,
+                        Stream) {
+  for_each_int8_block(M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    int8_block(A + row * K, B + column * K, rows, columns, K, C + row * N + column, N);
+  });
+}
+
+// One row of the result: C * (row_stat / 127^2) * col_stats + bias + extra, where bias and extra may be null.
+template <class T>
+void int8_finish_row(const int32_t* C, float row_stat, const float* col_stats, int64_t columns, const T* bias,
+                     const float* extra, T* out) {
+  const F32 row_scale = splat(row_stat / 16129.0f);
+  for_each_vector(columns, [&](int64_t n, auto lanes) {
+    F32 y = to_float(load(C + n, lanes)) * row_scale * load(col_stats + n, lanes);
+    if (bias) y += load(bias + n, lanes);
+    if (extra) y += load(extra + n, lanes);
+    store(out + n, y, lanes);
+  });
+}
+
+void int8_mm_dequant(const int32_t* C, const float* row_stats, const float* col_stats, int64_t M, int64_t N,
+                     const void* bias, void* out, DType dtype, Stream) {
+  with_type(dtype, out, [&](auto* y) {
+    const auto* b = same_type(bias, y);
+    parallel_for(M, grain(N), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        int8_finish_row(C + r * N, row_stats[r], col_stats, N, b, nullptr, y + r * N);
+      }
+    });
+  });
+}
+
+// The outlier columns of X and of the dequantized B, for one block: they are multiplied in full precision.
+template <class T>
+struct Outliers {
+  const T* X;
+  const int8_t* B;
+  const int64_t* columns;
+  int64_t count, K;
+  const float* col_stats;
+
+  // extra[rows, stride] += X[row.., columns] @ dequantized(B)[column.., columns]^T
+  void add(int64_t row, int64_t rows, int64_t column, int64_t width, float* extra) const {
+    for (int64_t j = 0; j < count; j++) {
+      float b[kInt8BlockColumns];
+      for (int64_t n = 0; n < width; n++) {
+        b[n] = static_cast<float>(B[(column + n) * K + columns[j]]) * col_stats[column + n] / 127.0f;
+      }
+      for (int64_t r = 0; r < rows; r++) {
+        const F32 x = splat(load(X + (row + r) * K + columns[j], 1)[0]);
+        float* sums = extra + r * kInt8BlockColumns;
+        for_each_vector(width, [&](int64_t n, auto lanes) {
+          store(sums + n, load(sums + n, lanes) + x * load(b + n, lanes), lanes);
+        });
+      }
+    }
+  }
+};
+
+void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
+                          const float* row_stats, const float* col_stats, const void* X,
+                          const int64_t* columns, int64_t outliers, const void* bias, void* out, DType dtype,
+                          Stream) {
+  with_type(dtype, out, [&](auto* y) {
+    const auto* b = same_type(bias, y);
+    const Outliers<Pointee<decltype(y)>> apart{same_type(X, y), B, columns, outliers, K, col_stats};
+    for_each_int8_block(M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width) {
+      int32_t C[kInt8BlockRows * kInt8BlockColumns];
+      float extra[kInt8BlockRows * kInt8BlockColumns] = {};
+      int8_block(A + row * K, B + column * K, rows, width, K, C, kInt8BlockColumns);
+      apart.add(row, rows, column, width, extra);
+      for (int64_t r = 0; r < rows; r++) {
+        int8_finish_row(C + r * kInt8BlockColumns, row_stats[row + r], col_stats + column, width,
+                        b ? b + column : nullptr, outliers ? extra + r * kInt8BlockColumns : nullptr,
+                        y + (row + r) * N + column);
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET

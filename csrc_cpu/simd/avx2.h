@@ -1,0 +1,143 @@
+// AVX2 with FMA and F16C: 8 lanes.
+#pragma once
+
+#include <immintrin.h>
+
+#define BNB_VECTOR_BYTES 32
+#include "vector_masks.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
+constexpr int kRegisters = 16;
+
+BNB_INLINE F32 splat(float x) { return _mm256_set1_ps(x); }
+BNB_INLINE I32 splat(int32_t x) { return (I32)_mm256_set1_epi32(x); }
+
+BNB_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+BNB_INLINE F32 sqrt(F32 x) { return _mm256_sqrt_ps(x); }
+BNB_INLINE I32 max(I32 a, I32 b) { return (I32)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+
+BNB_INLINE float reduce_add(F32 x) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+BNB_INLINE int32_t reduce_add(I32 x) {
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+BNB_INLINE int32_t reduce_max(I32 x) {
+  __m128i top = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1)));
+}
+BNB_INLINE bool any(Mask m) { return _mm256_movemask_ps(from_bits(m)) != 0; }
+
+BNB_INLINE F32 to_float(I32 x) { return _mm256_cvtepi32_ps((__m256i)x); }
+BNB_INLINE I32 round_to_int(F32 x) { return (I32)_mm256_cvtps_epi32(x); }
+
+BNB_INLINE __m128i load_low(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+BNB_INLINE __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+BNB_INLINE I32 load(const uint8_t* p) { return (I32)_mm256_cvtepu8_epi32(load_low(p)); }
+BNB_INLINE I32 load(const int8_t* p) { return (I32)_mm256_cvtepi8_epi32(load_low(p)); }
+BNB_INLINE I32 load(const uint16_t* p) { return (I32)_mm256_cvtepu16_epi32(load_128(p)); }
+
+// The low halves of the lanes, which hold less than 2^16.
+BNB_INLINE __m128i narrow(I32 x) {
+  return _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+}
+BNB_INLINE void store(uint16_t* p, I32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x)); }
+BNB_INLINE __m128i narrow_to_bytes(I32 x) {
+  const __m128i words = narrow(x & 0xff);
+  return _mm_packus_epi16(words, words);
+}
+BNB_INLINE void store(uint8_t* p, I32 x) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), narrow_to_bytes(x));
+}
+
+BNB_INLINE F32 load(const Half* p) { return _mm256_cvtph_ps(load_128(p)); }
+BNB_INLINE void store(Half* p, F32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// kLanes nibbles in kLanes / 2 bytes, the high one first.
+BNB_INLINE I32 load_nibbles(const uint8_t* p) {
+  int32_t bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  const __m128i packed = _mm_cvtsi32_si128(bytes);
+  const __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(packed, packed));
+  return (I32)_mm256_srlv_epi32(twice, _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0)) & 15;
+}
+
+BNB_INLINE void store_nibbles(uint8_t* p, I32 x) {
+  const __m128i bytes = _mm_maddubs_epi16(narrow_to_bytes(x), _mm_set1_epi16(0x0110));  // 16 * even + odd
+  const int32_t packed = _mm_cvtsi128_si32(_mm_packus_epi16(bytes, bytes));
+  __builtin_memcpy(p, &packed, sizeof packed);
+}
+
+// Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
+template <int size>
+class Table {
+ public:
+  explicit Table(const float* values) : values_(values) {}
+  F32 operator[](I32 i) const { return _mm256_i32gather_ps(values_, (__m256i)i, 4); }
+
+ private:
+  const float* values_;
+};
+
+class PermutedTable {
+ public:
+  explicit PermutedTable(const float* values, int size) {
+    float padded[8] = {};
+    __builtin_memcpy(padded, values, size * sizeof(float));
+    values_ = load(padded);
+  }
+  F32 operator[](I32 i) const { return _mm256_permutevar8x32_ps(values_, (__m256i)i); }
+
+ private:
+  F32 values_;
+};
+
+template <>
+class Table<1> : public PermutedTable {
+ public:
+  explicit Table(const float* values) : PermutedTable(values, 1) {}
+};
+template <>
+class Table<2> : public PermutedTable {
+ public:
+  explicit Table(const float* values) : PermutedTable(values, 2) {}
+};
+template <>
+class Table<4> : public PermutedTable {
+ public:
+  explicit Table(const float* values) : PermutedTable(values, 4) {}
+};
+template <>
+class Table<8> : public PermutedTable {
+ public:
+  explicit Table(const float* values) : PermutedTable(values, 8) {}
+};
+template <>
+class Table<16> {
+ public:
+  explicit Table(const float* values) : low_(values), high_(values + 8) {}
+  F32 operator[](I32 i) const { return _mm256_blendv_ps(low_[i], high_[i], from_bits(i << 28)); }
+
+ private:
+  Table<8> low_, high_;
+};
+
+// One multiply-add step of int8 dot products: kInt8Step values widened to 16 bits.
+constexpr int kInt8Step = 16;
+BNB_INLINE I16 load_int8(const int8_t* p) { return (I16)_mm256_cvtepi8_epi16(load_128(p)); }
+BNB_INLINE I32 multiply_add_pairs(I16 a, I16 b) { return (I32)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET
+
+#include "vector_common.h"

@@ -1,0 +1,163 @@
+// AVX-512 F, BW, DQ, VL: 16 lanes, mask registers.
+#pragma once
+
+// GCC 12 takes the deliberately undefined operands inside these intrinsics for mistakes of the caller.
+#pragma GCC diagnostic push
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#define BNB_VECTOR_BYTES 64
+#include "vector_types.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
+constexpr int kRegisters = 32;
+
+BNB_INLINE F32 splat(float x) { return _mm512_set1_ps(x); }
+BNB_INLINE I32 splat(int32_t x) { return (I32)_mm512_set1_epi32(x); }
+
+typedef __mmask16 Mask;
+BNB_INLINE Mask less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+BNB_INLINE Mask less_equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+BNB_INLINE Mask equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+BNB_INLINE Mask less(I32 a, I32 b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
+BNB_INLINE Mask equal(I32 a, I32 b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
+BNB_INLINE I32 select(Mask m, I32 yes, I32 no) {
+  return (I32)_mm512_mask_blend_epi32(m, (__m512i)no, (__m512i)yes);
+}
+BNB_INLINE F32 select(Mask m, F32 yes, F32 no) { return _mm512_mask_blend_ps(m, no, yes); }
+BNB_INLINE I32 increment(I32 x, Mask m) {
+  return (I32)_mm512_mask_sub_epi32((__m512i)x, m, (__m512i)x, _mm512_set1_epi32(-1));
+}
+
+BNB_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+BNB_INLINE F32 sqrt(F32 x) { return _mm512_sqrt_ps(x); }
+BNB_INLINE I32 max(I32 a, I32 b) { return (I32)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+
+BNB_INLINE float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
+BNB_INLINE int32_t reduce_add(I32 x) { return _mm512_reduce_add_epi32((__m512i)x); }
+BNB_INLINE int32_t reduce_max(I32 x) { return _mm512_reduce_max_epi32((__m512i)x); }
+BNB_INLINE bool any(Mask m) { return m != 0; }
+
+BNB_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps((__m512i)x); }
+BNB_INLINE I32 round_to_int(F32 x) { return (I32)_mm512_cvtps_epi32(x); }
+
+BNB_INLINE __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+BNB_INLINE __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+BNB_INLINE I32 load(const uint8_t* p) { return (I32)_mm512_cvtepu8_epi32(load_128(p)); }
+BNB_INLINE I32 load(const int8_t* p) { return (I32)_mm512_cvtepi8_epi32(load_128(p)); }
+BNB_INLINE I32 load(const uint16_t* p) { return (I32)_mm512_cvtepu16_epi32(load_256(p)); }
+BNB_INLINE void store(uint8_t* p, I32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
+}
+BNB_INLINE void store(uint16_t* p, I32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
+}
+
+BNB_INLINE F32 load(const Half* p) { return _mm512_cvtph_ps(load_256(p)); }
+BNB_INLINE void store(Half* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// kLanes nibbles in kLanes / 2 bytes, the high one first.
+BNB_INLINE I32 load_nibbles(const uint8_t* p) {
+  const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(packed, packed));
+  const __m512i shifts = _mm512_set4_epi32(0, 4, 0, 4);
+  return (I32)_mm512_srlv_epi32(twice, shifts) & 15;
+}
+
+BNB_INLINE void store_nibbles(uint8_t* p, I32 x) {
+  const __m512i pair = (__m512i)x;  // 64 bits: the even lane below the odd one
+  const __m512i packed = _mm512_or_si512(_mm512_slli_epi64(pair, 4), _mm512_srli_epi64(pair, 32));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(packed));
+}
+
+// Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
+template <int size>
+class Table {
+ public:
+  explicit Table(const float* values) : low_(values), high_(values + size / 2) {}
+  F32 operator[](I32 i) const {
+    const Mask upper = _mm512_test_epi32_mask((__m512i)i, _mm512_set1_epi32(size / 2));
+    return select(upper, high_[i], low_[i]);
+  }
+
+ private:
+  Table<size / 2> low_, high_;
+};
+
+template <>
+class Table<256> {
+ public:
+  explicit Table(const float* values) : values_(values) {}
+  F32 operator[](I32 i) const { return _mm512_i32gather_ps((__m512i)i, values_, 4); }
+
+ private:
+  const float* values_;
+};
+
+template <>
+class Table<32> {
+ public:
+  explicit Table(const float* values) : low_(load(values)), high_(load(values + 16)) {}
+  F32 operator[](I32 i) const { return _mm512_permutex2var_ps(low_, (__m512i)i, high_); }
+
+ private:
+  F32 low_, high_;
+};
+
+class PermutedTable {
+ public:
+  PermutedTable(const float* values, int size) {
+    float padded[16] = {};
+    __builtin_memcpy(padded, values, size * sizeof(float));
+    values_ = load(padded);
+  }
+  F32 operator[](I32 i) const { return _mm512_permutexvar_ps((__m512i)i, values_); }
+
+ private:
+  F32 values_;
+};
+
+template <>
+class Table<1> : public PermutedTable {
+ public:
+  explicit Table(const float* values) : PermutedTable(values, 1) {}
+};
+template <>
+class Table<2> : public PermutedTable {
+ public:
+  explicit Table(const float* values) : PermutedTable(values, 2) {}
+};
+template <>
+class Table<4> : public PermutedTable {
+ public:
+  explicit Table(const float* values) : PermutedTable(values, 4) {}
+};
+template <>
+class Table<8> : public PermutedTable {
+ public:
+  explicit Table(const float* values) : PermutedTable(values, 8) {}
+};
+template <>
+class Table<16> : public PermutedTable {
+ public:
+  explicit Table(const float* values) : PermutedTable(values, 16) {}
+};
+
+// One multiply-add step of int8 dot products: kInt8Step values widened to 16 bits.
+constexpr int kInt8Step = 32;
+BNB_INLINE I16 load_int8(const int8_t* p) { return (I16)_mm512_cvtepi8_epi16(load_256(p)); }
+BNB_INLINE I32 multiply_add_pairs(I16 a, I16 b) { return (I32)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET
+
+#include "vector_common.h"

@@ -1,0 +1,49 @@
+// What follows from the operations that each instruction set defines.
+#pragma once
+
+namespace bnb::BNB_TARGET {
+namespace {
+
+BNB_INLINE F32 abs(F32 x) { return from_bits(bits(x) & 0x7fffffff); }
+
+BNB_INLINE F32 load(const BFloat16* p) { return from_bits(load(&p->bits) << 16); }
+// Rounds to nearest even; every NaN becomes the quiet one.
+BNB_INLINE void store(BFloat16* p, F32 x) {
+  const I32 number = select(equal(x, x), bits(x), splat(0x7fc00000));
+  store(&p->bits, ((number + ((number >> 16) & 1) + 0x7fff) >> 16) & 0xffff);
+}
+
+// How many lanes take part: all of them, known when compiling, or the first few at the end of an array.
+struct AllLanes {};
+
+template <class T>
+BNB_INLINE auto load(const T* p, AllLanes) {
+  return load(p);
+}
+template <class T>
+BNB_INLINE void store(T* p, decltype(load(static_cast<const T*>(nullptr))) x, AllLanes) {
+  store(p, x);
+}
+template <class T>
+BNB_INLINE auto load(const T* p, int lanes) {
+  T padded[kLanes] = {};
+  __builtin_memcpy(padded, p, lanes * sizeof(T));
+  return load(padded);
+}
+template <class T>
+BNB_INLINE void store(T* p, decltype(load(static_cast<const T*>(nullptr))) x, int lanes) {
+  T padded[kLanes];
+  store(padded, x);
+  __builtin_memcpy(p, padded, lanes * sizeof(T));
+}
+
+// Calls body(i, lanes) for i = 0, kLanes, ... below n.
+template <class Body>
+BNB_INLINE void for_each_vector(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, AllLanes{});
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET

@@ -1,0 +1,6 @@
+#define BNB_TARGET avx2
+#include "../simd/avx2.h"
+
+#include "../generic/table.h"
+
+const bnb::Kernels bnb::avx2_kernels = bnb::avx2::kTable;

@@ -1,0 +1,6 @@
+#define BNB_TARGET avx512
+#include "../simd/avx512.h"
+
+#include "../generic/table.h"
+
+const bnb::Kernels bnb::avx512_kernels = bnb::avx512::kTable;

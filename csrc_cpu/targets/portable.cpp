@@ -1,0 +1,6 @@
+#define BNB_TARGET portable
+#include "../simd/portable.h"
+
+#include "../generic/table.h"
+
+const bnb::Kernels bnb::portable_kernels = bnb::portable::kTable;
