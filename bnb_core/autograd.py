@@ -38,9 +38,7 @@ def _gemm_4bit_backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     return dA, None, None, None, None, None, dbias, None, None, None, None
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::gemm_4bit", _gemm_4bit_backward, setup_context=_gemm_4bit_context
-)
+torch.library.register_autograd(f"{NAMESPACE}::gemm_4bit", _gemm_4bit_backward, setup_context=_gemm_4bit_context)
 
 
 class _Gemm4Bit(torch.autograd.Function):

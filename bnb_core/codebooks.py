@@ -117,9 +117,7 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     return code / code.max()
 
 
-def create_fp8_map(
-    signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8
-) -> Tensor:
+def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
     """A floating-point format scaled to [-1, 1], f32[256] ascending.
 
     Its subnormals lie a factor of 4 below where IEEE 754 puts them: so they stand in the checkpoints in use.

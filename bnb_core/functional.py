@@ -211,9 +211,7 @@ def quantize_blockwise(
     offset, state2 = None, None
     if nested:
         scales, offset, state2 = _quantize_scales(scales)
-    return codes, QuantState(
-        scales, A.shape, code, blocksize, dtype=A.dtype, offset=offset, state2=state2
-    )
+    return codes, QuantState(scales, A.shape, code, blocksize, dtype=A.dtype, offset=offset, state2=state2)
 
 
 def dequantize_blockwise(
@@ -242,9 +240,7 @@ def dequantize_blockwise(
     elif absmax is None:
         raise ValueError("quant_state: expected a QuantState, or absmax in its place, got None")
     code = _dynamic_map(A.device) if code is None else code.to(A.device)
-    return primitives.dequantize_blockwise(
-        A, absmax, code, blocksize, dtype if out is None else out.dtype, out=out
-    )
+    return primitives.dequantize_blockwise(A, absmax, code, blocksize, dtype if out is None else out.dtype, out=out)
 
 
 _dynamic_maps: dict[torch.device, Tensor] = {}
@@ -259,7 +255,9 @@ def _dynamic_map(device: torch.device) -> Tensor:
     return _dynamic_maps[device].clone()
 
 
-def gemm_4bit(A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def gemm_4bit(
+    A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """``A @ dequantized(B)^T + bias``, not differentiable: A [..., K], B packed, bias [N] or None. Result [..., N]."""
     return primitives.gemm_4bit(A, B, *gemm_4bit_weight_arguments(quant_state, bias), out=out)
 

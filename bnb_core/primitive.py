@@ -73,8 +73,9 @@ class Primitive:
         return f"<primitive {self.schema}>"
 
     def __call__(self, *arguments: Any, out: Any = None) -> Any:
-        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[1]
-        check_tensor(self._argument_names[0], first)
+        position = 1 if isinstance(arguments[0], str) else 0
+        first = arguments[position]
+        check_tensor(self._argument_names[position], first)
         if not goes_to_dispatcher(first):
             return self._run(*arguments, out=out)
         result = self.op(*arguments)
@@ -92,7 +93,9 @@ class Primitive:
             registry.kernel_for(self.name, device.type, arguments)(*arguments)
             return None
         if out is None:
-            result = outputs.allocate(device) if isinstance(outputs, Out) else tuple(o.allocate(device) for o in outputs)
+            result = (
+                outputs.allocate(device) if isinstance(outputs, Out) else tuple(o.allocate(device) for o in outputs)
+            )
             registry.kernel_for(self.name, device.type, arguments)(*arguments, out=result)
             return result
         return self._run_into(out, _as_tuple(outputs), arguments, device)

@@ -142,9 +142,7 @@ def _check_packed(name: str, packed: Tensor, n: int, blocksize: int, quant_type:
         raise ValueError(f"{name}: expected {(n + 1) // 2} bytes for {n} elements of 4 bits, got {packed_bytes}")
 
 
-@primitive(
-    "(Tensor A, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, ScalarType dtype) -> Tensor"
-)
+@primitive("(Tensor A, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, ScalarType dtype) -> Tensor")
 def dequantize_4bit(
     A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Out:
@@ -204,11 +202,9 @@ def gemm_4bit(
         check_dtype("bias", bias, (A.dtype,))
         check_shape("bias", bias, (N,))
     blocks = block_count(N * K, blocksize)
+    check_dtype("absmax", absmax, (torch.float32,) if nested_absmax is None else (torch.uint8,))
     check_numel("absmax", absmax, blocks)
-    if nested_absmax is None:
-        check_dtype("absmax", absmax, (torch.float32,))
-    else:
-        check_dtype("absmax", absmax, (torch.uint8,))
+    if nested_absmax is not None:
         check_blocksize(nested_blocksize, "nested_blocksize")
         check_dtype("nested_absmax", nested_absmax, (torch.float32,))
         check_numel("nested_absmax", nested_absmax, block_count(blocks, nested_blocksize))
@@ -272,16 +268,17 @@ def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Out:
     return Out(A.shape, torch.float32)
 
 
-def _check_int8_operands(A: Tensor, B: Tensor) -> tuple[int, int]:
+def _check_int8_operands(A: Tensor, B: Tensor, names: tuple[str, str] = ("A", "B")) -> tuple[int, int]:
     """(rows of A, rows of B) of i8[..., K] and i8[N, K]."""
-    check_dtype("A", A, (torch.int8,))
-    check_dtype("B", B, (torch.int8,))
-    rows, K = _check_rows("A", A)
-    check_dimensions("B", B, 2)
+    check_dtype(names[0], A, (torch.int8,))
+    check_dtype(names[1], B, (torch.int8,))
+    rows, K = _check_rows(names[0], A)
+    check_dimensions(names[1], B, 2)
     if B.shape[1] != K:
-        raise ValueError(f"B: expected {K} columns like A, got shape {tuple(B.shape)}")
+        raise ValueError(f"{names[1]}: expected {K} columns like {names[0]}, got shape {tuple(B.shape)}")
     if K > MAX_INT8_INNER_SIZE:
-        raise ValueError(f"A: expected at most {MAX_INT8_INNER_SIZE} columns, beyond which i32 overflows, got {K}")
+        limit = f"at most {MAX_INT8_INNER_SIZE} columns, beyond which i32 overflows"
+        raise ValueError(f"{names[0]}: expected {limit}, got {K}")
     return rows, B.shape[0]
 
 
@@ -292,7 +289,9 @@ def int8_linear_matmul(A: Tensor, B: Tensor) -> Out:
     return Out((*A.shape[:-1], N), torch.int32)
 
 
-def _check_scales(row_stats: Tensor, col_stats: Tensor, rows: int, N: int, bias: Tensor | None, dtype: torch.dtype) -> None:
+def _check_scales(
+    row_stats: Tensor, col_stats: Tensor, rows: int, N: int, bias: Tensor | None, dtype: torch.dtype
+) -> None:
     check_dtype_argument("dtype", dtype)
     check_dtype("row_stats", row_stats, (torch.float32,))
     check_numel("row_stats", row_stats, rows)
@@ -304,9 +303,7 @@ def _check_scales(row_stats: Tensor, col_stats: Tensor, rows: int, N: int, bias:
 
 
 @primitive("(Tensor A, Tensor row_stats, Tensor col_stats, Tensor? bias, ScalarType dtype) -> Tensor")
-def int8_mm_dequant(
-    A: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Out:
+def int8_mm_dequant(A: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Out:
     """``A * row_stats * col_stats / 127^2 + bias`` in f32, rounded once to ``dtype``.
 
     Args:
@@ -320,9 +317,7 @@ def int8_mm_dequant(
     return Out(A.shape, dtype)
 
 
-@primitive(
-    "(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias, ScalarType dtype) -> Tensor"
-)
+@primitive("(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias, ScalarType dtype) -> Tensor")
 def int8_scaled_mm(
     A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Out:
@@ -353,7 +348,7 @@ def int8_mixed_scaled_mm(
         bias: [N] in A's dtype, or None.
     """
     check_float("A", A)
-    rows, N = _check_int8_operands(CA, CB)
+    rows, N = _check_int8_operands(CA, CB, ("CA", "CB"))
     check_shape("CA", CA, A.shape)
     check_dtype("outlier_mask", outlier_mask, (torch.bool,))
     check_numel("outlier_mask", outlier_mask, A.shape[-1])

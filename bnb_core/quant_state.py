@@ -237,8 +237,7 @@ class _Entries:
         tensor = self.tensors[name]
         if tensor.dtype != dtype or tensor.numel() != numel:
             raise ValueError(
-                f"{self.key_of[name]}: expected {numel} elements of {dtype}, "
-                f"got {tensor.numel()} of {tensor.dtype}"
+                f"{self.key_of[name]}: expected {numel} elements of {dtype}, got {tensor.numel()} of {tensor.dtype}"
             )
 
 

@@ -75,7 +75,9 @@ def _quantized(linear: nn.Linear, layer: partial[Any]) -> nn.Module:
     """A quantized layer with the weight and the very bias of ``linear``."""
     module = layer(linear.in_features, linear.out_features, linear.bias is not None)
     weight = module.weight
-    module.weight = type(weight)(linear.weight.data, **{**weight.__dict__, "requires_grad": False}).to(linear.weight.device)
+    module.weight = type(weight)(linear.weight.data, **{**weight.__dict__, "requires_grad": False}).to(
+        linear.weight.device
+    )
     if isinstance(module, Linear4bit):
         module.quant_state = module.weight.quant_state
     module.bias = linear.bias

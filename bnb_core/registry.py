@@ -255,7 +255,9 @@ def _by_priority(primitive: str, device_type: str) -> list[_Candidate]:
             found.append(_Candidate(backend.name, kernel))
     if not found:
         reasons = "; ".join(f"{b.name}: {b.unavailable}" for b in backends().values() if b.unavailable)
-        raise BackendError(f"{primitive}: no backend serves tensors on {device_type}. Not available: {reasons or 'none'}")
+        raise BackendError(
+            f"{primitive}: no backend serves tensors on {device_type}. Not available: {reasons or 'none'}"
+        )
     return found
 
 

@@ -87,19 +87,19 @@ void gemm_4bit(Pointer<const void> A, DType dtype, int64_t M, int64_t N, int64_t
   kernels().gemm_4bit(A, dtype, M, N, K, packed, scales, blocksize, quant_type, bias, out, stream);
 }
 
-void optimizer_update_32bit(OptimizerName name, int64_t step, float lr, float beta1, float beta2, float beta3,
-                            float alpha, float eps, float weight_decay, float gnorm_scale, float max_unorm,
-                            bool skip_zeros, Pointer<const void> g, Pointer<void> p, DType dtype,
-                            Pointer<float> state1, Pointer<float> state2, int64_t n, Pointer<double> norms,
-                            Pointer<void> stream) {
+void optimizer_update_32bit(OptimizerName name, int64_t step, double lr, double beta1, double beta2,
+                            double beta3, double alpha, double eps, double weight_decay, double gnorm_scale,
+                            double max_unorm, bool skip_zeros, Pointer<const void> g, Pointer<void> p,
+                            DType dtype, Pointer<float> state1, Pointer<float> state2, int64_t n,
+                            Pointer<double> norms, Pointer<void> stream) {
   const OptimizerStep settings{name,  step, lr,           beta1,       beta2,     beta3,
                                alpha, eps,  weight_decay, gnorm_scale, max_unorm, skip_zeros};
   kernels().optimizer_update_32bit(settings, g, p, dtype, state1, state2, n, norms, stream);
 }
 
-void optimizer_update_8bit_blockwise(OptimizerName name, int64_t step, float lr, float beta1, float beta2,
-                                     float beta3, float alpha, float eps, float weight_decay,
-                                     float gnorm_scale, float max_unorm, bool skip_zeros,
+void optimizer_update_8bit_blockwise(OptimizerName name, int64_t step, double lr, double beta1, double beta2,
+                                     double beta3, double alpha, double eps, double weight_decay,
+                                     double gnorm_scale, double max_unorm, bool skip_zeros,
                                      Pointer<const void> g, Pointer<void> p, DType dtype,
                                      Pointer<uint8_t> state1, Pointer<uint8_t> state2,
                                      Pointer<const float> qmap1, Pointer<const float> qmap2,

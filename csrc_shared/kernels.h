@@ -28,19 +28,20 @@ using Stream = void*;
 // The scale of each block of a 4-bit weight: f32, or double-quantized when `nested_absmax` is set. Then
 // absmax_b = nested_code[codes[b]] * nested_absmax[b / nested_blocksize] + *offset, two f32 roundings.
 struct BlockScales {
-  const float* absmax;          // f32[nb], null when double-quantized
-  const uint8_t* codes;         // u8[nb], null otherwise
-  const float* nested_absmax;   // f32[ceil(nb / nested_blocksize)]
-  const float* nested_code;     // f32[256]
-  const float* offset;          // f32[1]
+  const float* absmax;         // f32[nb], null when double-quantized
+  const uint8_t* codes;        // u8[nb], null otherwise
+  const float* nested_absmax;  // f32[ceil(nb / nested_blocksize)]
+  const float* nested_code;    // f32[256]
+  const float* offset;         // f32[1]
   int64_t nested_blocksize;
 };
 
-// The hyperparameters of one optimizer step, schedules already applied (docs/SPEC.md section 5).
+// The hyperparameters of one optimizer step, schedules already applied (docs/SPEC.md section 5). They stay
+// f64 until they are combined: 1 - beta2 of an f32 beta2 would be off by 5e-5.
 struct OptimizerStep {
   OptimizerName name;
   int64_t step;  // from 1
-  float lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, max_unorm;
+  double lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, max_unorm;
   bool skip_zeros;
 };
 
@@ -75,7 +76,8 @@ struct Kernels {
   // C i32[M, N] = A i8[M, K] @ B i8[N, K]^T
   void (*int8_linear_matmul)(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, int32_t* C,
                              Stream stream);
-  // out[M, N] = C * (row_stats / 16129) * col_stats + bias, each operation rounded to f32, then to dtype once.
+  // out[M, N] = C * (row_stats / 16129) * col_stats + bias, each operation rounded to f32, then to dtype
+  // once.
   void (*int8_mm_dequant)(const int32_t* C, const float* row_stats, const float* col_stats, int64_t M,
                           int64_t N, const void* bias, void* out, DType dtype, Stream stream);
   // int8_linear_matmul and int8_mm_dequant in one, plus, where outliers is not 0,
@@ -86,9 +88,10 @@ struct Kernels {
                                DType dtype, Stream stream);
 
   // g and p share `dtype`; state1 (f32[2, n] for ademamix) and state2 (null where unused) are f32[n].
-  // norms f64[2] receives |p|^2 before the step and |update|^2; null when max_unorm is 0.
-  void (*optimizer_update_32bit)(const OptimizerStep& step, const void* g, void* p, DType dtype, float* state1,
-                                 float* state2, int64_t n, double* norms, Stream stream);
+  // norms f64[2] receives |p|^2 before the step and |update|^2, both over finite entries; null when max_unorm
+  // is 0.
+  void (*optimizer_update_32bit)(const OptimizerStep& step, const void* g, void* p, DType dtype,
+                                 float* state1, float* state2, int64_t n, double* norms, Stream stream);
   // 8-bit state in blocks of 256: u8[n] codes with f32[nb] absmax ([2, n] and [2, nb] for ademamix's state1).
   void (*optimizer_update_8bit_blockwise)(const OptimizerStep& step, const void* g, void* p, DType dtype,
                                           uint8_t* state1, uint8_t* state2, const float* qmap1,

@@ -10,6 +10,7 @@ import click
 COMMANDS = {
     "info": ".info",
     "demo": ".demo.command",
+    "conformance": ".conformance",
 }
 """Sub-command name to the module, relative to this package, that has a click command `command`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Case:
         run: raises :class:`Failure`; any other error fails the case too.
         traits: what it covers, such as ``dtype=float32``, ``blocksize=64``, ``shape=odd``, ``values=nan``.
         large: needs gigabytes or minutes; only run when asked for.
+        reaches_kernel: False where the point is that no kernel is called.
     """
 
     primitive: str
@@ -38,6 +40,7 @@ class Case:
     run: Callable[[Context], None]
     traits: dict[str, str] = field(default_factory=dict)
     large: bool = False
+    reaches_kernel: bool = True
 
     @property
     def id(self) -> str:
@@ -52,6 +55,12 @@ class Context:
     device: torch.device
     seed: int = 0
     served: set[tuple[str, str]] = field(default_factory=set)
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def start(self) -> None:
+        """Forget what the last case left."""
+        self.served.clear()
+        self.digest = hashlib.sha256()
 
     def generator(self, name: str) -> torch.Generator:
         """A random generator that depends on the run's seed and a name, but on nothing else."""
@@ -60,17 +69,19 @@ class Context:
     def observe(self, primitive: str, backend: str) -> None:
         self.served.add((primitive, backend))
 
-    def check_served(self, primitive: str) -> None:
-        """The named backend, and no other, has served this case, and it has served this primitive."""
+    def check_served(self, case: Case) -> None:
+        """The named backend, and no other, has served the case, and it has served the case's primitive."""
         others = sorted({backend for _, backend in self.served if backend != self.backend})
         if others:
             raise Failure(f"served by {', '.join(others)} instead of {self.backend}")
-        if primitive and (primitive, self.backend) not in self.served:
-            raise Failure(f"{primitive} was never called")
+        if not case.reaches_kernel and self.served:
+            raise Failure("a kernel was called")
+        if case.reaches_kernel and case.primitive and (case.primitive, self.backend) not in self.served:
+            raise Failure(f"{case.primitive} was never called")
 
     def move(self, tensor: Tensor) -> Tensor:
         """To the device, with the same strides and storage offset: cases are about layouts, too."""
-        if tensor.device == self.device:
+        if tensor.device == self.device or tensor.is_meta:
             return tensor
         storage_size = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
         base = tensor.as_strided((storage_size,), (1,), 0).to(self.device)
@@ -83,7 +94,7 @@ class Context:
         must survive, and so must the inputs.
         """
         moved = tuple(self.move(a) if isinstance(a, Tensor) else a for a in arguments)
-        before = [_snapshot(a) for a in moved]
+        before = [snapshot(a) for a in moved]
         outputs = primitive.declaration(*moved)
         expected = (outputs,) if isinstance(outputs, Out) else outputs
         guarded = [Guarded(o.shape, o.dtype, self.device) for o in expected]  # type: ignore[union-attr]
@@ -93,9 +104,11 @@ class Context:
             guard.check(f"output {index}")
         again = primitive(*moved)
         for first, second in zip(out, (again,) if isinstance(again, Tensor) else again, strict=True):
-            if _snapshot(first) != _snapshot(second):
+            bits = snapshot(first)
+            if bits != snapshot(second):
                 raise Failure("two calls with the same arguments gave different bits")
-        if before != [_snapshot(a) for a in moved]:
+            self.digest.update(bits or b"")
+        if before != [snapshot(a) for a in moved]:
             raise Failure("an input was changed")
         return tuple(t.cpu() for t in out)
 
@@ -111,11 +124,12 @@ class Context:
             guards[i].tensor if i in guards else (self.move(a) if isinstance(a, Tensor) else a)
             for i, a in enumerate(arguments)
         ]
-        before = [None if i in guards else _snapshot(a) for i, a in enumerate(moved)]
+        before = [None if i in guards else snapshot(a) for i, a in enumerate(moved)]
         primitive(*moved)
         for index, guard in guards.items():
             guard.check(f"argument {index}")
-        if before != [None if i in guards else _snapshot(a) for i, a in enumerate(moved)]:
+            self.digest.update(snapshot(guard.tensor) or b"")
+        if before != [None if i in guards else snapshot(a) for i, a in enumerate(moved)]:
             raise Failure("an argument that is only read was changed")
         return [a.cpu() if i in guards else a for i, a in enumerate(moved)]
 
@@ -144,14 +158,8 @@ class Guarded:
                 raise Failure(f"{what}: bytes {side} it were overwritten")
 
 
-def _snapshot(value: Any) -> bytes | None:
+def snapshot(value: Any) -> bytes | None:
     """The bytes of a tensor; None for anything else."""
     if not isinstance(value, Tensor):
         return None
     return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-
-
-def backend_of(name: str) -> registry.Backend:
-    """The backend, or the error that says why it cannot be held to the suite."""
-    with registry.use_backend(name):
-        return registry.backends()[name]

@@ -32,9 +32,7 @@ def same_bits(what: str, got: Tensor, expected: Tensor | NDArray) -> None:
     """Raise Failure where the two differ in dtype, shape or any bit."""
     expected = torch.as_tensor(expected)
     if got.dtype != expected.dtype or got.shape != expected.shape:
-        raise Failure(
-            f"{what}: expected {expected.dtype} {tuple(expected.shape)}, got {got.dtype} {tuple(got.shape)}"
-        )
+        raise Failure(f"{what}: expected {expected.dtype} {tuple(expected.shape)}, got {got.dtype} {tuple(got.shape)}")
     differing = (_bits(got) != _bits(expected)).flatten().nonzero().flatten()
     if len(differing):
         first = int(differing[0])

@@ -68,7 +68,7 @@ def quantize_4bit(values: F32, blocksize: int, quant_type: str) -> tuple[NDArray
         codes, scales = _quantize_blocks(values, blocksize, zero, _fp4_codes)
     if len(codes) % 2:
         codes = np.append(codes, np.uint8(zero))
-    return codes[0::2] << 4 | codes[1::2], scales
+    return (codes[0::2] << 4 | codes[1::2]).astype(np.uint8), scales
 
 
 def dequantize(codes: NDArray[np.uint8], scales: F32, code: F32, blocksize: int) -> F32:
@@ -88,18 +88,22 @@ class Int8Rows(NamedTuple):
     outlier_columns: NDArray[np.bool_]
 
 
+def _outliers(values: F32, threshold: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which entries are outliers, and which columns hold one."""
+    outliers = np.abs(values) >= threshold if threshold > 0 else np.zeros(values.shape, dtype=np.bool_)
+    return outliers, np.asarray(outliers.any(axis=0))
+
+
 def int8_rows(values: F32, threshold: float) -> Int8Rows:
     """``int8_vectorwise_quant`` of [M, K]."""
-    outliers = np.abs(values) >= threshold if threshold > 0 else np.zeros(values.shape, dtype=bool)
-    columns = outliers.any(axis=0)
+    outliers, columns = _outliers(values, threshold)
     q, stats = _int8_rows(values, outliers, columns[None, :])
     return Int8Rows(q, stats, columns)
 
 
 def int8_columns(values: F32, threshold: float) -> Int8Rows:
     """The column half of ``int8_double_quant``, as [M, K]."""
-    outliers = np.abs(values) >= threshold if threshold > 0 else np.zeros(values.shape, dtype=bool)
-    columns = outliers.any(axis=0)
+    outliers, columns = _outliers(values, threshold)
     q, stats = _int8_rows(values.T, outliers.T, columns[:, None])
     return Int8Rows(q.T, stats, columns)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import torch
 from bnb_core import registry
 from bnb_core.conformance.case import Case, Context, Failure
 
-STATUSES = ("ok", "FAIL", "expected failure", "unexpected pass", "skipped")
 FAILING = ("FAIL", "unexpected pass")
 
 
@@ -24,12 +24,13 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one case."""
+    """What came of one case. ``digest`` is of all the bits that its primitives gave."""
 
     case: Case
     status: str
     message: str
     seconds: float
+    digest: str
 
     @property
     def failed(self) -> bool:
@@ -54,12 +55,12 @@ class ExpectedFailures:
 def run_case(case: Case, context: Context, expected_failure: str | None = None) -> Result:
     """Run one case by the context's backend, strictly; it never raises."""
     start = time.perf_counter()
-    context.served.clear()
+    context.start()
     status, message = "ok", ""
     try:
         with registry.use_backend(context.backend), registry.observe(context.observe):
             case.run(context)
-        context.check_served(case.primitive)
+        context.check_served(case)
     except Skip as skip:
         status, message = "skipped", str(skip)
     except Failure as failure:
@@ -71,7 +72,7 @@ def run_case(case: Case, context: Context, expected_failure: str | None = None) 
             status, message = "unexpected pass", f"was expected to fail: {expected_failure}"
         else:
             status, message = "expected failure", expected_failure
-    return Result(case, status, message, time.perf_counter() - start)
+    return Result(case, status, message, time.perf_counter() - start, context.digest.hexdigest())
 
 
 def run(
@@ -99,6 +100,16 @@ def run(
     return results
 
 
+def backend_of(name: str) -> registry.Backend:
+    """The backend of that name.
+
+    Raises:
+        BackendError: it is unknown, or not available (with the reason).
+    """
+    with registry.use_backend(name):
+        return registry.backends()[name]
+
+
 def device_of(backend: registry.Backend, device: str | None) -> torch.device:
     """The device to test on: the one asked for, else the first that the backend serves and this machine has."""
     if device is not None:
@@ -109,6 +120,30 @@ def device_of(backend: registry.Backend, device: str | None) -> torch.device:
     if backend.serves("cpu"):
         return torch.device("cpu")
     return torch.device(backend.device_types[0])
+
+
+@contextmanager
+def instruction_set(backend: registry.Backend, name: str | None) -> Iterator[None]:
+    """Have one of the backend's instruction sets serve, if a name is given, and check in the end that it still does.
+
+    Raises:
+        ValueError: the backend has no choice of instruction sets.
+        RuntimeError: another one serves at the end, so the cases prove nothing about this one.
+    """
+    if name is None:
+        yield
+        return
+    choice = backend.instruction_sets
+    if choice is None:
+        raise ValueError(f"isa: backend {backend.name!r} has no instruction sets to choose from, got {name!r}")
+    before = choice.current()
+    choice.select(name)
+    try:
+        yield
+        if choice.current() != name:
+            raise RuntimeError(f"the run began on {name} and ended on {choice.current()}")
+    finally:
+        choice.select(before)
 
 
 def coverage_gaps(cases: Iterable[Case], required: dict[str, dict[str, tuple[str, ...]]]) -> list[str]:

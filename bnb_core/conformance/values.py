@@ -87,7 +87,8 @@ def midpoints(code: Tensor, blocksize: int) -> Tensor:
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
-    return tensor.contiguous()
+    """A copy, as the other layouts are."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _transposed(tensor: Tensor) -> Tensor:

@@ -53,9 +53,7 @@ class Weight4bitMixin(nn.Module):
             handled.add(weight_key)
         rest = {key: value for key, value in state_dict.items() if key not in handled}
         missing: list[str] = []
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key not in handled]
 
     def _current_quant_state(self) -> QuantState | None:

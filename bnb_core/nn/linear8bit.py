@@ -133,9 +133,7 @@ class Weight8bitMixin(nn.Module):
             handled = {weight_key}
         rest = {key: value for key, value in state_dict.items() if key not in handled}
         missing: list[str] = []
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key not in handled]
 
     def _check_weight(self, key: str, value: Tensor) -> None:
@@ -190,9 +188,7 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
         self.state.threshold = threshold
         self.state.has_fp16_weights = has_fp16_weights
         self.index = index
-        self.weight = Int8Params(
-            self.weight.data, requires_grad=has_fp16_weights, has_fp16_weights=has_fp16_weights
-        )
+        self.weight = Int8Params(self.weight.data, requires_grad=has_fp16_weights, has_fp16_weights=has_fp16_weights)
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

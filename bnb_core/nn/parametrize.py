@@ -106,9 +106,7 @@ def _save(
         state_dict[f"{prefix}{name}.{key}"] = value
 
 
-def _load(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any, name: str
-) -> None:
+def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any, name: str) -> None:
     key = prefix + name
     if key not in state_dict:
         return

@@ -15,9 +15,7 @@ from bnb_core.functional import DEFAULT_BLOCKSIZE_4BIT, QuantState
 from bnb_core.primitive import plain_tensor_type
 
 # Of the methods that convert the values: on packed codes, which are not values, they do nothing.
-_CASTS = {
-    getattr(Tensor, name) for name in ("half", "float", "double", "bfloat16", "type", "type_as", "int", "long")
-}
+_CASTS = {getattr(Tensor, name) for name in ("half", "float", "double", "bfloat16", "type", "type_as", "int", "long")}
 _SPLITS = {torch.chunk, torch.split, Tensor.chunk, Tensor.split}
 
 

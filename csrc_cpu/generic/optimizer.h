@@ -40,28 +40,31 @@ struct Coefficients {
   float unit;  // the update is unit * numerator / denominator
 
   explicit Coefficients(const OptimizerStep& s)
-      : gnorm_scale(s.gnorm_scale),
-        beta1(s.beta1),
-        beta2(s.beta2),
-        beta3(s.beta3),
-        rest1(1.0f - s.beta1),
-        rest2(1.0f - s.beta2),
-        rest3(1.0f - s.beta3),
-        alpha(s.alpha),
-        eps(s.eps),
-        c1(static_cast<float>(1.0 - power(s.beta1, s.step))),
-        c2(static_cast<float>(__builtin_sqrt(1.0 - power(s.beta2, s.step)))),
-        weight_decay(s.weight_decay),
-        decay(1.0f - s.lr * s.weight_decay),
+      : gnorm_scale(round(s.gnorm_scale)),
+        beta1(round(s.beta1)),
+        beta2(round(s.beta2)),
+        beta3(round(s.beta3)),
+        rest1(round(1 - s.beta1)),
+        rest2(round(1 - s.beta2)),
+        rest3(round(1 - s.beta3)),
+        alpha(round(s.alpha)),
+        eps(round(s.eps)),
+        c1(round(correction1(s))),
+        c2(round(correction2(s))),
+        weight_decay(round(s.weight_decay)),
+        decay(round(1 - s.lr * s.weight_decay)),
         ignored_gradient(s.skip_zeros ? 0.0f : __builtin_nanf("")),
         first_step(s.step == 1),
         unit(1.0f) {
     if (is_adam(s.name)) {
-      eps *= c2;
-      unit = c2 / c1;
+      eps = round(s.eps * correction2(s));
+      unit = round(correction2(s) / correction1(s));
     }
   }
 
+  static float round(double x) { return static_cast<float>(x); }
+  static double correction1(const OptimizerStep& s) { return 1 - power(s.beta1, s.step); }
+  static double correction2(const OptimizerStep& s) { return __builtin_sqrt(1 - power(s.beta2, s.step)); }
   static double power(double beta, int64_t step) { return __builtin_pow(beta, static_cast<double>(step)); }
 };
 
@@ -275,15 +278,18 @@ struct Parameter {
   }
 };
 
+// Of a finite entry: one bad entry must not decide how far the others move.
+double finite_square(float x) { return __builtin_isfinite(x) ? static_cast<double>(x) * x : 0.0; }
+
 // The sum of squares in f64, in an order that depends on nothing but n.
 double sum_of_squares(const float* x, int64_t n) {
   constexpr int kSums = 16;
   double sums[kSums] = {};
   int64_t i = 0;
   for (; i + kSums <= n; i += kSums) {
-    for (int j = 0; j < kSums; j++) sums[j] += static_cast<double>(x[i + j]) * x[i + j];
+    for (int j = 0; j < kSums; j++) sums[j] += finite_square(x[i + j]);
   }
-  for (; i < n; i++) sums[i % kSums] += static_cast<double>(x[i]) * x[i];
+  for (; i < n; i++) sums[i % kSums] += finite_square(x[i]);
   double total = 0;
   for (double sum : sums) total += sum;
   return total;
@@ -313,7 +319,7 @@ void measure(const P& parameter, const Rule& rule, const Coefficients& c, double
 }
 
 // s of the rules: the update is at most max_unorm times as long as the parameter.
-float trust_ratio(float max_unorm, const double* norms) {
+float trust_ratio(double max_unorm, const double* norms) {
   if (norms[1] == 0) return 1.0f;
   const double ratio = max_unorm * __builtin_sqrt(norms[0]) / __builtin_sqrt(norms[1]);
   return ratio < 1 ? static_cast<float>(ratio) : 1.0f;
@@ -331,7 +337,7 @@ void optimizer_update(const OptimizerStep& step, const void* g, void* p, DType d
       measure(parameter, rule, c, norms);
       s = trust_ratio(step.max_unorm, norms);
     }
-    const float size = step.lr * s * c.unit;
+    const float size = static_cast<float>(step.lr * s * c.unit);
     parallel_for(ceil_div(n, kBlock), grain(kBlock), [&](int64_t begin, int64_t end) {
       Block block = {};
       for (int64_t b = begin; b < end; b++) {

@@ -152,18 +152,6 @@ def _check_first_row_alone(got: Tensor, expected: oracle.F64) -> None:
         raise Failure("a value that is not finite did not stay in its row, or got lost")
 
 
-def _row_permutation(context: Context, dtype: torch.dtype) -> None:
-    """Rows do not depend on one another: permuting A permutes the result, to the bit."""
-    sample = Sample(dtype, "16 rows")
-    generator = context.generator(f"permutation,{dtype}")
-    weight, A = sample.weight(generator), sample.activations(generator)
-    order = torch.randperm(A.shape[0], generator=generator)
-    (plain,) = context.call(primitives.gemm_4bit, A, weight.packed, *weight.arguments)
-    (permuted,) = context.call(primitives.gemm_4bit, A[order], weight.packed, *weight.arguments)
-    if not torch.equal(plain[order], permuted):
-        raise Failure("permuting the rows of A changed a row's result")
-
-
 def _expanded_rows(context: Context, dtype: torch.dtype) -> None:
     """A row repeated by expand (stride 0) is that row, each time."""
     sample = Sample(dtype, "5 rows")
@@ -205,7 +193,6 @@ def cases() -> Iterator[Case]:
         yield Case("gemm_4bit", sample.name, partial(_check, sample=sample), sample.traits)
     for dtype in DTYPES:
         traits = {"dtype": dtype_name(dtype)}
-        yield Case("gemm_4bit", f"row permutation,{traits['dtype']}", partial(_row_permutation, dtype=dtype), traits)
         yield Case("gemm_4bit", f"expanded rows,{traits['dtype']}", partial(_expanded_rows, dtype=dtype), traits)
 
 

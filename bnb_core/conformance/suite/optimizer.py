@@ -189,8 +189,8 @@ def _check_state(what: str, before: Quantized, codes: Tensor, absmax: Tensor, ex
     parts = (absmax.shape[0] if stacked else 1, -1)
     pairs = zip(codes.reshape(parts), absmax.view(parts), expected.reshape(parts), strict=True)
     for got_codes, got_absmax, exact in pairs:
-        blocks = oracle.blocks_of(exact, OPTIMIZER_BLOCKSIZE)
-        largest = np.array([np.abs(block).max() for block in blocks])
+        starts = range(0, len(exact), OPTIMIZER_BLOCKSIZE)
+        largest = np.array([np.abs(exact[start : start + OPTIMIZER_BLOCKSIZE]).max() for start in starts])
         stored = np.where(largest < 2.0**-126, 0.0, largest)
         within(f"{what} absmax", _f64(got_absmax), stored, RELATIVE * stored + 2.0**-126)
         _check_codes(what, before, got_codes.numpy(), exact, np.repeat(stored, OPTIMIZER_BLOCKSIZE)[: len(exact)])
@@ -247,6 +247,7 @@ def _contained(context: Context, optimizer: str, bits: int, bad: float) -> None:
     spoilt.view(-1)[place] = bad
     h = sample.hyperparameters
     primitive: Any
+    changed: tuple[int, ...]
     if bits == 32:
         primitive, changed = primitives.optimizer_update_32bit, (2, 3, 4)
         tail: tuple = (p, state1, state2, None, *h)

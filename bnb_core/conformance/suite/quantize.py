@@ -109,9 +109,7 @@ def _check_quantize_blockwise(context: Context, A: Tensor, code: Tensor, blocksi
     same_bits("absmax", absmax, scales)
 
 
-def _check_quantize_4bit(
-    context: Context, A: Tensor, blocksize: int, quant_type: str, storage: torch.dtype
-) -> None:
+def _check_quantize_4bit(context: Context, A: Tensor, blocksize: int, quant_type: str, storage: torch.dtype) -> None:
     packed, absmax = context.call(primitives.quantize_4bit, A, blocksize, quant_type, storage)
     with np.errstate(all="ignore"):
         expected, scales = oracle.quantize_4bit(_flat(A), blocksize, quant_type)

@@ -1,0 +1,168 @@
+"""`bnb-core conformance`: hold a backend to docs/SPEC.md, and compare two such runs."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bnb_core import registry
+from bnb_core.conformance import report, runner
+from bnb_core.conformance.case import Case
+from bnb_core.conformance.perf import measure
+from bnb_core.conformance.suite import all_cases, required_classes
+from bnb_core.registry import Backend
+
+from .errors import BadInput
+
+EVERY_ISA = "all"
+
+
+@click.group(invoke_without_command=True)
+@click.option("--backend", "backend_name", help="The backend to test; `bnb-core info` lists them.")
+@click.option("--isa", default=None, help="Instruction set of a cpu backend, or `all`; default: the one in use.")
+@click.option("--primitive", "primitives", multiple=True, help="Only this primitive; may be repeated. `api`: the API.")
+@click.option("--case", "pattern", default="*", help="Only cases whose name matches this pattern.")
+@click.option("--device", default=None, help="torch device; default: the backend's first.")
+@click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
+@click.option("--thorough", is_flag=True, help="Also the cases that need minutes or gigabytes.")
+@click.option("--perf", is_flag=True, help="Time each primitive instead of testing it.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a report here.")
+@click.pass_context
+def command(
+    context: click.Context,
+    backend_name: str | None,
+    isa: str | None,
+    primitives: Sequence[str],
+    pattern: str,
+    device: str | None,
+    seed: int,
+    thorough: bool,
+    perf: bool,
+    json_path: Path | None,
+) -> None:
+    """Hold a backend to the contract: exit code 0 only if every case passes and none is missing."""
+    if context.invoked_subcommand is not None:
+        return
+    if backend_name is None:
+        raise BadInput(f"--backend: expected one of {', '.join(registry.backends())}, got nothing")
+    try:
+        backend = runner.backend_of(backend_name)
+        chosen_device = runner.device_of(backend, device)
+        cases = select_cases(primitives, pattern, thorough)
+        isas = chosen_isas(backend, isa)
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(str(error)) from None
+    console = Console()
+    if perf:
+        show_perf(console, measure(backend, chosen_device))
+        return
+    selected = bool(primitives) or pattern != "*"
+    gaps = [] if selected else runner.coverage_gaps(all_cases(), required_classes())
+    failed = bool(gaps)
+    for gap in gaps:
+        console.print(f"[red]not covered[/] {gap}", highlight=False)
+    reports = []
+    for name in isas:
+        results = run_on(console, backend, name, chosen_device, cases, seed)
+        failed |= any(result.failed for result in results)
+        reports.append(report.as_json(results, backend, name, str(chosen_device), seed))
+    if json_path is not None:
+        json_path.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1) + "\n")
+    context.exit(1 if failed else 0)
+
+
+@command.command()
+@click.argument("first", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("second", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.pass_context
+def compare(context: click.Context, first: Path, second: Path) -> None:
+    """Say where the bits of two reports (--json of one instruction set each) differ; exit code 1 if they do."""
+    try:
+        a, b = report.load(first), report.load(second)
+        found = report.differences(a, b)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    for case, sentence in found:
+        click.echo(f"{case}: {sentence}")
+    click.echo(f"{len(found)} of {len(a['cases'].keys() | b['cases'].keys())} cases differ")
+    context.exit(1 if found else 0)
+
+
+def select_cases(primitives: Sequence[str], pattern: str, thorough: bool) -> list[Case]:
+    """The cases that were asked for.
+
+    Raises:
+        ValueError: an unknown primitive, or nothing matches.
+    """
+    known = ["api", *registry.primitive_names()]
+    for name in primitives:
+        if name not in known:
+            raise ValueError(f"--primitive: expected one of {', '.join(known)}, got {name!r}")
+    cases = [
+        case
+        for case in all_cases()
+        if (not primitives or (case.primitive or "api") in primitives)
+        and fnmatch.fnmatchcase(case.name, pattern)
+        and (thorough or not case.large)
+    ]
+    if not cases:
+        raise ValueError(f"--case: no case matches {pattern!r}")
+    return cases
+
+
+def chosen_isas(backend: Backend, isa: str | None) -> list[str | None]:
+    """The instruction sets to run on, in turn; None for a backend that has no choice."""
+    if backend.instruction_sets is None:
+        if isa is not None:
+            raise ValueError(f"--isa: backend {backend.name!r} has no instruction sets to choose from, got {isa!r}")
+        return [None]
+    available = backend.instruction_sets.available()
+    if isa is None:
+        return [backend.instruction_sets.current()]
+    if isa != EVERY_ISA and isa not in available:
+        raise ValueError(f"--isa: expected all, {', '.join(available)}, got {isa!r}")
+    return list(available) if isa == EVERY_ISA else [isa]
+
+
+def run_on(
+    console: Console, backend: Backend, isa: str | None, device: torch.device, cases: Sequence[Case], seed: int
+) -> list[runner.Result]:
+    """Run the cases with a progress bar, and print what failed and the support table."""
+    title = f"{backend.name}{f' ({isa})' if isa else ''} on {device}"
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with runner.instruction_set(backend, isa), Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=len(cases))
+        results = runner.run(cases, backend, device, seed, lambda result: progress.advance(task))
+    for result in results:
+        if result.failed or result.status == "skipped":
+            console.print(f"{result.status} {result.case.id}: {result.message}", highlight=False, markup=False)
+    show_support(console, title, results)
+    return results
+
+
+def show_support(console: Console, title: str, results: Sequence[runner.Result]) -> None:
+    support = report.support_table(results)
+    dtypes = list(dict.fromkeys(dtype for by_dtype in support.values() for dtype in by_dtype))
+    table = Table("primitive", *dtypes, title=title, title_justify="left")
+    for primitive, by_dtype in support.items():
+        table.add_row(primitive, *(by_dtype.get(dtype, "") for dtype in dtypes))
+    console.print(table)
+    seconds = sum(result.seconds for result in results)
+    failures = sum(result.failed for result in results)
+    console.print(f"{len(results)} cases in {seconds:.1f} s: {len(results) - failures} passed, {failures} failed")
+
+
+def show_perf(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    table = Table("primitive", "case", "time", "GB/s", "of copy", "GFLOP/s", "of dense matmul")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row.values()))
+    console.print(table)

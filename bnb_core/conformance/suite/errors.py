@@ -1,0 +1,222 @@
+"""Section 7: bad arguments raise an error that names the argument, before any kernel is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from bnb_core import primitives
+from bnb_core.codebooks import create_dynamic_map
+from bnb_core.conformance.case import Case, Context, Failure
+from bnb_core.primitive import Primitive
+
+STEP = {
+    "beta1": 0.9, "beta2": 0.999, "beta3": 0.0, "alpha": 0.0, "eps": 1e-8, "step": 1, "lr": 0.1, "weight_decay": 0.0,
+    "gnorm_scale": 1.0, "max_unorm": 0.0, "skip_zeros": False,
+}  # fmt: skip
+
+
+def _valid(primitive: str) -> dict[str, Any]:
+    """Arguments that the primitive accepts, by name."""
+    M, N, K = 4, 6, 64
+    A, code = torch.ones(M, K), create_dynamic_map()
+    packed, scales = torch.zeros(N * K // 2, 1, dtype=torch.uint8), torch.ones(N * K // 64)
+    i8, i8_weight, i32 = (torch.zeros(*size) for size in ((M, K), (N, K), (M, N)))
+    i8, i8_weight, i32 = i8.to(torch.int8), i8_weight.to(torch.int8), i32.to(torch.int32)
+    row_stats, col_stats, bias, mask = torch.ones(M), torch.ones(N), torch.zeros(N), torch.zeros(K, dtype=torch.bool)
+    codes = torch.zeros(M, K, dtype=torch.uint8)
+    int8_scales = {"row_stats": row_stats, "col_stats": col_stats}
+    update = {"optimizer_name": "adam", "g": A, "p": A.clone()}
+    match primitive:
+        case "quantize_blockwise":
+            return {"A": A, "code": code, "blocksize": 64}
+        case "dequantize_blockwise":
+            return {"A": codes, "absmax": torch.ones(M), "code": code, "blocksize": 64, "dtype": torch.float32}
+        case "quantize_4bit":
+            return {"A": A, "blocksize": 64, "quant_type": "nf4", "quant_storage": torch.uint8}
+        case "dequantize_4bit":
+            tail = {"quant_type": "nf4", "shape": (N, K), "dtype": torch.float32}
+            return {"A": packed, "absmax": scales, "blocksize": 64, **tail}
+        case "gemm_4bit":
+            nested = {
+                "nested_absmax": torch.ones(1), "nested_code": code, "offset": torch.zeros(()), "nested_blocksize": 256,
+            }  # fmt: skip
+            weight = {"absmax": scales.to(torch.uint8), "blocksize": 64, "quant_type": "nf4"}
+            return {"A": A, "B": packed, "shape": (N, K), **weight, "bias": bias, **nested}
+        case "int8_vectorwise_quant" | "int8_double_quant":
+            return {"A": A, "threshold": 6.0}
+        case "int8_vectorwise_dequant":
+            return {"A": i8, "stats": row_stats}
+        case "int8_linear_matmul":
+            return {"A": i8, "B": i8_weight}
+        case "int8_mm_dequant":
+            return {"A": i32, **int8_scales, "bias": bias, "dtype": torch.float32}
+        case "int8_scaled_mm":
+            return {"A": i8, "B": i8_weight, **int8_scales, "bias": bias, "dtype": torch.float32}
+        case "int8_mixed_scaled_mm":
+            return {"A": A, "CA": i8, "CB": i8_weight, **int8_scales, "outlier_mask": mask, "bias": bias}
+        case "optimizer_update_32bit":
+            return {**update, "state1": A.clone(), "state2": A.clone(), "unorm_vec": torch.zeros(1), **STEP}
+        case "optimizer_update_8bit_blockwise":
+            states = {"state1": codes, "state2": codes.clone(), "qmap1": code, "qmap2": code.clone()}
+            return {**update, **states, "absmax1": torch.ones(1), "absmax2": torch.ones(1), "unorm_vec": None, **STEP}
+    raise ValueError(f"{primitive}: the suite has no valid arguments for it")
+
+
+class Bad(NamedTuple):
+    """A change of arguments that must be refused with an error that names ``argument``."""
+
+    argument: str
+    change: dict[str, Any]
+    error: type[Exception] = ValueError
+
+
+BLOCKSIZES = [Bad("blocksize", {"blocksize": size}) for size in (0, -64, 63, 8192, 16, None)]
+QUANT_TYPES = [Bad("quant_type", {"quant_type": name}) for name in ("int4", "af4", "NF4", "", None)]
+DTYPES = [Bad("dtype", {"dtype": dtype}, TypeError) for dtype in (torch.float64, torch.int32, None, "float32")]
+MAX_UNORM = [Bad("max_unorm", {"max_unorm": -1.0}), Bad("unorm_vec", {"max_unorm": 1.0, "unorm_vec": None}, TypeError)]
+STEPS = [
+    Bad("optimizer_name", {"optimizer_name": "adamw"}),
+    Bad("step", {"step": 0}),
+    Bad("state2", {"optimizer_name": "lion"}),
+    Bad("state1", {"optimizer_name": "ademamix"}),
+    Bad("state2", {"state2": None}, TypeError),
+    Bad("max_unorm", {"optimizer_name": "adagrad", "state2": None, "max_unorm": 1.0}),
+    *MAX_UNORM,
+]
+
+# What is particular to a primitive; wrong types, dtypes, sizes and devices of every tensor are added below.
+PARTICULAR: dict[str, list[Bad]] = {
+    "quantize_blockwise": BLOCKSIZES,
+    "dequantize_blockwise": [*BLOCKSIZES, *DTYPES],
+    "quantize_4bit": [
+        *BLOCKSIZES,
+        *QUANT_TYPES,
+        Bad("quant_storage", {"quant_storage": torch.int8}, TypeError),
+        Bad("quant_storage", {"A": torch.ones(10), "quant_storage": torch.float32}),
+        Bad("quant_storage", {"A": torch.ones(6), "quant_storage": torch.bfloat16}),
+    ],
+    "dequantize_4bit": [*BLOCKSIZES, *QUANT_TYPES, *DTYPES, Bad("A", {"shape": (6, 65)}), Bad("A", {"shape": (5, 64)})],
+    "gemm_4bit": [
+        *BLOCKSIZES,
+        *QUANT_TYPES,
+        Bad("shape", {"shape": (6, 64, 1)}),
+        Bad("B", {"shape": (7, 64)}),
+        Bad("A", {"shape": (64, 6)}),
+        Bad("A", {"A": torch.ones(())}),
+        Bad("absmax", {"nested_absmax": None}, TypeError),
+        Bad("nested_code", {"nested_code": None}, TypeError),
+        Bad("offset", {"offset": None}, TypeError),
+        Bad("nested_blocksize", {"nested_blocksize": 100}),
+        Bad("bias", {"bias": torch.zeros(6, dtype=torch.float16)}, TypeError),
+    ],
+    "int8_vectorwise_quant": [
+        Bad("threshold", {"threshold": -1.0}),
+        Bad("threshold", {"threshold": float("nan")}),
+        Bad("A", {"A": torch.ones(())}),
+    ],
+    "int8_double_quant": [Bad("threshold", {"threshold": -1.0}), Bad("A", {"A": torch.ones(())})],
+    "int8_linear_matmul": [
+        Bad("B", {"B": torch.zeros(6, 63, dtype=torch.int8)}),
+        Bad("B", {"B": torch.zeros(6, 8, 8, dtype=torch.int8)}),
+        Bad("A", {"A": torch.zeros((1, 65537), dtype=torch.int8), "B": torch.zeros((1, 65537), dtype=torch.int8)}),
+    ],
+    "int8_mm_dequant": DTYPES,
+    "int8_scaled_mm": [*DTYPES, Bad("B", {"B": torch.zeros(6, 63, dtype=torch.int8)})],
+    "int8_mixed_scaled_mm": [Bad("CA", {"A": torch.ones(4, 63)})],
+    "optimizer_update_32bit": STEPS,
+    "optimizer_update_8bit_blockwise": STEPS,
+}
+
+# A tensor whose size nothing else fixes: one of another size is another valid call.
+FREE_SIZE = {
+    "quantize_blockwise": ("A",),
+    "quantize_4bit": ("A",),
+    "int8_vectorwise_quant": ("A",),
+    "int8_double_quant": ("A",),
+    "int8_vectorwise_dequant": ("A",),
+}
+# Where a wrong size of one tensor is noticed in another.
+NOTICED_IN = {
+    ("dequantize_blockwise", "A"): "absmax",
+    ("int8_linear_matmul", "A"): "B",
+    ("int8_mm_dequant", "A"): "col_stats",
+    ("int8_scaled_mm", "A"): "B",
+    ("int8_mixed_scaled_mm", "A"): "CA",
+    ("int8_mixed_scaled_mm", "CA"): "CB",
+    ("optimizer_update_32bit", "p"): "g",
+    ("optimizer_update_8bit_blockwise", "p"): "g",
+}
+UNUSED = {("optimizer_update_32bit", "unorm_vec")}
+"""Not looked at when max_unorm is 0."""
+
+
+def _larger(tensor: torch.Tensor) -> torch.Tensor:
+    """With a last dimension that is longer by 300, which is more than a block."""
+    shape = tensor.shape or (1,)
+    return torch.zeros((*shape[:-1], shape[-1] + 300), dtype=tensor.dtype)
+
+
+def _of_every_tensor(primitive: str) -> Iterator[tuple[str, Bad]]:
+    for name, value in _valid(primitive).items():
+        if not isinstance(value, torch.Tensor) or (primitive, name) in UNUSED:
+            continue
+        yield "a list", Bad(name, {name: [1.0, 2.0]}, TypeError)
+        yield "complex", Bad(name, {name: value.to(torch.complex64)}, TypeError)
+        yield "i64", Bad(name, {name: value.to(torch.int64)}, TypeError)
+        if name not in FREE_SIZE.get(primitive, ()):
+            yield "too large", Bad(NOTICED_IN.get((primitive, name), name), {name: _larger(value)})
+
+
+def _check(context: Context, primitive: Primitive, bad: Bad) -> None:
+    arguments = {**_valid(primitive.name), **bad.change}
+    moved = [context.move(a) if isinstance(a, torch.Tensor) else a for a in arguments.values()]
+    try:
+        primitive(*moved)
+    except bad.error as error:
+        message = str(error)
+        if not message.startswith(f"{bad.argument}:"):
+            raise Failure(f"the error should begin with {bad.argument!r}, it says: {message}") from error
+        return
+    except Exception as error:
+        raise Failure(
+            f"{bad.argument}: expected a {bad.error.__name__}, got {type(error).__name__}: {error}"
+        ) from error
+    raise Failure(f"{bad.argument}: accepted {bad.change[next(iter(bad.change))]!r}")
+
+
+def _accepts_valid(context: Context, primitive: Primitive) -> None:
+    """Otherwise the refusals above would prove nothing."""
+    primitive(*(context.move(a) if isinstance(a, torch.Tensor) else a for a in _valid(primitive.name).values()))
+
+
+def _other_device(context: Context, primitive: Primitive, name: str) -> None:
+    """A tensor on another device is refused by its name."""
+    _check(context, primitive, Bad(name, {name: _valid(primitive.name)[name].to("meta")}))
+
+
+def cases() -> Iterator[Case]:
+    for primitive in (value for value in vars(primitives).values() if isinstance(value, Primitive)):
+        name = primitive.name
+        valid = partial(_accepts_valid, primitive=primitive)
+        yield Case(name, "errors,valid arguments are accepted", valid, {"error": "none"})
+        labelled = [
+            *_of_every_tensor(name),
+            *((repr(list(bad.change.values())[-1]), bad) for bad in PARTICULAR.get(name, [])),
+        ]
+        for index, (label, bad) in enumerate(labelled):
+            run = partial(_check, primitive=primitive, bad=bad)
+            traits = {"error": bad.argument}
+            case_name = f"errors,{index},{next(iter(bad.change))} {label.splitlines()[0][:40]}"
+            yield Case(name, case_name, run, traits, reaches_kernel=False)
+        tensors = [key for key, value in _valid(name).items() if isinstance(value, torch.Tensor)]
+        for argument in tensors[1:]:
+            other_device = partial(_other_device, primitive=primitive, name=argument)
+            traits = {"error": argument}
+            yield Case(name, f"errors,{argument} on another device", other_device, traits, reaches_kernel=False)
+
+
+REQUIRED = {value.name: {"error": ("none",)} for value in vars(primitives).values() if isinstance(value, Primitive)}
