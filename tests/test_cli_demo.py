@@ -92,6 +92,7 @@ def test_input_that_cannot_work_is_one_line_and_exit_code_2(arguments, named, tm
     assert result.exit_code == 2
     assert len(result.output.splitlines()) == 1
     assert named in result.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_text_is_refused(tmp_path):

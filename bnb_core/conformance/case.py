@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnb_core import registry
 from bnb_core.primitive import Out, Primitive
 
 GUARD_BYTES = 256

@@ -59,7 +59,7 @@ def measure(backend: Backend, device: torch.device) -> list[dict[str, Any]]:
         packed, absmax = primitives.quantize_4bit(A, 64, "nf4", torch.uint8)
         codes, scales = primitives.quantize_blockwise(A, code, 256)
         weight = ((N, K), absmax, 64, "nf4", None, None, None, None, 256)
-        q, stats, _ = primitives.int8_vectorwise_quant(A, 0.0)
+        q, _, _ = primitives.int8_vectorwise_quant(A, 0.0)
         values, bytes_out = torch.empty_like(A), torch.empty_like(codes)
         n, x = A.numel(), {M: torch.randn(M, K, device=device, dtype=torch.bfloat16) for M in (1, 16, 512)}
         dense = A.to(torch.bfloat16)

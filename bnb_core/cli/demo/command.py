@@ -28,10 +28,11 @@ def command(device: str, backend: str | None, steps: int, seed: int, out: Path, 
     """Train a small language model on text, quantize it, compare, and fine-tune it with QLoRA."""
     settings = Settings(steps=steps, seed=seed, device=device, backend=backend)
     check_device(device)
-    check_writable(out)
     check_backend(settings)
+    text, documentation = data.source_code(folder), data.documentation()
+    check_writable(out)
     with chosen_backend(settings):
-        run(settings, data.source_code(folder), data.documentation(), out)
+        run(settings, text, documentation, out)
 
 
 def check_device(device: str) -> None:

@@ -46,6 +46,7 @@ class FineTuning:
     base_bytes: int
     optimizer_state_bytes: int
     adapters_with_32bit_state: int
+    adapters_with_paged_state: int
     memory_at_start: int | None
     peak_memory: int | None
 
@@ -100,20 +101,29 @@ def fine_tune(
         adapter_parameters=sum(parameter.numel() for parameter in adapters),
         base_bytes=base_bytes,
         optimizer_state_bytes=state_bytes(optimizer),
-        adapters_with_32bit_state=sum(has_32bit_state(optimizer.state[p], p) for p in adapters),
+        adapters_with_32bit_state=sum(has_32bit_state(optimizer, parameter) for parameter in adapters),
+        adapters_with_paged_state=sum(has_paged_state(optimizer, parameter) for parameter in adapters),
         memory_at_start=memory_at_start,
         peak_memory=peak_memory(settings.device),
     )
 
 
+def state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    return [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all state tensors, code tables and scales included; a shared tensor counts once."""
-    tensors = (value for state in optimizer.state.values() for value in state.values())
-    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor)}
-    return sum(sizes.values())
+    tensors = (tensor for parameter in optimizer.state for tensor in state_tensors(optimizer, parameter))
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-def has_32bit_state(state: dict, parameter: nn.Parameter) -> bool:
+def has_32bit_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
     """Whether any state tensor of the parameter's size is kept in f32."""
-    tensors = (value for value in state.values() if isinstance(value, Tensor))
-    return any(tensor.numel() == parameter.numel() and tensor.dtype == torch.float32 for tensor in tensors)
+    tensors = (tensor for tensor in state_tensors(optimizer, parameter) if tensor.numel() == parameter.numel())
+    return any(tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def has_paged_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether any state tensor lies in paged memory; a paged optimizer leaves small states out of it."""
+    return any(getattr(tensor, "is_paged", False) for tensor in state_tensors(optimizer, parameter))

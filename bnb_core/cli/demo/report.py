@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -81,6 +82,7 @@ def fine_tuning_comparison(runs: dict[str, FineTuning]) -> Rows:
             *(f"{r.optimizer_state_bytes / first.optimizer_state_bytes:.3f}" for r in runs.values()),
         ],
         ["adapters with 32-bit state", *(str(run.adapters_with_32bit_state) for run in runs.values())],
+        ["adapters with paged state", *(str(run.adapters_with_paged_state) for run in runs.values())],
         ["peak memory", *(mebibytes(run.peak_memory) for run in runs.values())],
         ["  above the start", *(mebibytes(own_memory(run)) for run in runs.values())],
     ]
@@ -176,8 +178,8 @@ Prompt: `{results.settings.prompt!r}`
 def plot_losses(path: Path, curves: dict[str, list[float]], title: str) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, losses in curves.items():
-        axes.plot(range(1, len(losses) + 1), losses, label=name, linewidth=1)
+    for (name, losses), style in zip(curves.items(), cycle(("-", "--"))):
+        axes.plot(range(1, len(losses) + 1), losses, style, label=name, linewidth=1)
     axes.set(title=f"Loss, {title}", xlabel="step", ylabel="nats per byte")
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -139,6 +139,5 @@ def cases() -> Iterator[Case]:
 
 
 _LARGE: dict[str, tuple[str, ...]] = {"size": ("large",)}
-REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
-    name: _LARGE for name in ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise")
-}
+_QUANTIZERS = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise")
+REQUIRED = dict.fromkeys(_QUANTIZERS, _LARGE)
