@@ -138,6 +138,7 @@ class QuantState:
             offset = torch.tensor(float(values["nested_offset"]), dtype=torch.float32, device=device)
             state2 = cls(
                 absmax=tensors["nested_absmax"].to(device),
+                shape=tensors["absmax"].shape,
                 blocksize=values["nested_blocksize"],
                 code=tensors["nested_quant_map"].to(device),
                 dtype=DTYPES[values["nested_dtype"]],

@@ -63,7 +63,7 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
         )
     replacements: dict[nn.Linear, nn.Module] = {}
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             if type(child) is nn.Linear and name not in config.skip_modules:
                 if child not in replacements:
                     replacements[child] = _quantized(child, layer)

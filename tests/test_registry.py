@@ -1,0 +1,141 @@
+"""Which backend serves: found through entry points, chosen strictly, and never in the way of an import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import bnb_core
+from bnb_core import registry
+from bnb_core.registry import BackendError
+
+PACKAGES = Path(__file__).parent / "packages"
+QUANTIZE = "import torch, bnb_core; bnb_core.functional.quantize_4bit(torch.ones(64)); print('served')"
+
+
+def run_python(code: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, outside the checkout, with the packages of a folder if one is given."""
+    variables = {**os.environ, **environment}
+    if folder is not None:
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=PACKAGES, timeout=120
+    )
+
+
+@pytest.fixture(scope="session")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two packages that other people could have written, installed: one works, one raises when it is imported."""
+    folder = tmp_path_factory.mktemp("strangers")
+    sources = [str(PACKAGES / name) for name in ("third_party_backend", "broken_backend")]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--target", str(folder), *sources], check=True, capture_output=True, timeout=300)
+    return folder
+
+
+def test_our_backends_are_available_and_serve_everything():
+    found = bnb_core.backends()
+    assert list(found)[-1] == "reference" and found["reference"].available
+    assert found["cpu"].available, found["cpu"].unavailable
+    assert set(registry.serving("cpu").values()) == {"cpu"}
+    assert set(registry.serving("mps").values()) == {"reference"}
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_the_environment_variable_chooses_strictly(name):
+    code = f"{QUANTIZE}; from bnb_core import registry; print(set(registry.serving('cpu').values()))"
+    assert run_python(code, BNB_BACKEND=name).stdout.split() == ["served", f"{{'{name}'}}"]
+
+
+def test_the_environment_variable_chooses_per_primitive():
+    code = "from bnb_core import registry; s = registry.serving('cpu'); print(s['gemm_4bit'], s['quantize_4bit'])"
+    assert run_python(code, BNB_BACKEND="gemm_4bit=reference,*=cpu").stdout.split() == ["reference", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [("nowhere", "cpu, reference"), ("gemm_3bit=cpu", "quantize_4bit"), ("gemm_4bit=cpu,gemm_4bit=cpu", "twice")],
+)
+def test_a_wrong_environment_variable_is_an_error_that_lists_what_there_is(value, named):
+    result = run_python(QUANTIZE, BNB_BACKEND=value)
+    assert result.returncode and "BackendError" in result.stderr and named in result.stderr
+    assert run_python("import bnb_core", BNB_BACKEND=value).returncode == 0
+
+
+def test_use_backend_nests_and_ends():
+    with bnb_core.use_backend("reference"):
+        assert registry.serving("cpu")["gemm_4bit"] == "reference"
+        with bnb_core.use_backend("gemm_4bit=cpu,*=reference"):
+            assert registry.serving("cpu")["gemm_4bit"] == "cpu"
+        assert registry.serving("cpu")["gemm_4bit"] == "reference"
+    assert registry.serving("cpu")["gemm_4bit"] == "cpu"
+
+
+def test_use_backend_concerns_its_own_thread():
+    seen = []
+    with bnb_core.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(registry.serving("cpu")["gemm_4bit"]))
+        thread.start()
+        thread.join()
+    assert seen == ["cpu"]
+
+
+def test_use_backend_refuses_an_unknown_name():
+    with pytest.raises(BackendError, match="registered are"), bnb_core.use_backend("nowhere"):
+        pass
+
+
+def test_a_named_backend_refuses_other_devices_with_a_remedy():
+    with bnb_core.use_backend("cpu"), pytest.raises(BackendError, match=r"cuda.*choose another"):
+        registry.kernel_for("gemm_4bit", "cuda", ())
+
+
+def test_observers_see_who_served():
+    seen = []
+    with registry.observe(lambda *served: seen.append(served)), bnb_core.use_backend("reference"):
+        bnb_core.functional.quantize_4bit(torch.ones(64))
+    assert seen == [("quantize_4bit", "reference")]
+
+
+def test_a_strangers_backend_is_found_chosen_and_used(strangers):
+    code = (
+        "import torch, bnb_core\n"
+        "from bnb_core import functional as F, registry\n"
+        "assert 'third-party' in bnb_core.backends()\n"
+        "assert registry.serving('cpu')['dequantize_blockwise'] == 'cpu'\n"
+        "codes, state = F.quantize_blockwise(torch.linspace(-1, 1, 300))\n"
+        "ours = F.dequantize_blockwise(codes, state)\n"
+        "seen = []\n"
+        "with bnb_core.use_backend('third-party'), registry.observe(lambda *served: seen.append(served)):\n"
+        "    assert torch.equal(F.dequantize_blockwise(codes, state), ours)\n"
+        "    try: F.quantize_blockwise(torch.ones(3))\n"
+        "    except registry.BackendError as error: print(error)\n"
+        "assert seen == [('dequantize_blockwise', 'third-party')]\n"
+    )
+    result = run_python(code, strangers)
+    assert result.returncode == 0, result.stderr
+    assert "quantize_blockwise: backend 'third-party' does not have this primitive" in result.stdout
+
+
+def test_a_backend_that_raises_at_import_is_listed_and_harms_nobody(strangers):
+    code = f"{QUANTIZE}; print(bnb_core.backends()['broken'].unavailable)"
+    result = run_python(code, strangers)
+    assert result.returncode == 0, result.stderr
+    assert "served" in result.stdout and "RuntimeError: this machine has no such device" in result.stdout
+    refused = run_python(QUANTIZE, strangers, BNB_BACKEND="broken")
+    assert "backend 'broken' is not available" in refused.stderr
+
+
+def test_import_initializes_no_gpu_and_loads_no_backend():
+    code = (
+        "import sys, torch, bnb_core\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print([m for m in sys.modules if m.startswith('bnb_core.backends.')])"
+    )
+    assert run_python(code).stdout.strip() == "[]"
