@@ -195,7 +195,12 @@ def test_full_precision_weights_load_into_a_quantized_module(build):
 @modules
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.copy, copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), lambda module: _through_a_file(module)],
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda module: pickle.loads(pickle.dumps(module)),
+        lambda module: _through_a_file(module),
+    ],
     ids=["copy", "deepcopy", "pickle", "torch.save"],
 )
 def test_copies_compute_the_same_and_keep_their_types(build, duplicate):
@@ -343,7 +348,9 @@ def test_one_row_weight_is_not_taken_for_a_transposed_one(backend):
 
 def test_quantize_model_replaces_linears_and_keeps_shared_ones_shared():
     shared = nn.Linear(64, 64)
-    model = nn.ModuleDict({"a": shared, "b": shared, "lm_head": nn.Linear(64, 32), "c": nn.Sequential(nn.Linear(64, 8))})
+    model = nn.ModuleDict(
+        {"a": shared, "b": shared, "lm_head": nn.Linear(64, 32), "c": nn.Sequential(nn.Linear(64, 8))}
+    )
     head = model["lm_head"].weight
     assert bnb_core.quantize_model(model) is model
     assert model["a"] is model["b"] and isinstance(model["a"], Linear4bit) and isinstance(model["c"][0], Linear4bit)

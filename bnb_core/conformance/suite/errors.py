@@ -19,7 +19,7 @@ STEP = {
 }  # fmt: skip
 
 
-def _valid(primitive: str) -> dict[str, Any]:
+def valid_arguments(primitive: str) -> dict[str, Any]:
     """Arguments that the primitive accepts, by name."""
     M, N, K = 4, 6, 64
     A, code = torch.ones(M, K), create_dynamic_map()
@@ -161,7 +161,7 @@ def _larger(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _of_every_tensor(primitive: str) -> Iterator[tuple[str, Bad]]:
-    for name, value in _valid(primitive).items():
+    for name, value in valid_arguments(primitive).items():
         if not isinstance(value, torch.Tensor) or (primitive, name) in UNUSED:
             continue
         yield "a list", Bad(name, {name: [1.0, 2.0]}, TypeError)
@@ -172,7 +172,7 @@ def _of_every_tensor(primitive: str) -> Iterator[tuple[str, Bad]]:
 
 
 def _check(context: Context, primitive: Primitive, bad: Bad) -> None:
-    arguments = {**_valid(primitive.name), **bad.change}
+    arguments = {**valid_arguments(primitive.name), **bad.change}
     moved = [context.move(a) if isinstance(a, torch.Tensor) else a for a in arguments.values()]
     try:
         primitive(*moved)
@@ -190,12 +190,14 @@ def _check(context: Context, primitive: Primitive, bad: Bad) -> None:
 
 def _accepts_valid(context: Context, primitive: Primitive) -> None:
     """Otherwise the refusals above would prove nothing."""
-    primitive(*(context.move(a) if isinstance(a, torch.Tensor) else a for a in _valid(primitive.name).values()))
+    primitive(
+        *(context.move(a) if isinstance(a, torch.Tensor) else a for a in valid_arguments(primitive.name).values())
+    )
 
 
 def _other_device(context: Context, primitive: Primitive, name: str) -> None:
     """A tensor on another device is refused by its name."""
-    _check(context, primitive, Bad(name, {name: _valid(primitive.name)[name].to("meta")}))
+    _check(context, primitive, Bad(name, {name: valid_arguments(primitive.name)[name].to("meta")}))
 
 
 def cases() -> Iterator[Case]:
@@ -212,7 +214,7 @@ def cases() -> Iterator[Case]:
             traits = {"error": bad.argument}
             case_name = f"errors,{index},{next(iter(bad.change))} {label.splitlines()[0][:40]}"
             yield Case(name, case_name, run, traits, reaches_kernel=False)
-        tensors = [key for key, value in _valid(name).items() if isinstance(value, torch.Tensor)]
+        tensors = [key for key, value in valid_arguments(name).items() if isinstance(value, torch.Tensor)]
         for argument in tensors[1:]:
             other_device = partial(_other_device, primitive=primitive, name=argument)
             traits = {"error": argument}
