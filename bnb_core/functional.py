@@ -43,8 +43,8 @@ __all__ = [
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
     "is_on_gpu",
-    "optimizer_update_32bit",
     "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "pack_dict_to_tensor",
     "prefetch_tensor",
     "quantize_4bit",
@@ -67,9 +67,10 @@ def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
 
 def dequantize_absmax(quant_state: QuantState) -> Tensor:
     """The f32 scale of each block, double-quantized or not."""
-    if quant_state.state2 is None or not quant_state.nested:
+    if not quant_state.nested:
         return quant_state.absmax
-    return dequantize_blockwise(quant_state.absmax, quant_state.state2) + quant_state.offset
+    offset: Any = quant_state.offset
+    return dequantize_blockwise(quant_state.absmax, quant_state.state2) + offset
 
 
 def quantize_4bit(
@@ -154,13 +155,20 @@ def dequantize_4bit(
         TypeError, ValueError: an argument that is not as above, by its name.
     """
     check_tensor("A", A)
+    shape: Any
+    dtype: Any
     if quant_state is None:
         if absmax is None or out is None:
             raise ValueError("quant_state: expected a QuantState, or absmax and out in its place, got None")
         blocksize = DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
         shape, dtype = out.shape, out.dtype
     else:
-        absmax, blocksize, quant_type = dequantize_absmax(quant_state), quant_state.blocksize, quant_state.quant_type
+        quant_state.check_complete()
+        absmax, blocksize, quant_type = (
+            dequantize_absmax(quant_state),
+            quant_state.blocksize,
+            str(quant_state.quant_type),
+        )
         shape, dtype = quant_state.shape, quant_state.dtype if out is None else out.dtype
     result = primitives.dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype, out=out)
     return result.t() if is_transposed(A) and result.dim() == 2 else result
@@ -264,6 +272,7 @@ def gemm_4bit(
 
 def gemm_4bit_weight_arguments(quant_state: QuantState, bias: Tensor | None) -> tuple[Any, ...]:
     """What the primitive gemm_4bit takes after the packed weight."""
+    quant_state.check_complete()
     state2 = quant_state.state2 if quant_state.nested else None
     scales = (quant_state.absmax, quant_state.blocksize, quant_state.quant_type)
     if state2 is None:
@@ -328,7 +337,7 @@ def int8_double_quant(
     outputs = (out_row, out_col, row_stats, col_stats, None)
     given = outputs if any(output is not None for output in outputs) else None
     *results, outlier_mask = primitives.int8_double_quant(A, threshold, out=given)
-    return (*results, outlier_mask.nonzero().view(-1) if threshold > 0 else None)  # type: ignore[return-value]
+    return (*results, outlier_mask.nonzero().view(-1) if threshold > 0 else None)
 
 
 def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -28,7 +28,7 @@ class Out(NamedTuple):
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 
-def plain_tensor_type(cls: type) -> type:
+def plain_tensor_type(cls: Any) -> Any:
     """Class decorator: a Tensor subclass without behaviour of its own, whose instances go straight to the kernels."""
     _PLAIN_TYPES.add(cls)
     return cls

@@ -84,6 +84,14 @@ class QuantState:
             f"blocksize={self.blocksize}, nested={self.nested})"
         )
 
+    def check_complete(self) -> None:
+        """Raise ValueError if this cannot describe a 4-bit tensor, as one that was put together by hand may not."""
+        for name in ("shape", "dtype", "blocksize", "quant_type"):
+            if getattr(self, name) is None:
+                raise ValueError(f"quant_state: its {name} is None")
+        if self.nested and (self.state2 is None or self.offset is None):
+            raise ValueError("quant_state: it is nested, but its state2 or its offset is None")
+
     def to(self, device: torch.device | str) -> QuantState:
         """Move every tensor of this state, in place."""
         self.absmax = self.absmax.to(device)
@@ -204,7 +212,7 @@ class _Entries:
         self.key_of[name] = key
 
     def check(self) -> None:
-        wanted = ("absmax", "quant_map", *VALUE_KEYS)
+        wanted: tuple[str, ...] = ("absmax", "quant_map", *VALUE_KEYS)
         if self.nested:
             wanted += NESTED_TENSOR_KEYS + NESTED_VALUE_KEYS
         for name in wanted:

@@ -51,9 +51,9 @@ def replace_linear(
             replacement = linear_replacement(module.in_features, module.out_features, module.bias is not None)
             if copy_weights:
                 with torch.no_grad():
-                    replacement.weight.data = module.weight.data.clone()  # type: ignore[union-attr]
+                    replacement.weight.data = module.weight.data.clone()
                     if module.bias is not None:
-                        replacement.bias.data = module.bias.data.clone()  # type: ignore[union-attr]
+                        replacement.bias.data = module.bias.data.clone()
             setattr(model, name, replacement)
             if post_processing_function is not None:
                 method = getattr(module, post_processing_function, None)

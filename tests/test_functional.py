@@ -35,8 +35,8 @@ SIGNATURES = {
     F.batched_igemm: "A, B, out=None, transposed_A=False, transposed_B=False",
     F.optimizer_update_32bit: "optimizer_name, g, p, state1, beta1, eps, step, lr, state2=None, beta2=0.0, beta3=0.0, "
     "alpha=0.0, weight_decay=0.0, gnorm_scale=1.0, unorm_vec=None, max_unorm=0.0, skip_zeros=False",
-    F.optimizer_update_8bit_blockwise: "optimizer_name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr, "
-    "qmap1, qmap2, absmax1, absmax2, weight_decay=0.0, gnorm_scale=1.0, skip_zeros=False",
+    F.optimizer_update_8bit_blockwise: "optimizer_name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, "
+    "lr, qmap1, qmap2, absmax1, absmax2, weight_decay=0.0, gnorm_scale=1.0, skip_zeros=False",
     F.create_linear_map: "signed=True, total_bits=8, add_zero=True",
     F.create_normal_map: "offset=0.9677083, use_extra_value=True",
     F.create_fp8_map: "signed=True, exponent_bits=5, precision_bits=2, total_bits=8",

@@ -8,8 +8,9 @@ from types import ModuleType
 
 import torch
 
-from bnb_core.backends.native import kernels_of
 from bnb_core.registry import Backend, InstructionSets
+
+from ..native import kernels_of
 
 
 def _load_kernels() -> ModuleType:

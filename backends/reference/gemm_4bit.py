@@ -23,7 +23,7 @@ def gemm_4bit(
     offset: Tensor | None,
     nested_blocksize: int,
 ) -> Tensor:
-    if nested_absmax is not None:
+    if nested_absmax is not None and nested_code is not None and offset is not None:
         absmax = dequantize_blockwise(absmax, nested_absmax, nested_code, nested_blocksize, torch.float32) + offset
     weight = dequantize_4bit(B, absmax, blocksize, quant_type, shape, torch.float32)
     out = A.float() @ weight.t()

@@ -47,7 +47,7 @@ class Embedding8bit(Weight8bitMixin, nn.Embedding):
     Its output has the dtype that the weight had before.
     """
 
-    weight: Int8Params  # type: ignore[assignment]
+    weight: Int8Params
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Embedding4bit(Weight4bitMixin, nn.Embedding):
         quant_storage: the dtype that the packed bytes are viewed as.
     """
 
-    weight: Params4bit  # type: ignore[assignment]
+    weight: Params4bit
 
     def __init__(
         self,

@@ -43,9 +43,9 @@ class Weight4bitMixin(nn.Module):
         state_keys = [key for key in state_dict if key.startswith(weight_key + ".")]
         handled = set(state_keys)
         value = state_dict.get(weight_key)
-        if value is None and state_keys:
-            raise ValueError(f"{weight_key}: missing, though the state dict has {state_keys[0]}")
         if state_keys:
+            if value is None:
+                raise ValueError(f"{weight_key}: missing, though the state dict has {state_keys[0]}")
             self._load_packed(weight_key, value, {key: state_dict[key] for key in state_keys})
             handled.add(weight_key)
         elif value is not None and self.weight.bnb_quantized:
@@ -109,7 +109,7 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
     The output has the input's dtype.
     """
 
-    weight: Params4bit  # type: ignore[assignment]
+    weight: Params4bit
 
     def __init__(
         self,

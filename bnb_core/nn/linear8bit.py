@@ -57,7 +57,7 @@ class Int8Params(nn.Parameter):
         self.data, self.CB, self.SCB = codes, codes, scales
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Int8Params:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Int8Params:
         """Move, and on the first move to a device other than meta quantize; codes keep their dtype."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if not self.has_fp16_weights and self.is_floating_point() and device is not None and device.type != "meta":
@@ -171,7 +171,7 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
         device: of the weight before quantization.
     """
 
-    weight: Int8Params  # type: ignore[assignment]
+    weight: Int8Params
 
     def __init__(
         self,

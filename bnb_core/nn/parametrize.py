@@ -95,13 +95,19 @@ def _state_key(prefix: str, name: str) -> str:
     return f"{prefix}parametrizations.{name}.original"
 
 
+def _of(module: nn.Module, name: str) -> Any:
+    """torch's list of what parametrizes a parameter; ours is the only one."""
+    parametrizations: Any = module.parametrizations
+    return parametrizations[name]
+
+
 def _save(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *, name: str
 ) -> None:
     """Under the parameter's own name, with its quant state, as a quantized layer's weight is saved."""
     packed = state_dict.pop(_state_key(prefix, name))
     state_dict[prefix + name] = packed
-    parametrization: Any = module.parametrizations[name][0]  # type: ignore[index]
+    parametrization = _of(module, name)[0]
     for key, value in parametrization.quant_state.as_dict(packed=True).items():
         state_dict[f"{prefix}{name}.{key}"] = value
 
@@ -112,8 +118,8 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments
         return
     packed = state_dict.pop(key)
     stats = {k: state_dict.pop(k) for k in [k for k in state_dict if k.startswith(key + ".")]}
-    parametrization: Any = module.parametrizations[name][0]  # type: ignore[index]
-    original: Any = module.parametrizations[name].original  # type: ignore[index]
+    parametrizations = _of(module, name)
+    parametrization, original = parametrizations[0], parametrizations.original
     try:
         quant_state = QuantState.from_dict({k: v.clone() for k, v in stats.items()}, original.device)
     except ValueError as error:
@@ -128,10 +134,10 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments
 
 def _enable_cache(module: nn.Module, inputs: Any) -> None:
     """Within one forward the parameter is dequantized once, however often it is read."""
-    parametrize._cache_enabled += 1  # type: ignore[attr-defined]
+    parametrize._cache_enabled += 1
 
 
 def _disable_cache(module: nn.Module, inputs: Any, output: Any) -> None:
-    parametrize._cache_enabled -= 1  # type: ignore[attr-defined]
-    if not parametrize._cache_enabled:  # type: ignore[attr-defined]
-        parametrize._cache = {}  # type: ignore[attr-defined]
+    parametrize._cache_enabled -= 1
+    if not parametrize._cache_enabled:
+        parametrize._cache = {}

@@ -155,7 +155,7 @@ class Params4bit(nn.Parameter):
         self._tell_module()
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         """Move, and on the first move to a device other than meta quantize; packed codes keep their dtype."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if not self.bnb_quantized:

@@ -27,7 +27,8 @@ def distributions(tmp_path_factory):
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(distributions):
-    names = zipfile.ZipFile(distributions[1]).namelist()
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        names = wheel.namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"bnb_core", "pytest_bnb_core.py"}
     assert not [name for name in names if re.search(r"\.(cpp|h|cu|cuh|o)$|/tests/|csrc", name)]
@@ -37,7 +38,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions):
 
 
 def test_the_sdist_holds_what_the_build_needs(distributions):
-    names = {name.partition("/")[2] for name in tarfile.open(distributions[0]).getnames()}
+    with tarfile.open(distributions[0]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"setup.py", "constraints.txt", "csrc_shared/kernels.h", "csrc_cpu/dispatch.cpp", "LICENSE"} <= names
 
 
@@ -54,7 +56,16 @@ def test_the_wheel_works_where_it_is_installed(distributions, tmp_path):
 def test_no_symbol_of_an_instruction_set_can_replace_anothers(tmp_path):
     """A weak symbol of an AVX-512 object may be the one that the linker keeps for everybody: SIGILL elsewhere."""
     environment = {**os.environ, "BNB_BUILD": "cpu"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-temp",
+        str(tmp_path),
+        "--build-lib",
+        str(tmp_path),
+    ]
     subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=1200)
     objects = list(tmp_path.rglob("targets/*.o"))
     assert objects

@@ -108,7 +108,7 @@ def fine_tune(
     )
 
 
-def state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+def state_tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
     return [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
 
 
@@ -118,12 +118,12 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-def has_32bit_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+def has_32bit_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
     """Whether any state tensor of the parameter's size is kept in f32."""
     tensors = (tensor for tensor in state_tensors(optimizer, parameter) if tensor.numel() == parameter.numel())
     return any(tensor.dtype == torch.float32 for tensor in tensors)
 
 
-def has_paged_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+def has_paged_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
     """Whether any state tensor lies in paged memory; a paged optimizer leaves small states out of it."""
     return any(getattr(tensor, "is_paged", False) for tensor in state_tensors(optimizer, parameter))
