@@ -121,6 +121,7 @@ class _Selection:
 
 
 _primitives: list[str] = []
+_registered: dict[str, Backend] = {}
 _selection: ContextVar[_Selection | None] = ContextVar("bnb_core_backend", default=None)
 _observers: list[Callable[[str, str], None]] = []
 
@@ -147,8 +148,13 @@ def _entry_points() -> dict[str, EntryPoint]:
     return found
 
 
+def _names() -> list[str]:
+    """Of every backend there is, loaded or not."""
+    return sorted({*_entry_points(), *_registered})
+
+
 @cache
-def _load(name: str) -> Backend:
+def _loaded(name: str) -> Backend:
     """The backend of that entry point; one that fails to load is unavailable with the error as the reason."""
     entry = _entry_points()[name]
     try:
@@ -163,14 +169,45 @@ def _load(name: str) -> Backend:
 
 def backends() -> dict[str, Backend]:
     """Every registered backend by name, highest priority first, available or not (``.unavailable`` says why)."""
-    loaded = ((name, _load(name)) for name in sorted(_entry_points()))
+    loaded = ((name, _named(name)) for name in _names())
     return dict(sorted(loaded, key=lambda item: -item[1].priority))
 
 
 def _named(name: str) -> Backend:
-    if name not in _entry_points():
-        raise BackendError(f"unknown backend {name!r}; registered are: {', '.join(sorted(_entry_points()))}")
-    return _load(name)
+    if name not in _names():
+        raise BackendError(f"unknown backend {name!r}; registered are: {', '.join(_names())}")
+    return _registered[name] if name in _registered else _loaded(name)
+
+
+@contextmanager
+def registered(backend: Backend) -> Iterator[None]:
+    """Have one more backend in this context, beside those of the entry points: for trying one out.
+
+    Raises:
+        BackendError: its name is taken.
+    """
+    if backend.name in _names():
+        raise BackendError(f"backend {backend.name!r} is registered already")
+    _registered[backend.name] = backend
+    _environment_selection().found.clear()
+    try:
+        yield
+    finally:
+        del _registered[backend.name]
+        _environment_selection().found.clear()
+
+
+def delegated_to(name: str) -> dict[str, Kernel]:
+    """The kernels of another backend, for a backend that wants them to stand in where it has none of its own.
+
+    They count as the kernels of the backend whose table holds them.
+
+    Raises:
+        BackendError: an unknown name, or a backend that is not available.
+    """
+    backend = _named(name)
+    _require_available(backend)
+    return {primitive: kernel for primitive in _primitives if (kernel := backend.kernel(primitive)) is not None}
 
 
 def parse_override(text: str) -> dict[str, str]:

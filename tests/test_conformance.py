@@ -1,0 +1,223 @@
+"""The suite is honest: what would prove nothing fails the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from throwaway import after, run, throwaway
+
+from bnb_core import primitives, registry
+from bnb_core.cli.commands import bnb_core as program
+from bnb_core.conformance import runner
+from bnb_core.conformance.case import Case, Failure
+from bnb_core.conformance.suite import all_cases, required_classes
+from bnb_core.registry import InstructionSets
+
+ROOT = Path(__file__).parents[1]
+CASE = next(case for case in all_cases() if case.primitive == "dequantize_blockwise")
+
+
+def _message(results):
+    (result,) = results
+    assert result.failed
+    return result.message
+
+
+def test_every_promised_class_has_a_case():
+    assert runner.coverage_gaps(all_cases(), required_classes()) == []
+
+
+def test_a_primitive_without_cases_is_a_gap():
+    cases = [case for case in all_cases() if case.primitive != "gemm_4bit"]
+    assert "gemm_4bit: has no case" in runner.coverage_gaps(cases, required_classes())
+
+
+def test_a_primitive_that_nobody_promised_to_cover_is_a_gap():
+    required = {name: classes for name, classes in required_classes().items() if name != "gemm_4bit"}
+    assert any(
+        gap.startswith("gemm_4bit: the suite does not say") for gap in runner.coverage_gaps(all_cases(), required)
+    )
+
+
+@pytest.mark.parametrize(("trait", "value"), [("dtype", "bfloat16"), ("blocksize", "2048"), ("values", "nan")])
+def test_a_class_without_a_case_is_a_gap(trait, value):
+    cases = [case for case in all_cases() if case.traits.get(trait) != value]
+    assert f"quantize_4bit: no case with {trait} {value}" in runner.coverage_gaps(cases, required_classes())
+
+
+def test_no_case_is_an_error():
+    with throwaway() as backend, pytest.raises(ValueError, match="nothing would be proved"):
+        run(backend, [])
+
+
+def test_a_case_that_another_backend_serves_fails():
+    def by_reference(context):
+        with registry.use_backend("reference"):
+            CASE.run(context)
+
+    with throwaway() as backend:
+        message = _message(run(backend, [Case(CASE.primitive, "elsewhere", by_reference)]))
+    assert "served by reference instead of throwaway" in message
+
+
+def test_a_case_that_calls_nothing_fails():
+    with throwaway() as backend:
+        message = _message(run(backend, [Case("gemm_4bit", "idle", lambda context: None)]))
+    assert "never called" in message
+
+
+def _write_around(side):
+    def spoil(arguments, out):
+        if out.untyped_storage().nbytes() > out.nbytes:
+            whole = torch.tensor([], dtype=torch.uint8).set_(out.untyped_storage())
+            start = out.storage_offset() * out.dtype.itemsize
+            whole[start - 1 if side == "before" else start + out.nbytes] = 0
+
+    return spoil
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_a_write_outside_the_output_fails(side):
+    with throwaway(after("dequantize_blockwise", _write_around(side))) as backend:
+        assert f"bytes {side} it were overwritten" in _message(run(backend, [CASE]))
+
+
+SPOILT = {
+    "an input was changed": lambda arguments, out: arguments[1].mul_(2),
+    "gave different bits": lambda arguments, out: out.add_(torch.rand(())),
+    "elements differ": lambda arguments, out: out.view(-1)[-1:].fill_(float("inf")),
+}
+
+
+@pytest.mark.parametrize("sentence", SPOILT)
+def test_a_spoilt_result_fails(sentence):
+    with throwaway(after("dequantize_blockwise", SPOILT[sentence])) as backend:
+        assert sentence in _message(run(backend, [CASE]))
+
+
+def test_an_output_left_unwritten_fails():
+    with throwaway({"dequantize_blockwise": lambda *arguments, out: None}) as backend:
+        assert _message(run(backend, [CASE]))
+
+
+def test_an_error_inside_a_kernel_fails_its_case_alone():
+    def broken(*arguments, out):
+        raise RuntimeError("no such instruction")
+
+    other = next(case for case in all_cases() if case.primitive == "int8_linear_matmul")
+    with throwaway({"dequantize_blockwise": broken}) as backend:
+        first, second = run(backend, [CASE, other])
+    assert first.failed and "no such instruction" in first.message and not second.failed
+
+
+def test_an_expected_failure_passes_the_run_until_it_passes(tmp_path):
+    path = tmp_path / "expected.json"
+    path.write_text(json.dumps({"dequantize_blockwise/*": "the device rounds down"}))
+    with throwaway(after("dequantize_blockwise", SPOILT["elements differ"]), expected_failures=path) as backend:
+        (result,) = run(backend, [CASE])
+    assert result.status == "expected failure" and not result.failed
+    with throwaway(expected_failures=path) as backend:
+        assert "was expected to fail: the device rounds down" in _message(run(backend, [CASE]))
+
+
+def test_an_instruction_set_that_changes_on_the_way_is_an_error():
+    serving = ["wide"]
+    choice = InstructionSets(lambda: ["wide", "narrow"], lambda: serving[0], lambda name: serving.__setitem__(0, name))
+    with (
+        throwaway(instruction_sets=choice) as backend,
+        pytest.raises(RuntimeError, match="ended on wide"),
+        runner.instruction_set(backend, "narrow"),
+    ):
+        choice.select("wide")
+
+
+def test_a_failing_refusal_is_noticed():
+    """The error cases fail where bad arguments are accepted."""
+    case = next(c for c in all_cases() if c.primitive == "quantize_4bit" and "blocksize 63" in c.name)
+    with throwaway() as backend:
+        context = runner.Context(backend.name, torch.device("cpu"))
+        original, primitives.quantize_4bit.declaration = primitives.quantize_4bit.declaration, lambda *a: ()
+        try:
+            with pytest.raises(Failure):
+                case.run(context)
+        finally:
+            primitives.quantize_4bit.declaration = original
+
+
+def _program(*arguments):
+    return CliRunner().invoke(program, ["conformance", *arguments])
+
+
+@pytest.fixture
+def reports(tmp_path):
+    path = tmp_path / "a.json"
+    result = _program("--backend", "cpu", "--primitive", "dequantize_blockwise", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    return path, tmp_path / "b.json"
+
+
+def test_a_report_does_not_differ_from_itself(reports):
+    result = _program("compare", str(reports[0]), str(reports[0]))
+    assert result.exit_code == 0 and result.output.startswith("0 of ")
+
+
+def test_a_report_that_differs_in_one_case_names_it(reports):
+    first, second = reports
+    content = json.loads(first.read_text())
+    content["cases"][CASE.id]["digest"] = "0"
+    second.write_text(json.dumps(content))
+    result = _program("compare", str(first), str(second))
+    assert result.exit_code == 1 and f"{CASE.id}: other bits" in result.output
+
+
+def test_reports_with_different_seeds_are_not_compared(reports):
+    first, second = reports
+    second.write_text(json.dumps({**json.loads(first.read_text()), "seed": 1}))
+    result = _program("compare", str(first), str(second))
+    assert result.exit_code == 2 and "different seeds" in result.output
+
+
+def test_the_report_says_where_it_comes_from(reports):
+    content = json.loads(reports[0].read_text())
+    assert content["machine"]["torch"] == torch.__version__ and content["backend"] == "cpu" and content["isa"]
+    assert content["support"]["dequantize_blockwise"]["float32"].startswith("ok ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--backend"),
+        (["--backend", "nowhere"], "registered are"),
+        (["--backend", "cpu", "--isa", "mmx"], "avx"),
+        (["--backend", "reference", "--isa", "avx2"], "no instruction sets"),
+        (["--backend", "cpu", "--primitive", "gemm_3bit"], "gemm_4bit"),
+        (["--backend", "cpu", "--case", "nothing like it"], "no case matches"),
+        (["--backend", "cpu", "--device", "cuda"], "serves cpu"),
+        (["compare", __file__, __file__], "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, sentence):
+    result = _program(*arguments)
+    assert result.exit_code == 2 and sentence in result.output
+
+
+def test_the_backend_template_passes_and_prints_its_table(tmp_path):
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    source = ROOT / "examples" / "backend_template"
+    subprocess.run([*install, "--target", str(tmp_path), str(source)], check=True, capture_output=True, timeout=300)
+    code = "from bnb_core.cli import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(
+        [sys.executable, "-c", code, "conformance", "--backend", "template"],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "template on cpu" in result.stdout and re.search(r"dequantize_blockw\S* *│ ok \d+", result.stdout)
