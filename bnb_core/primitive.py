@@ -162,4 +162,6 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    """Empty tensors, and those of devices whose memory torch does not see, have none to share."""
+    pointer = a.untyped_storage().data_ptr()
+    return pointer != 0 and pointer == b.untyped_storage().data_ptr()
