@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bnb_core
 from bnb_core import functional as F
 from bnb_core import optim
 
@@ -34,6 +36,25 @@ def test_the_process_holds_one_openmp_runtime_and_the_kernels_run_on_it():
     runtimes = set(OPENMP.findall(maps))
     assert len(runtimes) == 1
     assert Path(serving.strip()).resolve() == Path(runtimes.pop()).resolve()
+
+
+def _cpu_backend(**environment):
+    """Name of the instruction set in use, or why the backend is unavailable, in a fresh interpreter."""
+    code = "import bnb_core; b = bnb_core.backends()['cpu']; print(b.unavailable or b.details()['isa'])"
+    command, variables = [sys.executable, "-c", code], {**os.environ, **environment}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=variables, cwd=Path(__file__).parent
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize("isa", bnb_core.backends()["cpu"].instruction_sets.available())
+def test_the_environment_caps_the_instruction_set(isa):
+    assert _cpu_backend(BNB_CPU_ISA=isa) == isa
+
+
+def test_an_unknown_instruction_set_is_an_error_that_lists_what_there_is():
+    reason = _cpu_backend(BNB_CPU_ISA="mmx")
+    assert "mmx" in reason and "portable" in reason
 
 
 def _everything():
