@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace bnb {
@@ -42,6 +44,21 @@ bool has_avx512() {
   return has_avx2() && system_saves(kZmmState) &&
          bits_set(Cpuid(7).ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL);
 }
+
+constexpr unsigned kTileState = 0x60000;
+constexpr unsigned kTileFeatures =
+    1u << 22 | 1u << 24 | 1u << 25;  // cpuid 7, edx: AMX-BF16, AMX-TILE, AMX-INT8
+
+// Linux grants the 8 KiB of tile state only to processes that ask for it.
+bool system_permits_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_amx() {
+  return has_avx512() && system_saves(kTileState) && bits_set(Cpuid(7).edx, kTileFeatures) &&
+         system_permits_tiles();
+}
 #endif
 
 struct Isa {
@@ -56,6 +73,7 @@ const Isa kIsas[] = {
 #if defined(__x86_64__)
     {"avx2", has_avx2, &avx2_kernels},
     {"avx512", has_avx512, &avx512_kernels},
+    {"amx", has_amx, &amx_kernels},
 #endif
 };
 

@@ -39,6 +39,7 @@ PRODUCT_SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "odd": ((5,), 33, 67),
     "below a vector": ((3,), 7, 5),
     "many rows": ((130,), 40, 96),
+    "many rows, K a multiple of 64": ((70,), 75, 192),
     "3-D": ((2, 3), 20, 64),
     "no rows": ((0,), 8, 32),
     "K long": ((2,), 3, 65536),

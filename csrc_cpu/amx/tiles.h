@@ -1,0 +1,191 @@
+// Matrix products on AMX tiles (Intel SDM volume 1, chapter 18): Y^T = W X^T, so that rows of W are used as
+// they lie in memory and only X is rearranged.
+//
+// A tile is 16 rows of 64 bytes. One instruction multiplies a tile of W (16 rows, a step of 64 bytes along K)
+// with one of X (16 words of K by 16 rows of X) and adds to a 16 x 16 tile of 32-bit sums. Words hold two
+// bf16 or four i8.
+#pragma once
+
+#include "../generic/common.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
+constexpr int kTileRowBytes = 64;
+constexpr int kTileSide = 16;  // rows of a tile; words in one
+constexpr int kTileWords = kTileSide * kTileSide;
+constexpr int kPanelRows = 2 * kTileSide;  // rows of W, and of X, that a block of four sums covers
+
+// Tiles 0 to 3 hold sums, 4 and 5 the low and the high rows of W, 6 and 7 the left and the right rows of X.
+// The intrinsics take nothing but literals.
+struct BFloat16Dot {
+  static constexpr int kStep = 32;  // elements in 64 bytes
+  static void low_left() { _tile_dpbf16ps(0, 4, 6); }
+  static void high_left() { _tile_dpbf16ps(1, 5, 6); }
+  static void low_right() { _tile_dpbf16ps(2, 4, 7); }
+  static void high_right() { _tile_dpbf16ps(3, 5, 7); }
+};
+
+struct Int8Dot {
+  static constexpr int kStep = 64;
+  static void low_left() { _tile_dpbssd(0, 4, 6); }
+  static void high_left() { _tile_dpbssd(1, 5, 6); }
+  static void low_right() { _tile_dpbssd(2, 4, 7); }
+  static void high_right() { _tile_dpbssd(3, 5, 7); }
+};
+
+// Tiles configured for the time of one thread's work: eight of 16 rows by 64 bytes.
+class TileSession {
+ public:
+  TileSession() {
+    alignas(64) uint8_t configuration[64] = {};
+    configuration[0] = 1;  // palette
+    for (int tile = 0; tile < 8; tile++) {
+      configuration[16 + 2 * tile] = kTileRowBytes;
+      configuration[48 + tile] = kTileSide;
+    }
+    // GCC 12's _tile_loadconfig does not tell that it reads 64 bytes, and the stores above get lost.
+    __asm__ volatile("ldtilecfg %0" : : "m"(configuration));
+  }
+  ~TileSession() { _tile_release(); }
+  TileSession(const TileSession&) = delete;
+  TileSession& operator=(const TileSession&) = delete;
+};
+
+// out[j][i] = in[i][j] for 16 x 16 words, `rows` of them given and zeros for the others.
+void transpose_words(const uint32_t* in, int64_t in_stride, int rows, uint32_t* out, int64_t out_stride) {
+  __m512i r[kTileSide], t[kTileSide];
+  for (int i = 0; i < kTileSide; i++) {
+    r[i] = i < rows ? _mm512_loadu_si512(in + i * in_stride) : _mm512_setzero_si512();
+  }
+  for (int i = 0; i < kTileSide; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < kTileSide; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    const __m512i low = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88),
+                  high = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    const __m512i high2 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    t[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+    t[i + 8] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    t[i + 4] = _mm512_shuffle_i32x4(high, high2, 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+  for (int i = 0; i < kTileSide; i++) _mm512_storeu_si512(out + i * out_stride, t[i]);
+}
+
+// X in the order of the tiles: for every 16 rows, for every step, 16 words of K by 16 rows.
+class RearrangedX {
+ public:
+  // `words` is the length of a row, a multiple of 16.
+  RearrangedX(const void* x, int64_t rows, int64_t words)
+      : steps_(words / kTileSide),
+        tiles_(ceil_div(rows, kPanelRows) * 2),
+        words_(tiles_ * steps_ * kTileWords) {
+    const auto* source = static_cast<const uint32_t*>(x);
+    parallel_for(tiles_, grain(words * kTileSide), [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; tile++) {
+        const int given = static_cast<int>(max(min(rows - tile * kTileSide, kTileSide), 0));
+        for (int64_t step = 0; step < steps_; step++) {
+          transpose_words(source + tile * kTileSide * words + step * kTileSide, words, given,
+                          words_.data() + (tile * steps_ + step) * kTileWords, kTileSide);
+        }
+      }
+    });
+  }
+
+  int64_t steps() const { return steps_; }
+  int64_t bytes() const { return tiles_ * steps_ * kTileWords * 4; }
+  const uint32_t* tile(int64_t index) const { return words_.data() + index * steps_ * kTileWords; }
+
+ private:
+  int64_t steps_, tiles_;
+  Buffer<uint32_t> words_;
+};
+
+// Two tiles of W's rows with one or two tiles of X's: sums[x row][w row] of 32-bit words, kPanelRows in a
+// row.
+template <class Dot, int columns>
+void multiply_panel(const uint8_t* w, int64_t w_row_bytes, const RearrangedX& x, int64_t x_tile,
+                    uint32_t* sums) {
+  const uint8_t* low = w;
+  const uint8_t* high = w + kTileSide * w_row_bytes;
+  const uint32_t* left = x.tile(x_tile);
+  const uint32_t* right = x.tile(x_tile + columns - 1);
+  _tile_zero(0);
+  _tile_zero(1);
+  if (columns == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t step = 0; step < x.steps(); step++) {
+    _tile_loadd(4, low + step * kTileRowBytes, w_row_bytes);
+    _tile_loadd(6, left + step * kTileWords, kTileRowBytes);
+    Dot::low_left();
+    _tile_loadd(5, high + step * kTileRowBytes, w_row_bytes);
+    Dot::high_left();
+    if (columns == 2) {
+      _tile_loadd(7, right + step * kTileWords, kTileRowBytes);
+      Dot::low_right();
+      Dot::high_right();
+    }
+  }
+  alignas(64) uint32_t tile[4][kTileWords];
+  _tile_stored(0, tile[0], kTileRowBytes);
+  _tile_stored(1, tile[1], kTileRowBytes);
+  if (columns == 2) {
+    _tile_stored(2, tile[2], kTileRowBytes);
+    _tile_stored(3, tile[3], kTileRowBytes);
+  }
+  for (int t = 0; t < 2 * columns; t++) {
+    uint32_t* target = sums + t / 2 * kTileSide * kPanelRows + t % 2 * kTileSide;
+    transpose_words(tile[t], kTileSide, kTileSide, target, kPanelRows);
+  }
+}
+
+// Rows of W that are multiplied with a block of X before the next one: as many as the L2 cache holds, where X
+// is too large to stay in it.
+int64_t rows_in_cache(const RearrangedX& x, int64_t row_bytes) {
+  constexpr int64_t kCacheBytes = 1 << 20, kMostRows = 4 * kPanelRows;
+  if (x.bytes() <= kCacheBytes) return kPanelRows;
+  return max(kPanelRows, min(kMostRows, kCacheBytes / row_bytes / kPanelRows * kPanelRows));
+}
+
+// The M x N products of X with W, whose rows lie row_bytes apart.
+// prepare(n, count, buffer) returns rows [n, n + count) of W, padded with zeros to whole panels; it may use
+// the buffer. finish(row, rows, column, columns, sums) takes a block of results, kPanelRows words in a row.
+template <class Dot, class Prepare, class Finish>
+void multiply_tiles(const RearrangedX& x, int64_t M, int64_t N, int64_t row_bytes, const Prepare& prepare,
+                    const Finish& finish) {
+  const int64_t group = rows_in_cache(x, row_bytes);
+  parallel_for(ceil_div(N, group), 1, [&](int64_t begin, int64_t end) {
+    const TileSession session;
+    const Buffer<uint8_t> buffer(group * row_bytes);
+    alignas(64) uint32_t sums[kPanelRows * kPanelRows];
+    for (int64_t first = begin * group; first < min(end * group, N); first += group) {
+      const int64_t count = min(N - first, group);
+      const uint8_t* w = prepare(first, count, buffer.data());
+      for (int64_t row = 0; row < M; row += kPanelRows) {
+        const int64_t rows = min(M - row, kPanelRows);
+        for (int64_t n = 0; n < count; n += kPanelRows) {
+          if (rows > kTileSide) {
+            multiply_panel<Dot, 2>(w + n * row_bytes, row_bytes, x, row / kTileSide, sums);
+          } else {
+            multiply_panel<Dot, 1>(w + n * row_bytes, row_bytes, x, row / kTileSide, sums);
+          }
+          finish(row, rows, first + n, min(count - n, kPanelRows), sums);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET

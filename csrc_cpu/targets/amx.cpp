@@ -1,0 +1,20 @@
+#define BNB_TARGET amx
+#include "../simd/avx512.h"
+
+#include "../amx/gemm_4bit.h"
+#include "../amx/int8.h"
+#include "../generic/table.h"
+
+namespace {
+
+constexpr bnb::Kernels with_tiles() {
+  bnb::Kernels table = bnb::amx::kTable;
+  table.gemm_4bit = bnb::amx::gemm_4bit_amx;
+  table.int8_linear_matmul = bnb::amx::int8_linear_matmul_amx;
+  table.int8_mixed_scaled_mm = bnb::amx::int8_mixed_scaled_mm_amx;
+  return table;
+}
+
+}  // namespace
+
+const bnb::Kernels bnb::amx_kernels = with_tiles();
