@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bnb_core import functional, primitives
-from bnb_core.checks import check_float, check_tensor
+from bnb_core.checks import check_dtype, check_float, check_same_device, check_shape, check_tensor
 from bnb_core.primitive import NAMESPACE, goes_to_dispatcher
 from bnb_core.quant_state import QuantState
 
@@ -50,6 +51,9 @@ class _Gemm4Bit(torch.autograd.Function):
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
+    """Forward-mode differentiation counts: the autograd functions, which do not have it, then say so."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
@@ -58,6 +62,9 @@ def _write_out(result: Tensor, out: Tensor | None, *inputs: Tensor | None) -> Te
         return result
     if _needs_gradient(*inputs):
         raise ValueError("out: cannot be given where a gradient is wanted; use torch.no_grad()")
+    check_dtype("out", out, (result.dtype,))
+    check_shape("out", out, result.shape)
+    check_same_device([("the result", result), ("out", out)])
     return out.copy_(result)
 
 
@@ -130,7 +137,7 @@ class _Int8Linear(torch.autograd.Function):
         ctx: Any, A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, weight: Tensor | None, threshold: float
     ) -> Tensor:
         ctx.save_for_backward(CB, SCB, A if weight is not None and weight.requires_grad else None)
-        return int8_linear(A, CB, SCB, bias, threshold)
+        return _int8_product(A, CB, SCB, bias, threshold)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -146,13 +153,22 @@ class _Int8Linear(torch.autograd.Function):
         return dA, None, None, dbias, dweight, None
 
 
-def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """A linear layer with an int8 weight (LLM.int8(), section 3), not differentiable.
+def int8_linear(
+    A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float, weight: Tensor | None = None
+) -> Tensor:
+    """A linear layer with an int8 weight (LLM.int8(), section 3); differentiable in A, bias and ``weight``.
 
     Args:
         A: [..., K], f32, f16 or bf16, quantized row by row. CB: i8[N, K] with SCB f32[N]. bias: [N] in A's dtype.
         threshold: columns of A with an entry of at least this magnitude are multiplied in A's dtype; 0 for none.
+        weight: what CB was quantized from, if it trains; None if it is frozen.
     """
+    if _needs_gradient(A, bias, weight):
+        return _Int8Linear.apply(A, CB, SCB, bias, weight, threshold)
+    return _int8_product(A, CB, SCB, bias, threshold)
+
+
+def _int8_product(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     CA, row_stats, outlier_mask = primitives.int8_vectorwise_quant(A, threshold)
     if threshold > 0:
         return primitives.int8_mixed_scaled_mm(A, CA, CB, row_stats, SCB, outlier_mask, bias)
@@ -191,9 +207,7 @@ def matmul(
         CB, SCB, _ = primitives.int8_vectorwise_quant(B, 0.0)
     else:
         CB, SCB = _int8_weight(B, state)
-    if not _needs_gradient(A, bias, weight):
-        return _write_out(int8_linear(A, CB, SCB, bias, state.threshold), out)
-    return _write_out(_Int8Linear.apply(A, CB, SCB, bias, weight, state.threshold), out, A, bias, weight)
+    return _write_out(int8_linear(A, CB, SCB, bias, state.threshold, weight), out, A, bias, weight)
 
 
 def _int8_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 ``nf4`` is from QLoRA (arXiv 2305.14314, appendix E), the dynamic map from 8-bit Optimizers (arXiv 2110.02861,
 section 1.3), ``af4`` from NF4 Isn't Information Theoretically Optimal (arXiv 2306.06965).
-Every function returns a fresh tensor: editing one changes no other.
+Every function returns a fresh tensor, on the CPU unless told otherwise: editing one changes no other.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     check_choice("typename", typename, tuple(FOUR_BIT_CODES))
     if typename == "af4" and blocksize != 64:
         raise ValueError(f"blocksize: af4 is defined for 64 only, got {blocksize}")
-    return torch.tensor(FOUR_BIT_CODES[typename], dtype=torch.float32, device=device)
+    return torch.tensor(FOUR_BIT_CODES[typename], dtype=torch.float32, device=device or "cpu")
 
 
 def _padded(values: list[float] | np.ndarray) -> Tensor:
@@ -95,9 +95,9 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     count = 2**total_bits
     if add_zero or total_bits < 8:
         count -= 1 if signed else 0
-    values = torch.linspace(-1.0 if signed else 0.0, 1.0, count)
+    values = torch.linspace(-1.0 if signed else 0.0, 1.0, count, device="cpu")
     middle, missing = count // 2, 256 - count
-    return torch.cat([values[:middle], torch.zeros(missing), values[middle:]])
+    return torch.cat([values[:middle], values.new_zeros(missing), values[middle:]])
 
 
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
@@ -109,7 +109,7 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     """
 
     def quantiles(count: int) -> list[float]:
-        probabilities = torch.linspace(offset, 0.5, count + 1)[:-1].tolist()
+        probabilities = torch.linspace(offset, 0.5, count + 1, device="cpu")[:-1].tolist()
         return [NormalDist().inv_cdf(probability) for probability in probabilities]
 
     positive = quantiles(8 if use_extra_value else 7)
@@ -150,7 +150,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     values = [0.0, 1.0]
     for exponent in range(max_exponent_bits):
         intervals = 2 ** (exponent + total_bits - (1 if signed else 0) - max_exponent_bits)
-        edges = torch.linspace(0.1, 1.0, intervals + 1)
+        edges = torch.linspace(0.1, 1.0, intervals + 1, device="cpu")
         centres = (edges[:-1] + edges[1:]) / 2.0
         decade = (10.0 ** (exponent + 1 - max_exponent_bits) * centres).tolist()
         values += decade + ([-value for value in decade] if signed else [])

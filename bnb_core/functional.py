@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnb_core import primitives
-from bnb_core.checks import check_dimensions, check_tensor
+from bnb_core.checks import check_dimensions, check_dtype, check_shape, check_tensor
 from bnb_core.codebooks import (
     create_dynamic_map,
     create_fp8_map,
@@ -56,6 +56,14 @@ __all__ = [
 
 DEFAULT_BLOCKSIZE_4BIT = 64
 NESTED_BLOCKSIZE = 256
+
+
+def _dtype_of(name: str, tensor: Tensor | None, default: Any) -> Any:
+    """The dtype of an optional argument, or the default where it is not given."""
+    if tensor is None:
+        return default
+    check_tensor(name, tensor)
+    return tensor.dtype
 
 
 def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
@@ -160,6 +168,7 @@ def dequantize_4bit(
     if quant_state is None:
         if absmax is None or out is None:
             raise ValueError("quant_state: expected a QuantState, or absmax and out in its place, got None")
+        check_tensor("out", out)
         blocksize = DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
         shape, dtype = out.shape, out.dtype
     else:
@@ -169,7 +178,7 @@ def dequantize_4bit(
             quant_state.blocksize,
             str(quant_state.quant_type),
         )
-        shape, dtype = quant_state.shape, quant_state.dtype if out is None else out.dtype
+        shape, dtype = quant_state.shape, _dtype_of("out", out, quant_state.dtype)
     result = primitives.dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype, out=out)
     return result.t() if is_transposed(A) and result.dim() == 2 else result
 
@@ -248,18 +257,19 @@ def dequantize_blockwise(
     elif absmax is None:
         raise ValueError("quant_state: expected a QuantState, or absmax in its place, got None")
     code = _dynamic_map(A.device) if code is None else code.to(A.device)
-    return primitives.dequantize_blockwise(A, absmax, code, blocksize, dtype if out is None else out.dtype, out=out)
+    return primitives.dequantize_blockwise(A, absmax, code, blocksize, _dtype_of("out", out, dtype), out=out)
 
 
+_DYNAMIC_MAP = create_dynamic_map()
 _dynamic_maps: dict[torch.device, Tensor] = {}
 
 
 def _dynamic_map(device: torch.device) -> Tensor:
     """A copy of the signed dynamic map for the caller to keep."""
     if torch.compiler.is_compiling():
-        return create_dynamic_map().to(device)
+        return _DYNAMIC_MAP.to(device, copy=True)
     if device not in _dynamic_maps:
-        _dynamic_maps[device] = create_dynamic_map().to(device)
+        _dynamic_maps[device] = _DYNAMIC_MAP.to(device)
     return _dynamic_maps[device].clone()
 
 
@@ -355,8 +365,7 @@ def int8_mm_dequant(
     bias: Tensor | None = None,
 ) -> Tensor:
     """``A * row_stats * col_stats / 127^2 + bias`` of A i32[..., N], in the dtype of out, else of bias, else f16."""
-    like = out if out is not None else bias
-    dtype = torch.float16 if like is None else like.dtype
+    dtype = _dtype_of("out", out, _dtype_of("bias", bias, torch.float16))
     return primitives.int8_mm_dequant(A, row_stats, col_stats, bias, dtype, out=out)
 
 
@@ -379,13 +388,19 @@ def batched_igemm(
     check_tensor("B", B)
     check_dimensions("A", A, 3)
     check_dimensions("B", B, 3)
-    if A.shape[0] != B.shape[0]:
-        raise ValueError(f"B: expected a batch of {A.shape[0]} like A, got shape {tuple(B.shape)}")
+    A, B = (A.mT if transposed_A else A), (B if transposed_B else B.mT)
+    if A.shape[0] != B.shape[0] or A.shape[2] != B.shape[2]:
+        raise ValueError(
+            f"B: expected a batch of {A.shape[0]} and an inner size of {A.shape[2]} like A, "
+            f"got {B.shape[0]} and {B.shape[2]}"
+        )
+    shape = (A.shape[0], A.shape[1], B.shape[1])
     if out is None:
-        M, N = A.shape[2 if transposed_A else 1], B.shape[1 if transposed_B else 2]
-        out = torch.empty((A.shape[0], M, N), dtype=torch.int32, device=A.device)
+        out = torch.empty(shape, dtype=torch.int32, device=A.device)
+    check_dtype("out", out, (torch.int32,))
+    check_shape("out", out, shape)
     for a, b, result in zip(A, B, out, strict=True):
-        igemm(a, b, result, transposed_A, transposed_B)
+        primitives.int8_linear_matmul(a, b, out=result)
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,9 @@ class Primitive:
         )
         for tensor, expected in zip(given, outputs, strict=True):
             self._check_output(tensor, expected, arguments, device)
+        for tensor, other in combinations(given, 2):
+            if _share_memory(tensor, other):
+                raise ValueError("out: two of its tensors share memory")
         buffers = tuple(t if t.is_contiguous() else e.allocate(device) for t, e in zip(given, outputs, strict=True))
         kernel = registry.kernel_for(self.name, device.type, arguments)
         kernel(*arguments, out=buffers if isinstance(out, tuple) else buffers[0])
@@ -122,7 +126,7 @@ class Primitive:
         if tensor.device != device:
             raise ValueError(f"out: expected on {device}, got on {tensor.device}")
         for name, argument in zip(self._argument_names, arguments, strict=True):
-            if isinstance(argument, Tensor) and _same_storage(argument, tensor):
+            if isinstance(argument, Tensor) and _share_memory(argument, tensor):
                 raise ValueError(f"out: shares its memory with {name}, which is still to be read")
 
     def _fake(self, *arguments: Any) -> Any:
@@ -161,7 +165,13 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) and not isinstance(value, Out) else (value,)
 
 
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    """Empty tensors, and those of devices whose memory torch does not see, have none to share."""
-    pointer = a.untyped_storage().data_ptr()
-    return pointer != 0 and pointer == b.untyped_storage().data_ptr()
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges overlap; empty tensors, and those whose memory torch does not see, have none."""
+    (a_start, a_end), (b_start, b_end) = _addresses(a), _addresses(b)
+    return a.device == b.device and a_start < b_end and b_start < a_end and min(a_start, b_start) > 0
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.data_ptr()
+    return start, start + (elements * tensor.element_size() if tensor.numel() else 0)

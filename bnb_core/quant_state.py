@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from reprlib import repr as shown
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnb_core.checks import BLOCKSIZES, FLOAT_DTYPES, QUANT_TYPES
+from bnb_core.checks import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES
 from bnb_core.primitives import block_count
 from bnb_core.serialization import pack_dict_to_tensor, unpack_tensor_to_dict
 
@@ -18,6 +19,7 @@ TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 NESTED_TENSOR_KEYS = ("nested_absmax", "nested_quant_map")
 VALUE_KEYS = ("quant_type", "blocksize", "dtype", "shape")
 NESTED_VALUE_KEYS = ("nested_blocksize", "nested_dtype", "nested_offset")
+F32_MAX = torch.finfo(torch.float32).max
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
@@ -92,6 +94,16 @@ class QuantState:
         if self.nested and (self.state2 is None or self.offset is None):
             raise ValueError("quant_state: it is nested, but its state2 or its offset is None")
 
+    def check_packed(self, name: str, packed: Tensor) -> None:
+        """Raise ValueError if ``packed``, called ``name``, cannot hold the 4-bit codes of a tensor of this shape."""
+        self.check_complete()
+        packed_bytes = (math.prod(self.shape) + 1) // 2  # type: ignore[arg-type]
+        if packed.dtype not in QUANT_STORAGES or packed.numel() * packed.dtype.itemsize != packed_bytes:
+            raise ValueError(
+                f"{name}: expected {packed_bytes} packed bytes for shape {tuple(self.shape)}, "  # type: ignore[arg-type]
+                f"got {tuple(packed.shape)} of {packed.dtype}"
+            )
+
     def to(self, device: torch.device | str) -> QuantState:
         """Move every tensor of this state, in place."""
         self.absmax = self.absmax.to(device)
@@ -117,7 +129,7 @@ class QuantState:
             "dtype": _dtype_name(self.dtype),
             "shape": None if self.shape is None else tuple(self.shape),
         }
-        if self.state2 is not None:
+        if self.nested and self.state2 is not None:
             state |= {
                 "nested_absmax": self.state2.absmax,
                 "nested_blocksize": self.state2.blocksize,
@@ -222,8 +234,8 @@ class _Entries:
         self._check_choice("blocksize", BLOCKSIZES)
         self._check_choice("dtype", tuple(DTYPES))
         shape = self.values["shape"]
-        if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"{self.key_of['shape']}: expected a list of sizes, got {shape!r}")
+        if not isinstance(shape, (list, tuple)) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+            raise ValueError(f"{self.key_of['shape']}: expected a list of sizes, got {shown(shape)}")
         blocks = block_count(math.prod(shape), self.values["blocksize"])
         self._check_tensor("quant_map", torch.float32, 16)
         self._check_tensor("absmax", torch.uint8 if self.nested else torch.float32, blocks)
@@ -231,8 +243,8 @@ class _Entries:
             self._check_choice("nested_blocksize", BLOCKSIZES)
             self._check_choice("nested_dtype", ("float32",))
             offset = self.values["nested_offset"]
-            if type(offset) not in (int, float):
-                raise ValueError(f"{self.key_of['nested_offset']}: expected a number, got {offset!r}")
+            if type(offset) is not float and not (type(offset) is int and abs(offset) <= F32_MAX):
+                raise ValueError(f"{self.key_of['nested_offset']}: expected a number of float32, got {shown(offset)}")
             self._check_tensor("nested_absmax", torch.float32, block_count(blocks, self.values["nested_blocksize"]))
             self._check_tensor("nested_quant_map", torch.float32, 256)
 
@@ -240,7 +252,7 @@ class _Entries:
         value = self.values[name]
         if type(value) not in (str, int) or value not in accepted:
             choices = ", ".join(str(choice) for choice in accepted)
-            raise ValueError(f"{self.key_of[name]}: expected one of {choices}, got {value!r}")
+            raise ValueError(f"{self.key_of[name]}: expected one of {choices}, got {shown(value)}")
 
     def _check_tensor(self, name: str, dtype: torch.dtype, numel: int) -> None:
         tensor = self.tensors[name]

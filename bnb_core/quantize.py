@@ -45,10 +45,22 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
 
     Each new layer is quantized on the device on which the old one was; one on meta stays there, to be loaded.
 
+    Args:
+        model: any module; an nn.Linear itself has no place in which it could be replaced.
+        config: None for NF4 with double quantization.
+
     Returns:
         The model.
+
+    Raises:
+        TypeError: the config is no :class:`QuantizationConfig`.
+        ValueError: the model is itself a linear layer.
     """
-    config = config or QuantizationConfig()
+    config = QuantizationConfig() if config is None else config
+    if not isinstance(config, QuantizationConfig):
+        raise TypeError(f"config: expected a QuantizationConfig, got {type(config).__name__}")
+    if type(model) is nn.Linear:
+        raise ValueError("model: expected a module that holds the linear layers, got an nn.Linear itself")
     layer: partial[Any]
     if config.method == "int8":
         layer = partial(Linear8bitLt, has_fp16_weights=False, threshold=config.threshold, device="meta")

@@ -55,6 +55,11 @@ class InstructionSets:
     select: Callable[[str], None]
 
 
+def _require(name: str, value: object, right: bool, accepted: str) -> None:
+    if not right:
+        raise TypeError(f"Backend: {name}: expected {accepted}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Backend:
     """A table of kernels.
@@ -80,6 +85,17 @@ class Backend:
     details: Callable[[], dict[str, str]] = field(default=dict)
     instruction_sets: InstructionSets | None = None
     expected_failures: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise TypeError for a field of the wrong type, here rather than where somebody looks for a backend."""
+        _require("name", self.name, isinstance(self.name, str), "a str")
+        devices = isinstance(self.device_types, tuple) and all(isinstance(d, str) for d in self.device_types)
+        _require("device_types", self.device_types, devices, "a tuple of str")
+        _require("priority", self.priority, isinstance(self.priority, int), "an int")
+        _require("kernels", self.kernels, isinstance(self.kernels, Mapping), "a mapping")
+        for primitive, kernel in self.kernels.items():
+            function = kernel.function if isinstance(kernel, Kernel) else kernel
+            _require(f"kernels[{primitive!r}]", kernel, callable(function), "a function or a Kernel")
 
     @property
     def available(self) -> bool:
@@ -161,8 +177,10 @@ def _loaded(name: str) -> Backend:
         backend = entry.load()
         if not isinstance(backend, Backend):
             raise TypeError(f"{entry.value} is a {type(backend).__name__}, not a bnb_core.registry.Backend")
+        if backend.name != name:
+            raise ValueError(f"its entry point is called {name!r}, the backend {backend.name!r}")
         return backend
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"importing {entry.value} failed: {type(error).__name__}: {error}"
         return Backend(name, (), 0, {}, unavailable=reason)
 

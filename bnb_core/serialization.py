@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def pack_dict_to_tensor(source: dict[str, Any]) -> Tensor:
-    """The JSON text of ``source`` in UTF-8, u8[bytes]."""
-    return torch.tensor(list(json.dumps(source).encode("utf-8")), dtype=torch.uint8)
+    """The JSON text of ``source`` in UTF-8, u8[bytes] on the CPU."""
+    return torch.tensor(list(json.dumps(source).encode("utf-8")), dtype=torch.uint8, device="cpu")
 
 
 def unpack_tensor_to_dict(tensor: Tensor) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -71,6 +72,14 @@ ATTACKS_4BIT = {
     "nested dtype of integers": (*_values(nested_dtype="int8"), "nested_dtype"),
     "a value beside the tensors": (*_values(absmax=[1.0]), "absmax"),
     "unknown value": (*_values(code="import os"), "code"),
+    "weight that is no tensor": ("weight", lambda state: [1, 2], "weight"),
+    "absmax that is no tensor": ("weight.absmax", lambda state: [1.0], "weight.absmax"),
+    "offset beyond f32": (*_values(nested_offset=10**400), "nested_offset"),
+    "size beyond 64 bits": (*_values(shape=[2**64, 0]), "shape"),
+    "size as a truth value": (*_values(shape=[True, 2048]), "shape"),
+    "a million sizes": (*_values(shape=[1] * 10**6), "weight"),
+    "a number of 5000 digits": (*_bytes(b'{"blocksize": ' + b"9" * 5000 + b"}"), STATE_KEY),
+    "a second state": ("weight.quant_state.bitsandbytes__fp4", lambda state: state[STATE_KEY], "second"),
 }
 
 ATTACKS_8BIT = {
@@ -80,6 +89,12 @@ ATTACKS_8BIT = {
     "a tiled format": ("weight_format", lambda state: torch.tensor(1, dtype=torch.uint8), "weight_format"),
     "two formats": ("weight_format", lambda state: torch.zeros(2, dtype=torch.uint8), "weight_format"),
     "weight of another shape": (*_tensor("weight", lambda w: w[:-1]), "weight"),
+    "no weight": ("weight", lambda state: DELETED, "weight"),
+    "weight that is no tensor": ("weight", lambda state: [1, 2], "weight"),
+    "weight of another integer": (*_tensor("weight", lambda w: w.view(torch.uint8)), "weight"),
+    "scales that are no tensor": ("SCB", lambda state: [1.0], "SCB"),
+    "a format of another dtype": ("weight_format", lambda state: torch.tensor(0.3), "weight_format"),
+    "a format that is no number": ("weight_format", lambda state: torch.tensor(float("nan")), "weight_format"),
 }
 
 
@@ -117,6 +132,38 @@ def _nested_embedding():
 )
 def test_malformed_8bit_checkpoint_is_refused_by_key(build, attack):
     _assert_refused(build, attack)
+
+
+BIASES = {
+    "short": lambda bias: bias[:-1],
+    "of integers": lambda bias: bias.long(),
+    "no tensor": lambda bias: bias.tolist(),
+}
+QUANTIZED_LINEARS = [LinearNF4, partial(Linear8bitLt, has_fp16_weights=False)]
+
+
+@pytest.mark.parametrize("spoil", BIASES.values(), ids=BIASES)
+@pytest.mark.parametrize("layer", QUANTIZED_LINEARS, ids=["4bit", "8bit"])
+def test_wrong_bias_keeps_the_weight_from_changing(layer, spoil):
+    module, other = layer(64, 32).to("cpu"), layer(64, 32).to("cpu").state_dict()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match="bias"):
+        module.load_state_dict({**other, "bias": spoil(other["bias"])})
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float8_e4m3fn, torch.bool], ids=str)
+@pytest.mark.parametrize("quantized", [False, True], ids=["unquantized", "quantized"])
+@pytest.mark.parametrize("layer", QUANTIZED_LINEARS, ids=["4bit", "8bit"])
+def test_what_are_no_values_is_not_taken_for_them(layer, quantized, dtype):
+    """torch would copy, and so convert, whatever has the right shape."""
+    module = layer(64, 32)
+    if quantized:
+        module.to("cpu")
+    before = module.weight.data.clone()
+    with pytest.raises(ValueError, match="weight"):
+        module.load_state_dict({"weight": torch.ones(32, 64).to(dtype), "bias": torch.zeros(32)})
+    assert torch.equal(module.weight.data, before)
 
 
 def test_json_text_survives_packing():

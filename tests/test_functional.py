@@ -161,6 +161,8 @@ REFUSED = {
     "blockwise without scales": lambda: F.dequantize_blockwise(torch.zeros(3, dtype=torch.uint8)),
     "int8 matmul in floats": lambda: F.int8_linear_matmul(_codes(), _codes(), dtype=torch.float32),
     "batches that differ": lambda: F.batched_igemm(_codes().view(1, 4, 4), _codes().view(2, 2, 4)),
+    "batches of another inner size": lambda: F.batched_igemm(_codes()[None][:0], _codes()[None][:0, :3]),
+    "out of another batch": lambda: F.batched_igemm(*[_codes()[None]] * 2, torch.zeros(2, 4, 4, dtype=torch.int32)),
     "not a state": lambda: bnb_core.matmul_4bit(torch.ones(1, 64), _packed()[0].t(), None),
     "int8 weight without scales": lambda: _matmul_without_scales(),
     "not paged": lambda: F.prefetch_tensor(torch.ones(3)),
@@ -192,6 +194,71 @@ def test_out_must_not_be_an_input():
     codes = torch.zeros(64, dtype=torch.uint8)
     with pytest.raises(ValueError, match="shares its memory with A"):
         F.quantize_blockwise(codes.view(torch.float32), out=codes[:16], blocksize=64)
+
+
+def _outputs():
+    """One call of each function that takes ``out``: what it gives into nothing, and into a given tensor."""
+    A, code = torch.randn(8, 64), F.create_dynamic_map()
+    packed, state = F.quantize_nf4(A)
+    codes, blockwise = F.quantize_blockwise(A, code, blocksize=64)
+    q, rows, _ = F.int8_vectorwise_quant(A)
+    i32 = F.int8_linear_matmul(q, q)
+    return {
+        "quantize_4bit": lambda out: F.quantize_4bit(A, out=out)[0],
+        "dequantize_4bit": lambda out: F.dequantize_4bit(packed, state, out=out),
+        "quantize_blockwise": lambda out: F.quantize_blockwise(A, out=out, blocksize=64)[0],
+        "dequantize_blockwise": lambda out: F.dequantize_blockwise(codes, blockwise, out=out),
+        "gemv_4bit": lambda out: F.gemv_4bit(A[:1], packed, out=out, state=state),
+        "int8_linear_matmul": lambda out: F.int8_linear_matmul(q, q, out=out),
+        "int8_mm_dequant": lambda out: F.int8_mm_dequant(i32, rows, rows, out=out),
+        "igemm": lambda out: F.igemm(q, q, out=out, transposed_B=True),
+        "batched_igemm": lambda out: F.batched_igemm(q[None], q[None], out=out, transposed_B=True),
+        "matmul_4bit": lambda out: bnb_core.matmul_4bit(A, packed.t(), state, out=out),
+        "matmul": lambda out: bnb_core.matmul(A, A, out=out),
+    }
+
+
+OUTPUTS = list(_outputs())
+functions_with_out = pytest.mark.parametrize("name", OUTPUTS)
+
+
+@functions_with_out
+def test_out_is_filled_and_returned_whatever_its_strides(backend, name):
+    call = _outputs()[name]
+    expected = call(None)
+    strided = torch.zeros(*expected.shape, 3, dtype=expected.dtype)[..., 1]
+    for out in (torch.zeros_like(expected), strided):
+        assert call(out) is out
+        same_bits(name, out, expected)
+
+
+@functions_with_out
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "device", "type"])
+def test_an_out_that_does_not_fit_is_refused_by_name(name, wrong):
+    call = _outputs()[name]
+    good = torch.zeros_like(call(None))
+    out = {
+        "shape": lambda: good[..., None],
+        "dtype": lambda: good.to(torch.int64),
+        "device": lambda: good.to("meta"),
+        "type": lambda: good.tolist(),
+    }[wrong]()
+    with pytest.raises((TypeError, ValueError), match=r"^(out|dtype): "):
+        call(out)
+
+
+def test_outputs_must_not_overlap_one_another():
+    memory = torch.zeros(256, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="out"):
+        F.quantize_blockwise(torch.randn(256), out=memory, absmax=memory[:16].view(torch.float32), blocksize=64)
+
+
+def test_out_may_lie_beside_an_input_in_one_storage():
+    memory = torch.zeros(512, dtype=torch.uint8)
+    codes, out = memory[:64], memory[256:].view(torch.float32)
+    codes.copy_(torch.arange(64))
+    expected = F.dequantize_blockwise(codes.clone(), absmax=torch.ones(1), blocksize=64)
+    same_bits("out", F.dequantize_blockwise(codes, absmax=torch.ones(1), out=out, blocksize=64), expected)
 
 
 def test_matmul_into_out_needs_no_gradient():

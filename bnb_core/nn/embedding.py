@@ -104,7 +104,7 @@ class Embedding4bit(Weight4bitMixin, nn.Embedding):
             module=self,
         )
 
-    def _expected_shape(self) -> tuple[int, ...]:
+    def _weight_shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
 
     def forward(self, input: Tensor) -> Tensor:

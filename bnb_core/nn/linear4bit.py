@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from bnb_core.autograd import matmul_4bit
 from bnb_core.checks import check_float
 from bnb_core.functional import QuantState
 from bnb_core.nn.params4bit import Params4bit
+from bnb_core.nn.quantized_weight import QuantizedWeightMixin
 
 _WEIGHT = "weight"
 
 
-class Weight4bitMixin(nn.Module):
+class Weight4bitMixin(QuantizedWeightMixin):
     """A module whose ``weight`` is a :class:`Params4bit`: its state dict holds the quant state, both ways."""
 
     weight: Params4bit
@@ -28,71 +30,40 @@ class Weight4bitMixin(nn.Module):
             for name, value in quant_state.as_dict(packed=True).items():
                 destination[f"{prefix}{_WEIGHT}.{name}"] = value if keep_vars else value.detach()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Replace the weight by what the state dict holds, packed codes or values, and load the rest as usual."""
-        weight_key = prefix + _WEIGHT
-        state_keys = [key for key in state_dict if key.startswith(weight_key + ".")]
-        handled = set(state_keys)
-        value = state_dict.get(weight_key)
-        if state_keys:
-            if value is None:
-                raise ValueError(f"{weight_key}: missing, though the state dict has {state_keys[0]}")
-            self._load_packed(weight_key, value, {key: state_dict[key] for key in state_keys})
-            handled.add(weight_key)
-        elif value is not None and self.weight.bnb_quantized:
-            self._load_values(weight_key, value)
-            handled.add(weight_key)
-        rest = {key: value for key, value in state_dict.items() if key not in handled}
-        missing: list[str] = []
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        missing_keys += [key for key in missing if key not in handled]
-
     def _current_quant_state(self) -> QuantState | None:
         """The weight's; where a sharding wrapper has put a plain tensor in the weight's place, the module's own."""
         quant_state = getattr(self.weight, "quant_state", None)
         return self.quant_state if quant_state is None else quant_state
 
-    def _device_for(self, value: Tensor) -> torch.device:
-        return value.device if self.weight.is_meta else self.weight.device
+    def _part_keys(self, prefix: str, state_dict: Mapping[str, Any]) -> list[str]:
+        return [key for key in state_dict if key.startswith(f"{prefix}{_WEIGHT}.")]
 
-    def _expected_shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
+    def _holds_codes(self, weight: Tensor, part_keys: list[str]) -> bool:
+        return bool(part_keys)
 
-    def _check_shape(self, weight_key: str, shape: Any) -> None:
-        if tuple(shape) != self._expected_shape():
-            raise ValueError(f"{weight_key}: expected shape {self._expected_shape()}, got {tuple(shape)}")
-
-    def _load_packed(self, weight_key: str, packed: Tensor, stats: dict[str, Any]) -> None:
+    def _weight_of_codes(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Params4bit:
+        key = prefix + _WEIGHT
+        copies = {name: value.clone() for name, value in parts.items()}
         try:
-            parameter = Params4bit.from_prequantized(packed.clone(), stats, device=self._device_for(packed))
+            weight = Params4bit.from_prequantized(codes.clone(), copies, device=self._device_for(codes))
         except ValueError as error:
-            raise ValueError(f"{weight_key}: {error}") from error
-        self._check_shape(weight_key, parameter.quant_state.shape)  # type: ignore[union-attr]
-        parameter.quant_state = QuantState.from_dict(
-            {key: value.clone() for key, value in stats.items()}, parameter.device
-        )
-        self._set_weight(parameter)
+            raise ValueError(f"{key}: {error}") from error
+        shape = tuple(weight.quant_state.shape)  # type: ignore[union-attr, arg-type]
+        if shape != self._weight_shape():
+            raise ValueError(f"{key}: expected shape {self._weight_shape()}, got {shape}")
+        return weight
 
-    def _load_values(self, weight_key: str, value: Tensor) -> None:
-        """Full-precision values for a weight that is quantized already: quantize them alike."""
-        check_float(weight_key, value)
-        self._check_shape(weight_key, value.shape)
-        attributes = {**self.weight.__dict__, "quant_state": None, "bnb_quantized": False}
-        self._set_weight(Params4bit(value.clone(), **attributes).to(self._device_for(value)))
+    def _weight_of_values(self, values: Tensor) -> Params4bit:
+        attributes = {**self.weight.__dict__, "quant_state": None, "bnb_quantized": False, "module": None}
+        return Params4bit(values, **attributes)
 
-    def _set_weight(self, parameter: Params4bit) -> None:
-        parameter.module = self
-        self.weight = parameter
-        self.quant_state = parameter.quant_state
+    def _is_quantized(self) -> bool:
+        return self.weight.bnb_quantized
+
+    def _set_weight(self, weight: nn.Parameter) -> None:
+        super()._set_weight(weight)
+        self.weight.module = self
+        self.quant_state = self.weight.quant_state
 
 
 class Linear4bit(Weight4bitMixin, nn.Linear):
@@ -135,16 +106,19 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
         self.quant_state: QuantState | None = None
         self.quant_storage = quant_storage
 
-    def _expected_shape(self) -> tuple[int, ...]:
+    def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
     def _dtype_for(self, x: Tensor) -> torch.dtype:
-        """What to compute in: as asked for, else autocast's, else the first input's that f16 does not decide."""
+        """What to compute in: as asked for, else autocast's, else the first input's that f16 does not decide.
+
+        A compiled forward changes no attribute: torch recomputes none that does under gradient checkpointing.
+        """
         if self.compute_dtype is not None:
             return self.compute_dtype
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
-        if x.dtype in (torch.float32, torch.bfloat16):
+        if x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling():
             self.compute_dtype = x.dtype
         return x.dtype
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnb_core import functional
-from bnb_core.autograd import MatmulLtState, matmul
+from bnb_core.autograd import MatmulLtState, int8_linear, matmul
 from bnb_core.checks import check_float
+from bnb_core.nn.quantized_weight import QuantizedWeightMixin
 from bnb_core.primitive import plain_tensor_type
 from bnb_core.utils import LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
 
@@ -66,9 +68,12 @@ class Int8Params(nn.Parameter):
         scales = self.SCB
         if scales is not None and device is not None and device.type != "meta":
             # The module keeps this very parameter and takes only its new data, so its scales must move too.
-            scales = self.SCB = scales.to(device, non_blocking=non_blocking)
-        CB = moved if moved.dtype == torch.int8 else self.CB
-        return type(self)(moved, self.requires_grad, self.has_fp16_weights, CB, scales)
+            self.SCB = scales.to(device, non_blocking=non_blocking)
+        return self._like(moved)
+
+    def _like(self, data: Tensor) -> Int8Params:
+        CB = data if data.dtype == torch.int8 else self.CB
+        return type(self)(data, self.requires_grad, self.has_fp16_weights, CB, self.SCB)
 
     def cpu(self) -> Int8Params:  # type: ignore[override]
         return self.to(device="cpu")
@@ -91,14 +96,17 @@ class Int8Params(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return type(self), (self.data, self.requires_grad, self.has_fp16_weights, self.CB, self.SCB)
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Plain results. That this is here keeps torch's fused transformer layers from reading codes as values."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
-class Weight8bitMixin(nn.Module):
+
+class Weight8bitMixin(QuantizedWeightMixin):
     """A module whose ``weight`` is an :class:`Int8Params`: its state dict holds the scales, both ways."""
 
     weight: Int8Params
-
-    def _weight_shape(self) -> tuple[int, int]:
-        raise NotImplementedError
 
     def _scales(self) -> Tensor | None:
         return self.weight.SCB
@@ -108,55 +116,44 @@ class Weight8bitMixin(nn.Module):
         scales = self._scales()
         if scales is not None and self.weight.dtype == torch.int8:
             destination[f"{prefix}SCB"] = scales if keep_vars else scales.detach()
-            destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
+            destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8, device="cpu")
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Take int8 codes with their scales, or values, which an already quantized weight quantizes."""
-        weight_key, handled = f"{prefix}weight", set()
-        value = state_dict.get(weight_key)
-        if value is not None and value.dtype == torch.int8:
-            self._load_codes(prefix, value, state_dict)
-            handled = {weight_key, f"{prefix}SCB", f"{prefix}weight_format"}
-        elif value is not None and self.weight.dtype == torch.int8:
-            self._check_weight(weight_key, value)
-            check_float(weight_key, value)
-            self.weight = Int8Params(value.clone(), requires_grad=False).to(self.weight.device)
-            handled = {weight_key}
-        rest = {key: value for key, value in state_dict.items() if key not in handled}
-        missing: list[str] = []
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        missing_keys += [key for key in missing if key not in handled]
+    def _part_keys(self, prefix: str, state_dict: Mapping[str, Any]) -> list[str]:
+        return [key for key in (f"{prefix}SCB", f"{prefix}weight_format") if key in state_dict]
 
-    def _check_weight(self, key: str, value: Tensor) -> None:
-        if tuple(value.shape) != self._weight_shape():
-            raise ValueError(f"{key}: expected shape {self._weight_shape()}, got {tuple(value.shape)}")
+    def _holds_codes(self, weight: Tensor, part_keys: list[str]) -> bool:
+        return weight.dtype == torch.int8
 
-    def _load_codes(self, prefix: str, codes: Tensor, state_dict: dict[str, Any]) -> None:
-        self._check_weight(f"{prefix}weight", codes)
-        scales, weight_format = state_dict.get(f"{prefix}SCB"), state_dict.get(f"{prefix}weight_format")
-        if scales is None:
-            raise ValueError(f"{prefix}SCB: missing, though {prefix}weight is int8")
+    def _weight_of_codes(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Int8Params:
+        """``weight_format`` may be missing, as older checkpoints have none."""
+        weight_key, scales_key, format_key = f"{prefix}weight", f"{prefix}SCB", f"{prefix}weight_format"
+        if self.weight.has_fp16_weights:
+            raise ValueError(f"{weight_key}: int8 codes cannot be loaded into a weight with has_fp16_weights=True")
+        if tuple(codes.shape) != self._weight_shape():
+            raise ValueError(f"{weight_key}: expected shape {self._weight_shape()}, got {tuple(codes.shape)}")
+        if scales_key not in parts:
+            raise ValueError(f"{scales_key}: missing, though {weight_key} is int8")
+        scales = parts[scales_key]
         if scales.dtype != torch.float32 or scales.numel() != codes.shape[0]:
             raise ValueError(
-                f"{prefix}SCB: expected {codes.shape[0]} elements of torch.float32, "
+                f"{scales_key}: expected {codes.shape[0]} elements of torch.float32, "
                 f"got {scales.numel()} of {scales.dtype}"
             )
-        if weight_format is not None and (weight_format.numel() != 1 or int(weight_format) != ROW_FORMAT):
-            raise ValueError(f"{prefix}weight_format: expected {ROW_FORMAT} (row), got {weight_format.tolist()}")
-        if self.weight.has_fp16_weights:
-            raise ValueError(f"{prefix}weight: int8 codes cannot be loaded into a weight with has_fp16_weights=True")
-        device = codes.device if self.weight.is_meta else self.weight.device
+        weight_format = parts.get(format_key)
+        if weight_format is not None and (weight_format.dtype != torch.uint8 or weight_format.tolist() != ROW_FORMAT):
+            raise ValueError(
+                f"{format_key}: expected one torch.uint8, {ROW_FORMAT} for rows, "
+                f"got {weight_format.tolist()} of {weight_format.dtype}"
+            )
+        device = self._device_for(codes)
         codes, scales = codes.clone().to(device), scales.clone().to(device)
-        self.weight = Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+        return Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+
+    def _weight_of_values(self, values: Tensor) -> Int8Params:
+        return Int8Params(values, self.weight.requires_grad, self.weight.has_fp16_weights)
+
+    def _is_quantized(self) -> bool:
+        return self.weight.dtype == torch.int8
 
 
 class Linear8bitLt(Weight8bitMixin, nn.Linear):
@@ -206,11 +203,20 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         check_float("x", x)
-        self.state.is_training = self.training
-        if not self.state.has_fp16_weights:
-            if self.weight.dtype != torch.int8:
-                raise RuntimeError("the weight is not quantized yet: move the layer to a device, such as .to('cpu')")
-            self.init_8bit_state()
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        weight = self.weight if self.weight.dtype in (x.dtype, torch.int8) else self.weight.to(x.dtype)
-        return matmul(x, weight, bias=bias, state=self.state)
+        if not torch.compiler.is_compiling():
+            self.state.is_training = self.training
+        if self.state.has_fp16_weights:
+            weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+            return matmul(x, weight, bias=bias, state=self.state)
+        if self.weight.dtype != torch.int8:
+            raise RuntimeError("the weight is not quantized yet: move the layer to a device, such as .to('cpu')")
+        if not torch.compiler.is_compiling():
+            self.init_8bit_state()
+        return int8_linear(x, self.weight.data, self._scales_for_forward(), bias, self.state.threshold)
+
+    def _scales_for_forward(self) -> Tensor:
+        scales = self._scales()
+        if scales is None:
+            raise ValueError("weight.SCB: the int8 weight has no scales; expected float32, one per row, got None")
+        return scales.to(self.weight.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnb_core import functional
-from bnb_core.checks import check_float
+from bnb_core.checks import FLOAT_DTYPES, check_float
 from bnb_core.functional import QuantState
 
 
@@ -69,10 +69,12 @@ def replace_parameter_4bit_prequantized(
 
     Raises:
         AttributeError: no such parameter.
-        ValueError: a malformed quant state.
+        ValueError: a malformed quant state, or codes that do not fit it.
     """
     parameter = _parameter(module, name)
-    _parametrize(module, name, parameter.data.to(device), QuantState.from_dict(qs_dict, device))
+    quant_state = QuantState.from_dict(qs_dict, device)
+    quant_state.check_packed(name, parameter)
+    _parametrize(module, name, parameter.data.to(device), quant_state)
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:
@@ -113,23 +115,50 @@ def _save(
 
 
 def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any, name: str) -> None:
+    """Codes with their quant state, or values, which are quantized alike; all is checked before anything changes."""
     key = prefix + name
+    part_keys = [k for k in state_dict if k.startswith(key + ".")]
     if key not in state_dict:
+        if part_keys:
+            raise ValueError(f"{key}: missing, though the state dict has {part_keys[0]}")
         return
-    packed = state_dict.pop(key)
-    stats = {k: state_dict.pop(k) for k in [k for k in state_dict if k.startswith(key + ".")]}
-    parametrizations = _of(module, name)
-    parametrization, original = parametrizations[0], parametrizations.original
+    parametrization, original = _of(module, name)[0], _of(module, name).original
+    present = parametrization.quant_state
+    value = state_dict[key]
+    if part_keys:
+        packed, quant_state = value, _read_quant_state(key, value, {k: state_dict[k] for k in part_keys}, original)
+        shape = tuple(quant_state.shape)  # type: ignore[arg-type]
+    else:
+        shape = tuple(value.shape)
+    if shape != tuple(present.shape):
+        raise ValueError(f"{key}: expected shape {tuple(present.shape)}, got {shape}")
+    if not part_keys:
+        packed, quant_state = _quantize_like(key, value, present, original)
+    for k in (key, *part_keys):
+        del state_dict[k]
+    parametrization.quant_state = quant_state
+    state_dict[_state_key(prefix, name)] = packed.contiguous().view(torch.uint8).view(original.dtype).view_as(original)
+
+
+def _read_quant_state(key: str, packed: Tensor, parts: dict[str, Tensor], original: Tensor) -> QuantState:
     try:
-        quant_state = QuantState.from_dict({k: v.clone() for k, v in stats.items()}, original.device)
+        quant_state = QuantState.from_dict({k: v.clone() for k, v in parts.items()}, original.device)
+        quant_state.check_packed("the packed codes", packed)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-    if quant_state.shape != parametrization.quant_state.shape:
-        raise ValueError(
-            f"{key}: expected shape {tuple(parametrization.quant_state.shape)}, got {tuple(quant_state.shape)}"  # type: ignore[arg-type]
-        )
-    parametrization.quant_state = quant_state
-    state_dict[_state_key(prefix, name)] = packed
+    return quant_state
+
+
+def _quantize_like(key: str, values: Tensor, present: QuantState, original: Tensor) -> tuple[Tensor, QuantState]:
+    if values.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{key}: expected packed codes with their quant state, or values, got {values.dtype} alone")
+    return functional.quantize_4bit(
+        values.to(original.device),
+        blocksize=present.blocksize,
+        compress_statistics=present.nested,
+        quant_type=str(present.quant_type),
+        quant_storage=original.dtype,
+    )
 
 
 def _enable_cache(module: nn.Module, inputs: Any) -> None:

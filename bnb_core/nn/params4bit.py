@@ -14,7 +14,7 @@ from bnb_core.checks import QUANT_STORAGES, QUANT_TYPES, check_blocksize, check_
 from bnb_core.functional import DEFAULT_BLOCKSIZE_4BIT, QuantState
 from bnb_core.primitive import plain_tensor_type
 
-# Of the methods that convert the values: on packed codes, which are not values, they do nothing.
+# The methods that convert values: on packed codes, which are none, they do nothing.
 _CASTS = {getattr(Tensor, name) for name in ("half", "float", "double", "bfloat16", "type", "type_as", "int", "long")}
 _SPLITS = {torch.chunk, torch.split, Tensor.chunk, Tensor.split}
 
@@ -101,13 +101,8 @@ class Params4bit(nn.Parameter):
             ValueError: an entry that is missing, surplus or malformed, or codes that do not fit it.
         """
         quant_state = QuantState.from_dict(quantized_stats, device)
+        quant_state.check_packed("data", data)
         data = data.to(device)
-        packed_bytes = (quant_state.shape.numel() + 1) // 2  # type: ignore[union-attr]
-        if data.dtype not in QUANT_STORAGES or data.numel() * data.dtype.itemsize != packed_bytes:
-            raise ValueError(
-                f"data: expected {packed_bytes} packed bytes for shape {tuple(quant_state.shape)}, "  # type: ignore[arg-type]
-                f"got {tuple(data.shape)} of {data.dtype}"
-            )
         self = cls(
             data,
             requires_grad=requires_grad,
@@ -197,7 +192,7 @@ class Params4bit(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Plain results, but for what would convert packed codes as if they were values, and for splits."""
         kwargs = kwargs or {}
-        if func in _CASTS and args[0].bnb_quantized:
+        if func in _CASTS and getattr(args[0], "bnb_quantized", False) and (len(args) > 1 or func is not Tensor.type):
             return args[0]
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)

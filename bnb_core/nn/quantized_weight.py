@@ -1,0 +1,118 @@
+"""What modules with a quantized weight share: they are read from a state dict as a whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnb_core.checks import FLOAT_DTYPES
+
+
+class QuantizedWeightMixin(nn.Module):
+    """A module whose ``weight`` is quantized: a state dict holds it as codes with their parts, or as values."""
+
+    weight: Any
+
+    def _weight_shape(self) -> tuple[int, int]:
+        """Of the weight's values."""
+        raise NotImplementedError
+
+    def _part_keys(self, prefix: str, state_dict: Mapping[str, Any]) -> list[str]:
+        """The keys of a state dict that belong to the weight, beside its own."""
+        raise NotImplementedError
+
+    def _holds_codes(self, weight: Tensor, part_keys: list[str]) -> bool:
+        """Whether the weight of a state dict is given by codes rather than by values."""
+        raise NotImplementedError
+
+    def _weight_of_codes(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> nn.Parameter:
+        """A weight from codes; ValueError names the key of what does not fit."""
+        raise NotImplementedError
+
+    def _weight_of_values(self, values: Tensor) -> nn.Parameter:
+        """A weight that is yet to be quantized, otherwise like the present one."""
+        raise NotImplementedError
+
+    def _is_quantized(self) -> bool:
+        raise NotImplementedError
+
+    def _set_weight(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Onto and off meta torch would put a parameter of its own class in the weight's place."""
+        weight: Any = self._parameters.get("weight")
+        if not hasattr(weight, "_like") or fn(weight.data.new_empty(0)).is_meta == weight.is_meta:
+            return super()._apply(fn, recurse)
+        moved = fn(weight)
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters["weight"] = weight
+        self._set_weight(moved if isinstance(moved, type(weight)) else weight._like(moved))
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Read the weight and check everything, then change the module.
+
+        Raises:
+            ValueError: an entry of this module is malformed, named by its key; the module is as it was.
+        """
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        weight, handled = self._read_weight(prefix, state_dict, assign)
+        rest = {key: value for key, value in state_dict.items() if key not in handled}
+        for name, tensor in self._parameters.items():
+            if tensor is not None and name != "weight" and prefix + name in rest:
+                _check_values(prefix + name, rest[prefix + name], tuple(tensor.shape))
+        missing: list[str] = []
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += [key for key in missing if key not in handled]
+        if weight is not None:
+            self._set_weight(weight)
+
+    def _read_weight(
+        self, prefix: str, state_dict: Mapping[str, Any], assign: bool
+    ) -> tuple[nn.Parameter | None, set[str]]:
+        """The weight to set and the keys that it stands for; None and no keys where torch may copy the values."""
+        key, part_keys = f"{prefix}weight", self._part_keys(prefix, state_dict)
+        if key not in state_dict:
+            if part_keys:
+                raise ValueError(f"{key}: missing, though the state dict has {part_keys[0]}")
+            return None, set()
+        value = _check_is_tensor(key, state_dict[key])
+        if self._holds_codes(value, part_keys):
+            parts = {part_key: _check_is_tensor(part_key, state_dict[part_key]) for part_key in part_keys}
+            return self._weight_of_codes(prefix, value, parts), {key, *part_keys}
+        _check_values(key, value, self._weight_shape())
+        if self._is_quantized():
+            return self._weight_of_values(value.clone()).to(self._device_for(value)), {key}  # type: ignore[return-value]
+        return (self._weight_of_values(value), {key}) if assign else (None, set())
+
+    def _device_for(self, value: Tensor) -> torch.device:
+        return value.device if self.weight.is_meta else self.weight.device
+
+
+def _check_is_tensor(key: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key}: expected a tensor, got {type(value).__name__}")
+    return value
+
+
+def _check_values(key: str, value: object, shape: tuple[int, ...]) -> None:
+    tensor = _check_is_tensor(key, value)
+    if tensor.dtype not in FLOAT_DTYPES or tuple(tensor.shape) != shape:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise ValueError(f"{key}: expected {names} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}")

@@ -1,0 +1,194 @@
+"""Linear4bit against float64: results and gradients within the bound of docs/SPEC.md section 3, in every dtype."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+import bnb_core
+from bnb_core import functional as F
+from bnb_core.conformance.compare import ROUNDOFF, matmul_bound, same_bits, within
+from bnb_core.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# in and out features: even, rows that share blocks, an odd number of elements, less than a block, wide, one output
+SHAPES = [(64, 48), (96, 40), (33, 7), (5, 3), (1024, 6), (64, 1)]
+
+
+def _f64(tensor):
+    return tensor.detach().double().numpy()
+
+
+def _weight(module):
+    """The exact values that the codes stand for, in f32."""
+    out = torch.empty(module.out_features, module.in_features)
+    return _f64(F.dequantize_4bit(module.weight.data, module.weight.quant_state, out=out))
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", SHAPES, ids=str)
+def test_result_and_gradients_are_within_the_bound(backend, features, dtype, nested):
+    K, N = features
+    module = LinearNF4(K, N, compress_statistics=nested).to("cpu")
+    module.bias.data = torch.randn(N).to(dtype)
+    x = torch.randn(6, K).to(dtype).requires_grad_()
+    g = torch.randn(6, N).to(dtype)
+    module(x).backward(g)
+    w, a, dy, bias = _weight(module), _f64(x), _f64(g), _f64(module.bias)
+    expected = a @ w.T + bias
+    bound = matmul_bound(dtype, K, np.abs(a) @ np.abs(w).T + np.abs(bias), expected)
+    with torch.no_grad():
+        within("y", _f64(module(x)), expected, bound)
+    # torch's own matmul rounds the weight to the dtype once, and the result once.
+    magnitude = np.abs(dy) @ np.abs(w)
+    bound = (2 * ROUNDOFF[dtype] + 2.0**-22 * np.sqrt(N)) * magnitude + 1e-7
+    within("x.grad", _f64(x.grad), dy @ w, bound)
+    bound = (N + 6) * ROUNDOFF[dtype] * np.abs(dy).sum(0) + 1e-7
+    within("bias.grad", _f64(module.bias.grad), dy.sum(0), bound)
+
+
+LAYOUTS = {
+    "transposed": lambda: torch.randn(64, 6).t(),
+    "every other column": lambda: torch.randn(6, 128)[:, ::2],
+    "one row for all": lambda: torch.randn(1, 64).expand(6, 64),
+    "permuted": lambda: torch.randn(64, 2, 3).permute(1, 2, 0),
+    "unaligned": lambda: torch.randn(6 * 64 + 1)[1:].view(6, 64),
+}
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_of_the_input_does_not_matter(backend, make):
+    module, x = LinearFP4(64, 48).to("cpu"), make()
+    twins = [t.requires_grad_() for t in (x.detach(), x.contiguous().detach().clone())]
+    results = [module(t) for t in twins]
+    same_bits("y", results[0].detach(), results[1].detach())
+    for y in results:
+        y.backward(torch.ones(()).expand_as(y))
+    same_bits("gradient", twins[0].grad.contiguous(), twins[1].grad)
+
+
+def test_empty_batches_have_empty_results_and_gradients(backend):
+    module = LinearNF4(64, 48).to("cpu")
+    x = torch.empty(2, 0, 64, requires_grad=True)
+    y = module(x)
+    y.sum().backward()
+    assert y.shape == (2, 0, 48) and x.grad.shape == x.shape and not module.bias.grad.any()
+
+
+@pytest.mark.parametrize("first", DTYPES, ids=str)
+def test_first_input_that_f16_does_not_decide_sets_the_compute_dtype(first):
+    module = LinearNF4(64, 48).to("cpu")
+    module(torch.randn(2, 64).to(first))
+    assert module.compute_dtype == (None if first == torch.float16 else first)
+
+
+@pytest.mark.parametrize("compute", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_has_the_inputs_dtype_whatever_is_computed_in(dtype, compute):
+    module = LinearNF4(64, 48, compute_dtype=compute).to("cpu")
+    x = torch.randn(4, 64).to(dtype)
+    y = module(x)
+    assert y.dtype == dtype and module.compute_dtype == compute
+    expected = F.gemm_4bit(x.to(compute), module.weight.data, module.quant_state, module.bias.to(compute))
+    same_bits("y", y, expected.to(dtype))
+
+
+def test_gradient_can_be_differentiated_again():
+    module = LinearNF4(64, 48).to("cpu")
+    weight = torch.from_numpy(_weight(module)).float()
+    x = torch.randn(3, 64, requires_grad=True)
+    (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    (ddx,) = torch.autograd.grad(dx.sum(), x)
+    expected = (torch.ones(3, 64) @ weight.t() @ weight) * 2
+    torch.testing.assert_close(ddx, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_forward_mode_is_refused_rather_than_left_out():
+    for module in (LinearNF4(64, 48).to("cpu"), bnb_core.nn.Linear8bitLt(64, 48, has_fp16_weights=False).to("cpu")):
+        with forward_ad.dual_level():
+            module.requires_grad_(False)(torch.ones(2, 64))
+            x = forward_ad.make_dual(torch.ones(2, 64), torch.ones(2, 64))
+            with pytest.raises(NotImplementedError, match="forward mode"):
+                module(x)
+
+
+def test_codes_are_not_converted_as_if_they_were_values():
+    for storage in (torch.uint8, torch.float16, torch.bfloat16, torch.float32):
+        weight = LinearNF4(64, 48, quant_storage=storage).to("cpu").weight
+        for convert in ("half", "float", "double", "bfloat16", "int", "long"):
+            assert getattr(weight, convert)().dtype == storage
+        assert weight.type(torch.float64).dtype == storage and weight.to(torch.float64).dtype == storage
+        assert weight.type() == torch.empty(0, dtype=storage).type()
+        assert torch.ones(2, dtype=torch.int64).type_as(weight).dtype == storage
+
+
+def test_values_may_be_assigned_before_the_layer_is_quantized():
+    source = nn.Linear(64, 48)
+    expected = F.quantize_4bit(source.weight.data, quant_type="nf4", compress_statistics=True)[0]
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            module = LinearNF4(64, 48)
+        module.load_state_dict(source.state_dict(), assign=True)
+        assert type(module.weight) is Params4bit and not module.weight.bnb_quantized
+        same_bits("weight", module.to("cpu").weight.data, expected)
+        assert module.quant_state is module.weight.quant_state
+
+
+def test_not_a_number_and_infinity_survive_a_checkpoint():
+    module, fresh = LinearNF4(64, 48), LinearNF4(64, 48)
+    with torch.no_grad():
+        module.weight[0, 3], module.weight[40, 1] = float("nan"), float("inf")
+    state = module.to("cpu").state_dict()
+    fresh.load_state_dict(state)
+    for key, value in fresh.state_dict().items():
+        same_bits(key, value, state[key])
+
+
+def test_storage_that_does_not_divide_the_bytes_says_what_fits():
+    with pytest.raises(ValueError, match=r"quant_storage.*uint8, float16, bfloat16 fit"):
+        LinearNF4(6, 2, quant_storage=torch.float32).to("cpu")
+
+
+def test_threads_share_one_layer():
+    module = LinearNF4(256, 128).to("cpu")
+    inputs = [torch.randn(rows, 256) for rows in (1, 2, 7, 40)]
+    expected, got = [module(x).detach() for x in inputs], [[] for _ in inputs]
+
+    def work(i):
+        for _ in range(20):
+            got[i].append(module(inputs[i]).detach())
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results, wanted in zip(got, expected, strict=True):
+        assert len(results) == 20 and all(torch.equal(result, wanted) for result in results)
+
+
+def test_unnested_by_hand_means_the_same_and_is_saved_so():
+    """As vLLM does it: the state's attributes are assigned."""
+    module = LinearNF4(64, 48).to("cpu")
+    x, other = torch.randn(3, 64), LinearNF4(64, 48)
+    expected = module(x).detach()
+    state = module.quant_state
+    state.absmax, state.nested = F.dequantize_absmax(state), False
+    same_bits("y", module(x).detach(), expected)
+    assert not any("nested" in key for key in module.state_dict())
+    other.load_state_dict(module.state_dict())
+    same_bits("y", other(x).detach(), expected)
+
+
+def test_copies_of_a_layer_have_their_own_module_and_state():
+    module = Linear4bit(64, 48).to("cpu")
+    copied = copy.deepcopy(module)
+    assert copied.weight.module is copied and copied.quant_state is copied.weight.quant_state
+    assert copied.quant_state is not module.quant_state and copied.quant_state == module.quant_state
