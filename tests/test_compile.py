@@ -1,12 +1,16 @@
-"""Every primitive is a well-formed torch operator."""
+"""Every primitive is a well-formed torch operator, and what is built on them compiles without a graph break."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from bnb_core import functional as F
 from bnb_core import primitives
 from bnb_core.conformance.suite.errors import valid_arguments
+from bnb_core.nn import Linear8bitLt, LinearNF4
 from bnb_core.primitive import Primitive
 
 PRIMITIVES = [value for value in vars(primitives).values() if isinstance(value, Primitive)]
@@ -46,3 +50,55 @@ def test_out_is_filled_under_compile():
     torch.compile(dequantize, fullgraph=True, backend="aot_eager")(packed, absmax, out)
     dequantize(packed, absmax, expected)
     assert torch.equal(out, expected)
+
+
+FUNCTIONS = {
+    "quantize_4bit": lambda x: F.dequantize_4bit(*F.quantize_4bit(x, quant_type="nf4")),
+    "double quantization": lambda x: F.dequantize_4bit(*F.quantize_4bit(x, compress_statistics=True)),
+    "quantize_blockwise": lambda x: F.dequantize_blockwise(*F.quantize_blockwise(x, blocksize=64)),
+    "nested blockwise": lambda x: F.dequantize_blockwise(*F.quantize_blockwise(x, blocksize=64, nested=True)),
+    "int8": lambda x: F.int8_vectorwise_dequant(*F.int8_vectorwise_quant(x)[:2]),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_functions_compile(function):
+    torch._dynamo.reset()
+    x = torch.randn(8, 64)
+    assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
+
+
+def _model():
+    layers = LinearNF4(64, 48), nn.ReLU(), Linear8bitLt(48, 8, has_fp16_weights=False, threshold=2.0)
+    return nn.Sequential(*layers).to("cpu")
+
+
+def test_one_graph_serves_every_batch_size():
+    torch._dynamo.reset()
+    model = _model()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 7, 40):
+        x = torch.randn(rows, 64)
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_compiled_gradient_checkpointing_gives_the_same_gradients():
+    torch._dynamo.reset()
+    model, x = _model(), torch.randn(3, 64, requires_grad=True)
+    recomputing = torch.compile(
+        lambda x: checkpoint(model, x, use_reentrant=False), fullgraph=True, backend="aot_eager"
+    )
+    (got,) = torch.autograd.grad(recomputing(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_compiled_modes_give_the_same(context):
+    torch._dynamo.reset()
+    model, x = _model(), torch.randn(3, 64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with context():
+        assert torch.equal(compiled(x), model(x))

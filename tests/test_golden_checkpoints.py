@@ -65,6 +65,26 @@ def test_4bit_quantization_means_the_same_as_the_older_one(backend, golden_linea
     same_bits("values", F.dequantize_4bit(packed, state), older)
 
 
+def test_4bit_quantization_gives_the_golden_codes_and_scales(backend, golden_linear4bit):
+    """To the bit, but for the sign of fp4's zero and scale codes on either side of a midpoint."""
+    tensors, metadata = golden_linear4bit
+    quant_type, nested = metadata["quant_type"], json.loads(metadata["nested"])
+    storage = getattr(torch, metadata["quant_storage"])
+    packed, state = F.quantize_4bit(
+        tensors["original_weight"], quant_type=quant_type, compress_statistics=nested, quant_storage=storage
+    )
+    if quant_type == "nf4":
+        same_bits("codes", packed.view(torch.uint8), tensors["sd.weight"].view(torch.uint8))
+    if not nested:
+        same_bits("absmax", state.absmax, tensors["sd.weight.absmax"])
+        return
+    same_bits("nested_absmax", state.state2.absmax, tensors["sd.weight.nested_absmax"])
+    older = F.unpack_tensor_to_dict(tensors[f"sd.weight.quant_state.bitsandbytes__{quant_type}"])
+    assert state.offset.item() == older["nested_offset"]
+    apart = (state.absmax.int() - tensors["sd.weight.absmax"].int()).abs()
+    assert apart.max() <= 1 and apart.sum() <= 1
+
+
 def test_8bit_checkpoint_dequantizes_to_the_same_bits_and_is_saved_again(backend):
     tensors, metadata = load_golden("linear8bitlt")
     module = Linear8bitLt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import torch
 
 import bnb_core
 from bnb_core import registry
-from bnb_core.registry import BackendError
+from bnb_core.registry import Backend, BackendError, Kernel
 
 PACKAGES = Path(__file__).parent / "packages"
 QUANTIZE = "import torch, bnb_core; bnb_core.functional.quantize_4bit(torch.ones(64)); print('served')"
@@ -130,6 +131,45 @@ def test_a_backend_that_raises_at_import_is_listed_and_harms_nobody(strangers):
     assert "served" in result.stdout and "RuntimeError: this machine has no such device" in result.stdout
     refused = run_python(QUANTIZE, strangers, BNB_BACKEND="broken")
     assert "backend 'broken' is not available" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("quitting", "SystemExit"), ("misnamed", "'misnamed', the backend 'other'"), ("malformed", "device_types")],
+)
+def test_a_backend_that_is_wrong_in_another_way_is_listed_too(strangers, name, reason):
+    code = f"{QUANTIZE}; print(bnb_core.backends()[{name!r}].unavailable)"
+    result = run_python(code, strangers)
+    assert result.returncode == 0, result.stderr
+    assert "served" in result.stdout and reason in result.stdout
+
+
+WRONG_FIELDS = {
+    "name": {"name": None},
+    "device_types": {"device_types": "cpu"},
+    "priority": {"priority": "high"},
+    "kernels": {"kernels": ["gemm_4bit"]},
+    "kernels['gemm_4bit']": {"kernels": {"gemm_4bit": "a function"}},
+}
+
+
+@pytest.mark.parametrize("named", WRONG_FIELDS)
+def test_a_backend_with_a_wrong_field_is_refused_where_it_is_made(named):
+    right = {"name": "x", "device_types": ("cpu",), "priority": 1, "kernels": {}}
+    with pytest.raises(TypeError, match=re.escape(f"Backend: {named}: expected")):
+        Backend(**{**right, **WRONG_FIELDS[named]})
+
+
+def test_a_kernel_that_does_not_support_the_arguments_is_passed_over_unless_named():
+    served = []
+    picky = Kernel(lambda *arguments, out: served.append(arguments), lambda *arguments: "too small")
+    with registry.registered(Backend("picky", ("cpu",), 1000, {"quantize_4bit": picky})):
+        seen = []
+        with registry.observe(lambda *by: seen.append(by)):
+            bnb_core.functional.quantize_4bit(torch.ones(64))
+        assert seen == [("quantize_4bit", "cpu")] and not served
+        with bnb_core.use_backend("picky"), pytest.raises(BackendError, match="picky: too small"):
+            bnb_core.functional.quantize_4bit(torch.ones(64))
 
 
 def test_import_initializes_no_gpu_and_loads_no_backend():

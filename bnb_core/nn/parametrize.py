@@ -87,8 +87,8 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
 def _parametrize(module: nn.Module, name: str, packed: Tensor, quant_state: QuantState) -> None:
     setattr(module, name, nn.Parameter(packed, requires_grad=False))
     parametrize.register_parametrization(module, name, Bnb4bitParametrization(quant_state), unsafe=True)
-    module.register_state_dict_post_hook(partial(_save, name=name))
-    module.register_load_state_dict_pre_hook(partial(_load, name=name))
+    module._register_state_dict_hook(partial(_save, name=name))
+    module._register_load_state_dict_pre_hook(partial(_load, name=name), with_module=True)
     module.register_forward_pre_hook(_enable_cache)
     module.register_forward_hook(_disable_cache, always_call=True)
 
