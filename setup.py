@@ -18,7 +18,8 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-AMX = [*AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+AVX512_VNNI = [*AVX512, "-mavx512vnni"]
+AMX = [*AVX512_VNNI, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
 # Each source with the flags of its own. An instruction set's flags go to its target and nowhere else: they
 # let the compiler use instructions that another machine lacks, even in code that runs before the choice.
@@ -33,6 +34,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     CPU_SOURCES |= {
         "csrc_cpu/targets/avx2.cpp": AVX2,
         "csrc_cpu/targets/avx512.cpp": AVX512,
+        "csrc_cpu/targets/avx512_vnni.cpp": AVX512_VNNI,
         "csrc_cpu/targets/amx.cpp": AMX,
     }
 

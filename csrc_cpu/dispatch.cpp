@@ -45,6 +45,8 @@ bool has_avx512() {
          bits_set(Cpuid(7).ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL);
 }
 
+bool has_avx512_vnni() { return has_avx512() && bits_set(Cpuid(7).ecx, bit_AVX512VNNI); }
+
 constexpr unsigned kTileState = 0x60000;
 constexpr unsigned kTileFeatures =
     1u << 22 | 1u << 24 | 1u << 25;  // cpuid 7, edx: AMX-BF16, AMX-TILE, AMX-INT8
@@ -56,7 +58,7 @@ bool system_permits_tiles() {
 }
 
 bool has_amx() {
-  return has_avx512() && system_saves(kTileState) && bits_set(Cpuid(7).edx, kTileFeatures) &&
+  return has_avx512_vnni() && system_saves(kTileState) && bits_set(Cpuid(7).edx, kTileFeatures) &&
          system_permits_tiles();
 }
 #endif
@@ -73,6 +75,7 @@ const Isa kIsas[] = {
 #if defined(__x86_64__)
     {"avx2", has_avx2, &avx2_kernels},
     {"avx512", has_avx512, &avx512_kernels},
+    {"avx512_vnni", has_avx512_vnni, &avx512_vnni_kernels},
     {"amx", has_amx, &amx_kernels},
 #endif
 };

@@ -1,7 +1,7 @@
 // int8 products on tiles: the weight's rows are used where they lie.
 #pragma once
 
-#include "../generic/int8.h"
+#include "../avx512_vnni/int8.h"
 #include "tiles.h"
 
 namespace bnb::BNB_TARGET {
@@ -33,7 +33,7 @@ void int8_linear_matmul_amx(const int8_t* A, const int8_t* B, int64_t M, int64_t
       __builtin_memcpy(C + (row + r) * N + column, sums + r * kPanelRows, width * sizeof(int32_t));
     }
   };
-  if (!multiply_int8_tiles(A, B, M, N, K, finish)) int8_linear_matmul(A, B, M, N, K, C, stream);
+  if (!multiply_int8_tiles(A, B, M, N, K, finish)) int8_linear_matmul<VnniDot>(A, B, M, N, K, C, stream);
 }
 
 void int8_mixed_scaled_mm_amx(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
@@ -56,7 +56,8 @@ void int8_mixed_scaled_mm_amx(const int8_t* A, const int8_t* B, int64_t M, int64
         });
   });
   if (!done) {
-    int8_mixed_scaled_mm(A, B, M, N, K, row_stats, col_stats, X, columns, outliers, bias, out, dtype, stream);
+    int8_mixed_scaled_mm<VnniDot>(A, B, M, N, K, row_stats, col_stats, X, columns, outliers, bias, out, dtype,
+                                  stream);
   }
 }
 

@@ -151,35 +151,71 @@ constexpr int64_t kInt8BlockColumns = 48;
 constexpr int kInt8Rows = kRegisters == 32 ? 4 : 2;
 constexpr int kInt8Columns = kRegisters == 32 ? 4 : 3;
 
-BNB_INLINE I16 load_int8(const int8_t* p, int64_t count) {
-  int8_t padded[kInt8Step] = {};
-  __builtin_memcpy(padded, p, count);
-  return load_int8(padded);
+// How a step of dot products is taken: 16-bit products of widened values. Another instruction may want its
+// left operand raised by kOffset; the product of the offset and the right operand's sum is then taken off
+// again.
+struct PairsDot {
+  typedef I16 Vector;
+  static constexpr int kStep = kInt8Step;
+  static constexpr int32_t kOffset = 0;
+  static BNB_INLINE Vector left(const int8_t* p) { return load_int8(p); }
+  static BNB_INLINE Vector right(const int8_t* p) { return load_int8(p); }
+  static BNB_INLINE I32 add(I32 sums, Vector a, Vector b) { return sums + multiply_add_pairs(a, b); }
+};
+
+// Calls step(load_left, load_right) for every step of a row, the last one padded with zeros.
+template <class Dot, class Step>
+BNB_INLINE void for_each_int8_step(int64_t K, const Step& step) {
+  int64_t k = 0;
+  for (; k + Dot::kStep <= K; k += Dot::kStep) {
+    step([&](const int8_t* p) { return Dot::left(p + k); },
+         [&](const int8_t* p) { return Dot::right(p + k); });
+  }
+  if (k == K) return;
+  int8_t padded[Dot::kStep] = {};
+  const auto pad = [&](const int8_t* p) {
+    __builtin_memcpy(padded, p + k, K - k);
+    return padded;
+  };
+  step([&](const int8_t* p) { return Dot::left(pad(p)); },
+       [&](const int8_t* p) { return Dot::right(pad(p)); });
 }
 
-// Dot products of rows of A with rows of B.
-template <int rows, int columns>
-void int8_tile(const int8_t* const* a, const int8_t* const* b, int64_t K, int32_t* C, int64_t stride) {
+// Dot products of rows of A with rows of B; `excess` is what Dot's offset adds in each column.
+template <class Dot, int rows, int columns>
+void int8_tile(const int8_t* const* a, const int8_t* const* b, int64_t K, const int32_t* excess, int32_t* C,
+               int64_t stride) {
   I32 sums[rows][columns] = {};
-  const auto add = [&](const auto& load_at) {
-    I16 values[columns];
-    for (int c = 0; c < columns; c++) values[c] = load_at(b[c]);
+  for_each_int8_step<Dot>(K, [&](const auto& left, const auto& right) {
+    typename Dot::Vector values[columns];
+    for (int c = 0; c < columns; c++) values[c] = right(b[c]);
     for (int r = 0; r < rows; r++) {
-      const I16 x = load_at(a[r]);
-      for (int c = 0; c < columns; c++) sums[r][c] += multiply_add_pairs(x, values[c]);
+      const typename Dot::Vector x = left(a[r]);
+      for (int c = 0; c < columns; c++) sums[r][c] = Dot::add(sums[r][c], x, values[c]);
     }
-  };
-  int64_t k = 0;
-  for (; k + kInt8Step <= K; k += kInt8Step) add([&](const int8_t* p) { return load_int8(p + k); });
-  if (k < K) add([&](const int8_t* p) { return load_int8(p + k, K - k); });
+  });
   for (int r = 0; r < rows; r++) {
-    for (int c = 0; c < columns; c++) C[r * stride + c] = reduce_add(sums[r][c]);
+    for (int c = 0; c < columns; c++) C[r * stride + c] = reduce_add(sums[r][c]) - excess[c];
   }
 }
 
+// What Dot's offset adds to products with one row of B: products with a row of zeros.
+template <class Dot>
+int32_t int8_excess(const int8_t* b, int64_t K) {
+  if (Dot::kOffset == 0) return 0;
+  const int8_t zeros[Dot::kStep] = {};
+  const typename Dot::Vector offset = Dot::left(zeros);
+  I32 sum{};
+  for_each_int8_step<Dot>(K, [&](const auto&, const auto& right) { sum = Dot::add(sum, offset, right(b)); });
+  return reduce_add(sum);
+}
+
 // C[rows, columns] of a block: register tiles, at the edges narrower ones.
+template <class Dot>
 void int8_block(const int8_t* A, const int8_t* B, int64_t rows, int64_t columns, int64_t K, int32_t* C,
                 int64_t stride) {
+  int32_t excess[kInt8BlockColumns];
+  for (int64_t c = 0; c < columns; c++) excess[c] = int8_excess<Dot>(B + c * K, K);
   const auto strip = [&](auto tile_rows, int64_t r) {
     constexpr int height = decltype(tile_rows)::value;
     const int8_t* a[height];
@@ -188,11 +224,11 @@ void int8_block(const int8_t* A, const int8_t* B, int64_t rows, int64_t columns,
     for (; c + kInt8Columns <= columns; c += kInt8Columns) {
       const int8_t* b[kInt8Columns];
       for (int i = 0; i < kInt8Columns; i++) b[i] = B + (c + i) * K;
-      int8_tile<height, kInt8Columns>(a, b, K, C + r * stride + c, stride);
+      int8_tile<Dot, height, kInt8Columns>(a, b, K, excess + c, C + r * stride + c, stride);
     }
     for (; c < columns; c++) {
       const int8_t* b = B + c * K;
-      int8_tile<height, 1>(a, &b, K, C + r * stride + c, stride);
+      int8_tile<Dot, height, 1>(a, &b, K, excess + c, C + r * stride + c, stride);
     }
   };
   int64_t r = 0;
@@ -214,10 +250,11 @@ void for_each_int8_block(int64_t M, int64_t N, int64_t K, const Body& body) {
   });
 }
 
+template <class Dot>
 void int8_linear_matmul(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, int32_t* C,
                         Stream) {
   for_each_int8_block(M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t columns) {
-    int8_block(A + row * K, B + column * K, rows, columns, K, C + row * N + column, N);
+    int8_block<Dot>(A + row * K, B + column * K, rows, columns, K, C + row * N + column, N);
   });
 }
 
@@ -273,6 +310,7 @@ struct Outliers {
   }
 };
 
+template <class Dot>
 void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
                           const float* row_stats, const float* col_stats, const void* X,
                           const int64_t* columns, int64_t outliers, const void* bias, void* out, DType dtype,
@@ -283,7 +321,7 @@ void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N
     for_each_int8_block(M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width) {
       int32_t C[kInt8BlockRows * kInt8BlockColumns];
       float extra[kInt8BlockRows * kInt8BlockColumns] = {};
-      int8_block(A + row * K, B + column * K, rows, width, K, C, kInt8BlockColumns);
+      int8_block<Dot>(A + row * K, B + column * K, rows, width, K, C, kInt8BlockColumns);
       apart.add(row, rows, column, width, extra);
       for (int64_t r = 0; r < rows; r++) {
         int8_finish_row(C + r * kInt8BlockColumns, row_stats[row + r], col_stats + column, width,

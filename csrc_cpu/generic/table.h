@@ -19,9 +19,9 @@ constexpr Kernels kTable = {
     int8_vectorwise_quant,
     int8_columnwise_quant,
     int8_vectorwise_dequant,
-    int8_linear_matmul,
+    int8_linear_matmul<PairsDot>,
     int8_mm_dequant,
-    int8_mixed_scaled_mm,
+    int8_mixed_scaled_mm<PairsDot>,
     optimizer_update_32bit,
     optimizer_update_8bit_blockwise,
 };
