@@ -11,6 +11,7 @@ COMMANDS = {
     "info": ".info",
     "demo": ".demo.command",
     "conformance": ".conformance",
+    "bench": ".bench",
 }
 """Sub-command name to the module, relative to this package, that has a click command `command`."""
 

@@ -6,7 +6,6 @@ import fnmatch
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -21,6 +20,7 @@ from bnb_core.conformance.perf import measure
 from bnb_core.conformance.suite import all_cases, required_classes
 from bnb_core.registry import Backend
 
+from .bench import show_perf
 from .errors import BadInput
 
 EVERY_ISA = "all"
@@ -159,10 +159,3 @@ def show_support(console: Console, title: str, results: Sequence[runner.Result])
     seconds = sum(result.seconds for result in results)
     failures = sum(result.failed for result in results)
     console.print(f"{len(results)} cases in {seconds:.1f} s: {len(results) - failures} passed, {failures} failed")
-
-
-def show_perf(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    table = Table("primitive", "case", "time", "GB/s", "of copy", "GFLOP/s", "of dense matmul")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row.values()))
-    console.print(table)

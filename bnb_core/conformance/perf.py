@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,26 +11,11 @@ import torch
 
 from bnb_core import primitives, registry
 from bnb_core.codebooks import create_dynamic_map
+from bnb_core.conformance.timing import interleaved_seconds
 from bnb_core.registry import Backend
-from bnb_core.utils import sync_gpu
 
 N = K = 4096
 ROUNDS = 5
-
-
-def _median_seconds(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Median time of each call over rounds in which all of them take turns; the first round only warms up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    probe = torch.empty(0, device=device)
-    for round_number in range(ROUNDS + 1):
-        for name, call in calls.items():
-            sync_gpu(probe)
-            start = time.perf_counter()
-            call()
-            sync_gpu(probe)
-            if round_number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _optimizer_call(A: torch.Tensor, code: torch.Tensor) -> Callable[[], None]:
@@ -104,7 +88,8 @@ def measure(backend: Backend, device: torch.device) -> list[dict[str, Any]]:
             "M=512": ("int8_linear_matmul", lambda: primitives.int8_linear_matmul(q[:512], q), n, 2 * 512 * n),
             "adam, f32": ("optimizer_update_8bit_blockwise", _optimizer_call(A, code), 16 * n, 0),
         }
-        seconds = _median_seconds({name: call for name, (_, call, _, _) in rows.items()}, device)
+        times = interleaved_seconds({name: call for name, (_, call, _, _) in rows.items()}, device, ROUNDS)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
     copy = 8 * n / seconds["copy"]
     matmul = 2 * 512 * n / seconds["dense matmul, bf16, M=512"]
     return [
