@@ -36,9 +36,8 @@ void decode_row(const Weight& w, int64_t row, uint8_t* out) {
   for (const float* scale = nullptr; step < w.K / BFloat16Dot::kStep; block++, scale++) {
     if (block == read_end) {
       const int64_t count = min(end_block - block, kMaxScales);
-      w.read_scales(block, count, scales);
+      scale = w.read_scales(block, count, scales);
       read_end = block + count;
-      scale = scales;
     }
     const __m512i codebook = scaled_codebook(code, *scale);
     const int64_t end = min(w.K / BFloat16Dot::kStep, step + steps_in_block - step_in_block);

@@ -13,7 +13,8 @@
 namespace bnb::BNB_TARGET {
 namespace {
 
-constexpr int kWord = 8;                // elements in a 32-bit word
+constexpr int kWordShift = 3;
+constexpr int kWord = 1 << kWordShift;  // elements in a 32-bit word
 constexpr int kGroup = kWord * kLanes;  // elements in a vector of words
 constexpr int kChunk = 4096;            // elements of a row whose scales are read at a time
 constexpr int kChunkGroups = kChunk / kGroup;
@@ -25,7 +26,7 @@ constexpr int kMaxScales =
 constexpr int kBlockRows = 64;             // rows of A that stay in L2
 constexpr int kTileRows = 4;               // accumulators: kTileRows * kTileColumns, in registers
 constexpr int kTileColumns = kRegisters == 32 ? 6 : 3;
-constexpr int kGemvRows = 4;  // up to here, products are taken straight from the codes
+constexpr int kPrefetchBytes = 2048;  // ahead of what is read of W
 
 struct Weight {
   int64_t N, K;
@@ -35,12 +36,25 @@ struct Weight {
   const float* code;
 
   int64_t bytes() const { return (N * K + 1) / 2; }
+  int block_shift() const { return __builtin_ctzll(blocksize); }
+  int64_t blocks() const { return ((N * K - 1) >> block_shift()) + 1; }
 
-  void read_scales(int64_t block, int64_t count, float* out) const {
-    if (scales.absmax) {
-      __builtin_memcpy(out, scales.absmax + block, count * sizeof(float));
-      return;
+  // The scales of some blocks, with kLanes more floats to read behind them. `buffer` holds kMaxScales.
+  const float* read_scales(int64_t block, int64_t count, float* buffer) const {
+    if (!scales.absmax) {
+      decode_scales(block, count, buffer);
+    } else if (block + count + kLanes <= blocks()) {
+      const float* first = scales.absmax + block;
+      for (int64_t i = 0; i < count; i += kLanes) __builtin_prefetch(first + count + i);
+      return first;
+    } else {
+      __builtin_memcpy(buffer, scales.absmax + block, count * sizeof(float));
     }
+    store(buffer + count, F32{});
+    return buffer;
+  }
+
+  void decode_scales(int64_t block, int64_t count, float* out) const {
     const Table<256> nested_code(scales.nested_code);
     const F32 offset = splat(*scales.offset);
     for (const int64_t end = block + count; block < end;) {
@@ -83,45 +97,70 @@ class RowReader {
     w_ = &w;
     start_ = row * w.K / kWord * kWord;
     end_ = (row + 1) * w.K;
-    shift_ = __builtin_ctzll(w.blocksize / kWord);
+    shift_ = w.block_shift() - kWordShift;
   }
 
   // Turns to groups [group, group + groups), at most a chunk of them.
   void open(int64_t group, int groups) {
     const int64_t first = start_ + group * kGroup;
-    const int64_t first_block = first / w_->blocksize;
-    const int64_t blocks = ceil_div(min(first + groups * kGroup, end_), w_->blocksize) - first_block;
-    w_->read_scales(first_block, blocks, scales_);
-    __builtin_memset(scales_ + blocks, 0, kLanes * sizeof(float));
-    words_in_block_ = static_cast<int>(first % w_->blocksize / kWord);
+    const int64_t first_block = first >> w_->block_shift();
+    const int64_t end_block = ((min(first + groups * kGroup, end_) - 1) >> w_->block_shift()) + 1;
+    scales_ = w_->read_scales(first_block, end_block - first_block, buffer_);
+    words_in_block_ = static_cast<int>(first & (w_->blocksize - 1)) / kWord;
     bytes_ = w_->packed + first / 2;
     bytes_left_ = w_->bytes() - first / 2;
   }
 
-  BNB_INLINE I32 words(int group) const {
-    const int64_t offset = group * (kGroup / 2);
-    if (offset + kGroup / 2 <= bytes_left_) return load_words(bytes_ + offset);
-    uint8_t tail[kGroup / 2] = {};
-    __builtin_memcpy(tail, bytes_ + offset, bytes_left_ - offset);
-    return load_words(tail);
+  // Whether a chunk can be read without regard to the end of W, and its lanes lie in blocks alike in every
+  // group, and as those of `other`.
+  bool steady(int groups, const RowReader& other) const {
+    const bool aligned = kLanes >> shift_ != 0 || words_in_block_ % kLanes == 0;
+    return aligned && words_in_block_ == other.words_in_block_ &&
+           bytes_left_ >= groups * kGroupBytes + kHalfWord;
   }
 
-  BNB_INLINE F32 scales(int group) const {
-    const int word = words_in_block_ + group * kLanes;
-    const int first = word >> shift_;
-    I32 lane;
-    for (int i = 0; i < kLanes; i++) lane[i] = i;
-    return Table<kLanes>(scales_ + first)[(splat(word - (first << shift_)) + lane) >> shift_];
+  // The words of a group in two views, the second from their upper halves: a load is cheaper than a shift.
+  struct Words {
+    I32 low, high;
+    explicit Words(const uint8_t* p) : low(load_words(p)), high(load_words(p + kHalfWord)) {}
+    BNB_INLINE I32 codes(int i) const { return (i < 4 ? low : high) >> (4 * (i % 4)); }
+  };
+  BNB_INLINE Words steady_words(int group) const {
+    const uint8_t* p = bytes_ + group * kGroupBytes;
+    __builtin_prefetch(p + kPrefetchBytes);
+    return Words(p);
   }
+  BNB_INLINE Words words(int group) const {
+    const int64_t offset = group * kGroupBytes;
+    if (offset + kGroupBytes + kHalfWord <= bytes_left_) return steady_words(group);
+    uint8_t tail[kGroupBytes + kHalfWord] = {};
+    __builtin_memcpy(tail, bytes_ + offset, min(bytes_left_ - offset, kGroupBytes));
+    return Words(tail);
+  }
+
+  // The scale of each word of a group: `block` from the chunk's first on, and for each lane how much further.
+  BNB_INLINE int block(int group) const { return (words_in_block_ + group * kLanes) >> shift_; }
+  BNB_INLINE I32 block_of_lane(int group) const {
+    I32 word;
+    for (int i = 0; i < kLanes; i++) word[i] = i;
+    const int first = (words_in_block_ + group * kLanes) & ((1 << shift_) - 1);
+    return (splat(first) + word) >> shift_;
+  }
+  BNB_INLINE F32 scales(int block, I32 block_of_lane) const {
+    return Table<kLanes>(scales_ + block)[block_of_lane];
+  }
+  F32 scales(int group) const { return scales(block(group), block_of_lane(group)); }
 
  private:
+  static constexpr int64_t kGroupBytes = kGroup / 2, kHalfWord = 2;
   const Weight* w_;
   int64_t start_, end_;
   int shift_;  // of an index of words to one of blocks
   int words_in_block_;
   const uint8_t* bytes_;
   int64_t bytes_left_;
-  float scales_[kMaxScales];
+  const float* scales_;
+  float buffer_[kMaxScales];
 };
 
 // The rows of W that one phase computes with, and where the products go.
@@ -135,52 +174,64 @@ struct Product {
   int64_t row_length() const { return groups * kGroup; }
   int64_t weight_rows() const { return ceil_div(w.N - phase, phases); }
   int64_t weight_row(int64_t i) const { return phase + i * phases; }
-
-  // Rows [first, first + columns) of this phase; beyond `end` the last one again.
-  template <int columns>
-  void start(RowReader (&readers)[columns], int64_t first, int64_t end) const {
-    for (int c = 0; c < columns; c++) readers[c].start(w, weight_row(min(first + c, end - 1)));
-  }
-  template <int columns>
-  void write(const F32 (&sums)[columns], int64_t row, int64_t first, int64_t end) const {
-    for (int c = 0; c < min(columns, end - first); c++) {
-      y[row * w.N + weight_row(first + c)] = reduce_add(sums[c]);
-    }
-  }
 };
 
+// Adds the products of a chunk of some rows of W with a few rows of A. What it sums in is local, and stays in
+// registers as does a group of A, because nothing else is written meanwhile.
+template <bool steady, int rows, int columns>
+void add_chunk(const Table<16> code, const RowReader (&readers)[columns], int groups, const float* a,
+               int64_t row_length, F32 (&result)[rows][columns]) {
+  F32 sums[rows][columns] = {};
+  const I32 steady_lanes = readers[0].block_of_lane(0);
+  for (int g = 0; g < groups; g++, a += kGroup) {
+    F32 x[rows][kWord];
+    for (int r = 0; r < rows; r++) {
+      for (int i = 0; i < kWord; i++) x[r][i] = load(a + r * row_length + i * kLanes);
+    }
+    const int block = readers[0].block(g);
+    for (int c = 0; c < columns; c++) {
+      const auto words = steady ? readers[c].steady_words(g) : readers[c].words(g);
+      F32 partial[rows] = {};
+      for (int i = 0; i < kWord; i++) {
+        const F32 value = code[words.codes(i)];
+        for (int r = 0; r < rows; r++) partial[r] = fma(value, x[r][i], partial[r]);
+      }
+      const F32 scale = steady ? readers[c].scales(block, steady_lanes) : readers[c].scales(g);
+      for (int r = 0; r < rows; r++) sums[r][c] = fma(partial[r], scale, sums[r][c]);
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    for (int c = 0; c < columns; c++) result[r][c] += sums[r][c];
+  }
+}
+
 // A few rows of A: codes are looked up, multiplied and summed in registers, and a block's scale is applied to
-// its partial sums.
+// its partial sums. Every column reads a part of W of its own from front to back: few long streams are what
+// memory delivers fastest.
 template <int rows, int columns>
 void gemv(const Product& product, int64_t begin, int64_t end) {
   const Table<16> code(product.w.code);
+  const int64_t part = ceil_div(end - begin, columns);
   RowReader readers[columns];
-  for (int64_t first = begin; first < end; first += columns) {
-    product.start(readers, first, end);
+  for (int64_t i = 0; i < part; i++) {
+    const auto row_of = [&](int c) { return min(begin + c * part + i, end - 1); };
+    for (int c = 0; c < columns; c++) readers[c].start(product.w, product.weight_row(row_of(c)));
     F32 sums[rows][columns] = {};
     for (int64_t group = 0; group < product.groups; group += kChunkGroups) {
       const int groups = static_cast<int>(min(kChunkGroups, product.groups - group));
-      for (RowReader& reader : readers) reader.open(group, groups);
-      const float* a = product.a + group * kGroup;
-      for (int g = 0; g < groups; g++, a += kGroup) {
-        I32 words[columns];
-        F32 partial[rows][columns] = {};
-        for (int c = 0; c < columns; c++) words[c] = readers[c].words(g);
-        for (int i = 0; i < kWord; i++) {
-          for (int c = 0; c < columns; c++) {
-            const F32 value = code[words[c] >> (4 * i)];
-            for (int r = 0; r < rows; r++) {
-              partial[r][c] = fma(value, load(a + r * product.row_length() + i * kLanes), partial[r][c]);
-            }
-          }
-        }
-        for (int c = 0; c < columns; c++) {
-          const F32 scale = readers[c].scales(g);
-          for (int r = 0; r < rows; r++) sums[r][c] = fma(partial[r][c], scale, sums[r][c]);
-        }
+      bool steady = true;
+      for (RowReader& reader : readers) {
+        reader.open(group, groups);
+        steady &= reader.steady(groups, readers[0]);
+      }
+      const auto add = steady ? add_chunk<true, rows, columns> : add_chunk<false, rows, columns>;
+      add(code, readers, groups, product.a + group * kGroup, product.row_length(), sums);
+    }
+    for (int c = 0; c < columns; c++) {
+      for (int r = 0; r < rows; r++) {
+        product.y[r * product.w.N + product.weight_row(row_of(c))] = reduce_add(sums[r][c]);
       }
     }
-    for (int r = 0; r < rows; r++) product.write(sums[r], r, first, end);
   }
 }
 
@@ -208,17 +259,19 @@ void gemm(const Product& product, int64_t begin, int64_t end) {
   RowReader readers[kTileColumns];
   alignas(64) float tile[kTileColumns][kTile];
   for (int64_t first = begin; first < end; first += kTileColumns) {
-    product.start(readers, first, end);
+    for (int c = 0; c < kTileColumns; c++) {
+      readers[c].start(product.w, product.weight_row(min(first + c, end - 1)));
+    }
     F32 sums[kBlockRows][kTileColumns] = {};
     for (int64_t group = 0; group < product.groups; group += kTileGroups) {
       const int groups = static_cast<int>(min(kTileGroups, product.groups - group));
       for (int c = 0; c < kTileColumns; c++) {
         readers[c].open(group, groups);
         for (int g = 0; g < groups; g++) {
-          const I32 words = readers[c].words(g);
+          const auto words = readers[c].words(g);
           const F32 scale = readers[c].scales(g);
           for (int i = 0; i < kWord; i++) {
-            store(tile[c] + g * kGroup + i * kLanes, code[words >> (4 * i)] * scale);
+            store(tile[c] + g * kGroup + i * kLanes, code[words.codes(i)] * scale);
           }
         }
       }
@@ -232,7 +285,11 @@ void gemm(const Product& product, int64_t begin, int64_t end) {
         multiply_tile<1>(a + r * length, length, tile, groups * kWord, sums + r);
       }
     }
-    for (int64_t r = 0; r < product.rows; r++) product.write(sums[r], r, first, end);
+    for (int64_t r = 0; r < product.rows; r++) {
+      for (int c = 0; c < min(kTileColumns, end - first); c++) {
+        product.y[r * product.w.N + product.weight_row(first + c)] = reduce_add(sums[r][c]);
+      }
+    }
   }
 }
 
