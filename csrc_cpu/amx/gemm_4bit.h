@@ -14,7 +14,8 @@ constexpr int64_t kMostTileRows = 2048;  // of A that are rearranged at a time
 // A block's codebook times its scale, rounded to bf16: what dequantizing and rounding each element would
 // give. It stands there twice, as the lookup takes five bits of an index.
 BNB_INLINE __m512i scaled_codebook(F32 code, float scale) {
-  return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16((__m512i)to_bfloat16(code * splat(scale))));
+  return _mm512_broadcast_i64x4(
+      _mm512_cvtepi32_epi16((__m512i)(round_to_bfloat16(code * splat(scale)) >> 16)));
 }
 
 // 32 elements of a row from their 16 bytes: the high nibble of a byte comes first.

@@ -42,17 +42,11 @@ void int8_mixed_scaled_mm_amx(const int8_t* A, const int8_t* B, int64_t M, int64
                               DType dtype, Stream stream) {
   bool done = false;
   with_type(dtype, out, [&](auto* y) {
-    const auto* b = same_type(bias, y);
-    const Outliers<Pointee<decltype(y)>> apart{same_type(X, y), B, columns, outliers, K, col_stats};
+    const Outliers<Pointee<decltype(y)>> apart(same_type(X, y), M, B, N, K, col_stats, columns, outliers);
     done = multiply_int8_tiles(
         A, B, M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width, const uint32_t* sums) {
-          float extra[kPanelRows * kInt8BlockColumns] = {};
-          apart.add(row, rows, column, width, extra);
-          for (int64_t r = 0; r < rows; r++) {
-            int8_finish_row(reinterpret_cast<const int32_t*>(sums + r * kPanelRows), row_stats[row + r],
-                            col_stats + column, width, b ? b + column : nullptr,
-                            outliers ? extra + r * kInt8BlockColumns : nullptr, y + (row + r) * N + column);
-          }
+          int8_finish_block(reinterpret_cast<const int32_t*>(sums), kPanelRows, row, rows, column, width,
+                            row_stats, col_stats, apart, same_type(bias, y), y, N);
         });
   });
   if (!done) {

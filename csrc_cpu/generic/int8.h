@@ -37,6 +37,7 @@ BNB_INLINE I32 int8_code(F32 x, F32 scale) {
 
 BNB_INLINE F32 canonical_nan(F32 x) { return select(equal(x, x), x, splat(float_from_bits(kNan))); }
 
+// `outlier_columns` belongs to this thread; null where there is no threshold.
 template <class T>
 float row_absmax(const T* a, int64_t K, F32 threshold, uint8_t* outlier_columns) {
   I32 largest{};
@@ -44,14 +45,17 @@ float row_absmax(const T* a, int64_t K, F32 threshold, uint8_t* outlier_columns)
     const F32 x = load(a + k, lanes);
     largest = max(largest, inlier_bits(x, threshold));
     if (!outlier_columns) return;
-    const Mask is_outlier = less_equal(threshold, abs(x));
-    if (!any(is_outlier)) return;
-    const I32 outliers = select(is_outlier, splat(1), I32{});
-    for (int i = 0; i < kLanes; i++) {
-      if (outliers[i]) __atomic_store_n(outlier_columns + k + i, uint8_t{1}, __ATOMIC_RELAXED);
-    }
+    const I32 outliers = select(less_equal(threshold, abs(x)), splat(1), I32{});
+    store(outlier_columns + k, load(outlier_columns + k, lanes) | outliers, lanes);
   });
   return float_from_bits(reduce_max(largest));
+}
+
+// Adds the columns that one thread found to those of all.
+void merge_outlier_columns(const uint8_t* found, int64_t K, uint8_t* outlier_columns) {
+  for (int64_t k = 0; k < K; k++) {
+    if (found[k]) __atomic_store_n(outlier_columns + k, uint8_t{1}, __ATOMIC_RELAXED);
+  }
 }
 
 template <class T>
@@ -70,9 +74,12 @@ void int8_vectorwise_quant(const void* A, DType dtype, int64_t M, int64_t K, flo
   if (outlier_columns) __builtin_memset(outlier_columns, 0, K);
   with_type(dtype, A, [&](auto* a) {
     const auto measure = [&](int64_t begin, int64_t end) {
+      const Buffer<uint8_t> found(K);
+      __builtin_memset(found.data(), 0, K);
       for (int64_t r = begin; r < end; r++) {
-        row_stats[r] = row_absmax(a + r * K, K, limit, outlier_columns);
+        row_stats[r] = row_absmax(a + r * K, K, limit, outlier_columns ? found.data() : nullptr);
       }
+      if (outlier_columns) merge_outlier_columns(found.data(), K, outlier_columns);
     };
     const auto quantize = [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
@@ -81,9 +88,8 @@ void int8_vectorwise_quant(const void* A, DType dtype, int64_t M, int64_t K, flo
         row_stats[r] = canonical_nan(int8_statistic(absmax))[0];
       }
     };
-
-    parallel_for(M, grain(K),
-                 measure);  // every outlier column must be known before the first row is quantized
+    // Every outlier column must be known before the first row is quantized.
+    parallel_for(M, grain(K), measure);
     parallel_for(M, grain(K), quantize);
   });
 }
@@ -283,32 +289,94 @@ void int8_mm_dequant(const int32_t* C, const float* row_stats, const float* col_
   });
 }
 
-// The outlier columns of X and of the dequantized B, for one block: they are multiplied in full precision.
+// The outlier columns of X [M, K] and of the dequantized B [N, K], gathered for a product in full precision.
 template <class T>
-struct Outliers {
-  const T* X;
-  const int8_t* B;
-  const int64_t* columns;
-  int64_t count, K;
-  const float* col_stats;
+class Outliers {
+ public:
+  Outliers(const T* X, int64_t M, const int8_t* B, int64_t N, int64_t K, const float* col_stats,
+           const int64_t* columns, int64_t count)
+      : count_(count), N_(N), x_(M * count), b_(count * N) {
+    if (count == 0) return;
+    parallel_for(M, grain(count), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        for (int64_t j = 0; j < count; j++) x_.data()[r * count + j] = load(X + r * K + columns[j], 1)[0];
+      }
+    });
+    parallel_for(ceil_div(N, kLanes), grain(count * kLanes), [&](int64_t begin, int64_t end) {
+      for_each_vector(min(end * kLanes, N) - begin * kLanes, [&](int64_t i, auto lanes) {
+        gather(B, K, col_stats, columns, begin * kLanes + i, lanes);
+      });
+    });
+  }
 
-  // extra[rows, stride] += X[row.., columns] @ dequantized(B)[column.., columns]^T
-  void add(int64_t row, int64_t rows, int64_t column, int64_t width, float* extra) const {
-    for (int64_t j = 0; j < count; j++) {
-      float b[kInt8BlockColumns];
-      for (int64_t n = 0; n < width; n++) {
-        b[n] = static_cast<float>(B[(column + n) * K + columns[j]]) * col_stats[column + n] / 127.0f;
-      }
-      for (int64_t r = 0; r < rows; r++) {
-        const F32 x = splat(load(X + (row + r) * K + columns[j], 1)[0]);
-        float* sums = extra + r * kInt8BlockColumns;
-        for_each_vector(width, [&](int64_t n, auto lanes) {
-          store(sums + n, load(sums + n, lanes) + x * load(b + n, lanes), lanes);
-        });
-      }
+  // products[rows, kStride]: of `rows` rows of X with `width` rows of B.
+  void multiply(int64_t row, int64_t rows, int64_t column, int64_t width, float* products) const {
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows) strip<kRows>(row + r, column, width, products + r * kStride);
+    for (; r < rows; r++) strip<1>(row + r, column, width, products + r * kStride);
+  }
+  bool empty() const { return count_ == 0; }
+
+  static constexpr int64_t kStride = kInt8BlockColumns;
+
+ private:
+  static constexpr int kRows = kRegisters / 4;
+
+  template <class Lanes>
+  void gather(const int8_t* B, int64_t K, const float* col_stats, const int64_t* columns, int64_t n,
+              Lanes lanes) {
+    const int64_t valid = min(N_ - n, kLanes);
+    const F32 scale = load(col_stats + n, lanes);
+    for (int64_t j = 0; j < count_; j++) {
+      int8_t codes[kLanes] = {};
+      for (int64_t i = 0; i < valid; i++) codes[i] = B[(n + i) * K + columns[j]];
+      store(b_.data() + j * N_ + n, to_float(load(codes)) * scale / splat(127.0f), lanes);
     }
   }
+
+  template <int rows>
+  void strip(int64_t row, int64_t column, int64_t width, float* products) const {
+    const float* const x = x_.data() + row * count_;
+    const float* const b = b_.data() + column;
+    int64_t n = 0;
+    for (; n + 2 * kLanes <= width; n += 2 * kLanes) tile<rows, 2>(x, b + n, products + n, AllLanes{});
+    for_each_vector(width - n,
+                    [&](int64_t i, auto lanes) { tile<rows, 1>(x, b + n + i, products + n + i, lanes); });
+  }
+
+  template <int rows, int vectors, class Lanes>
+  void tile(const float* x, const float* b, float* products, Lanes lanes) const {
+    F32 sums[rows][vectors] = {};
+    for (int64_t j = 0; j < count_; j++) {
+      F32 values[vectors];
+      for (int v = 0; v < vectors; v++) values[v] = load(b + j * N_ + v * kLanes, lanes);
+      for (int r = 0; r < rows; r++) {
+        const F32 scalar = splat(x[r * count_ + j]);
+        for (int v = 0; v < vectors; v++) sums[r][v] = fma(scalar, values[v], sums[r][v]);
+      }
+    }
+    for (int r = 0; r < rows; r++) {
+      for (int v = 0; v < vectors; v++) store(products + r * kStride + v * kLanes, sums[r][v], lanes);
+    }
+  }
+
+  int64_t count_, N_;
+  Buffer<float> x_, b_;
 };
+
+// Rows of a block of the result, from products C whose rows are `stride` apart.
+template <class T>
+void int8_finish_block(const int32_t* C, int64_t stride, int64_t row, int64_t rows, int64_t column,
+                       int64_t width, const float* row_stats, const float* col_stats,
+                       const Outliers<T>& apart, const T* bias, T* out, int64_t N) {
+  float products[kInt8BlockRows * Outliers<T>::kStride];
+  if (!apart.empty()) apart.multiply(row, rows, column, width, products);
+  for (int64_t r = 0; r < rows; r++) {
+    int8_finish_row(
+        C + r * stride, row_stats[row + r], col_stats + column, width, bias ? bias + column : nullptr,
+        apart.empty() ? nullptr : products + r * Outliers<T>::kStride, out + (row + r) * N + column);
+  }
+}
 
 template <class Dot>
 void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
@@ -316,18 +384,12 @@ void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N
                           const int64_t* columns, int64_t outliers, const void* bias, void* out, DType dtype,
                           Stream) {
   with_type(dtype, out, [&](auto* y) {
-    const auto* b = same_type(bias, y);
-    const Outliers<Pointee<decltype(y)>> apart{same_type(X, y), B, columns, outliers, K, col_stats};
+    const Outliers<Pointee<decltype(y)>> apart(same_type(X, y), M, B, N, K, col_stats, columns, outliers);
     for_each_int8_block(M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width) {
       int32_t C[kInt8BlockRows * kInt8BlockColumns];
-      float extra[kInt8BlockRows * kInt8BlockColumns] = {};
       int8_block<Dot>(A + row * K, B + column * K, rows, width, K, C, kInt8BlockColumns);
-      apart.add(row, rows, column, width, extra);
-      for (int64_t r = 0; r < rows; r++) {
-        int8_finish_row(C + r * kInt8BlockColumns, row_stats[row + r], col_stats + column, width,
-                        b ? b + column : nullptr, outliers ? extra + r * kInt8BlockColumns : nullptr,
-                        y + (row + r) * N + column);
-      }
+      int8_finish_block(C, kInt8BlockColumns, row, rows, column, width, row_stats, col_stats, apart,
+                        same_type(bias, y), y, N);
     });
   });
 }

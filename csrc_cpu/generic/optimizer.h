@@ -1,7 +1,7 @@
 // Optimizer steps with 32-bit and with blockwise 8-bit state (docs/SPEC.md section 5).
 //
-// Parameters are updated in blocks of 256: gradient and parameter widened to f32, the state as f32 or decoded
-// to it. What an optimizer computes stands once, in `advance`; 8-bit state only adds decoding and encoding.
+// Parameters are updated in blocks of 256, all of it computed in f32. What an optimizer computes stands once,
+// in `advance`; 8-bit state only adds decoding and encoding.
 #pragma once
 
 #include "quantize.h"
@@ -10,6 +10,7 @@ namespace bnb::BNB_TARGET {
 namespace {
 
 constexpr int kBlock = 256;
+constexpr int kPrefetched = kBlock;  // entries ahead of those in work
 constexpr int kStates = 3;           // first moment, ademamix's slow first moment, second moment
 constexpr int64_t kNormBlocks = 64;  // blocks that one partial norm is taken over
 
@@ -103,179 +104,130 @@ BNB_INLINE F32 advance(const Coefficients& c, float size, F32 g, F32 p, F32 (&st
   }
 }
 
-// One block in f32. Lanes beyond the block's end are computed and dropped.
-struct Block {
-  alignas(64) float g[kBlock];
-  alignas(64) float p[kBlock];
-  float* state[kStates];
-  alignas(64) float decoded[kStates][kBlock];
-};
-
-template <OptimizerName name>
-void update_block(const Coefficients& c, float size, Block& block, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const F32 g = splat(c.gnorm_scale) * load(block.g + i);
-    const F32 p = load(block.p + i);
-    F32 state[kStates] = {};
-    for (int s = 0; s < kStates; s++) {
-      if (uses_state(name, s)) state[s] = load(block.state[s] + i);
-    }
-    const F32 before[kStates] = {state[0], state[1], state[2]};
-    const F32 update = advance<name>(c, size, g, p, state);
-    const Mask ignored = equal(g, splat(c.ignored_gradient));
-    const F32 decayed = couples_decay(name) ? p : p * splat(c.decay);
-    store(block.p + i, select(ignored, p, decayed - update));
-    for (int s = 0; s < kStates; s++) {
-      if (uses_state(name, s)) store(block.state[s] + i, select(ignored, before[s], state[s]));
-    }
-  }
-}
-
-// Replaces the gradient of a block by its update before the learning rate; the state stays.
-template <OptimizerName name>
-void measure_block(const Coefficients& c, Block& block, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const F32 g = splat(c.gnorm_scale) * load(block.g + i);
-    F32 state[kStates] = {};
-    for (int s = 0; s < kStates; s++) {
-      if (uses_state(name, s)) state[s] = load(block.state[s] + i);
-    }
-    const F32 update = advance<name>(c, c.unit, g, load(block.p + i), state);
-    store(block.g + i, select(equal(g, splat(c.ignored_gradient)), F32{}, update));
-  }
-}
-
+template <OptimizerName optimizer>
 struct Rule {
-  void (*update)(const Coefficients&, float size, Block&, int64_t n);
-  void (*measure)(const Coefficients&, Block&, int64_t n);
+  static constexpr OptimizerName name = optimizer;
 };
 
-template <OptimizerName name>
-constexpr Rule rule() {
-  return {update_block<name>, measure_block<name>};
-}
-
-Rule rule_of(OptimizerName name) {
+// What a rule applies to: lamb and lars differ from adam and momentum in the size of their update only.
+template <class F>
+void with_rule(OptimizerName name, const F& f) {
   switch (name) {
     case OptimizerName::adam:
     case OptimizerName::lamb:
-      return rule<OptimizerName::adam>();
+      return f(Rule<OptimizerName::adam>());
     case OptimizerName::ademamix:
-      return rule<OptimizerName::ademamix>();
+      return f(Rule<OptimizerName::ademamix>());
     case OptimizerName::momentum:
     case OptimizerName::lars:
-      return rule<OptimizerName::momentum>();
+      return f(Rule<OptimizerName::momentum>());
     case OptimizerName::lion:
-      return rule<OptimizerName::lion>();
+      return f(Rule<OptimizerName::lion>());
     case OptimizerName::rmsprop:
-      return rule<OptimizerName::rmsprop>();
+      return f(Rule<OptimizerName::rmsprop>());
     case OptimizerName::adagrad:
-      return rule<OptimizerName::adagrad>();
+      return f(Rule<OptimizerName::adagrad>());
   }
-  __builtin_unreachable();
 }
 
-// State in f32: whole blocks are used in place.
+// State in f32, used in place.
 class FloatState {
  public:
-  FloatState(OptimizerName name, float* state1, float* state2, int64_t n)
-      : name_(name), state_{state1, state1 + n, state2} {}
+  FloatState(float* state1, float* state2, int64_t n) : state_{state1, state1 + n, state2} {}
 
-  void open(int64_t b, int64_t n, Block& block) const {
-    for (int s = 0; s < kStates; s++) {
-      if (!uses_state(name_, s)) continue;
-      block.state[s] = n == kBlock ? state_[s] + b * kBlock : block.decoded[s];
-      if (n < kBlock) __builtin_memcpy(block.state[s], state_[s] + b * kBlock, n * sizeof(float));
-    }
-  }
-  void close(int64_t b, int64_t n, const Block& block) const {
-    if (n == kBlock) return;
-    for (int s = 0; s < kStates; s++) {
-      if (uses_state(name_, s)) {
-        __builtin_memcpy(state_[s] + b * kBlock, block.state[s], n * sizeof(float));
+  // The state of one block of a parameter.
+  template <OptimizerName name>
+  class Block {
+   public:
+    Block(const FloatState& state, int64_t b) {
+      for (int s = 0; s < kStates; s++) {
+        if (!uses_state(name, s)) continue;
+        values_[s] = state.state_[s] + b * kBlock;
       }
     }
-  }
+    template <class Lanes>
+    BNB_INLINE F32 get(int s, int64_t i, Lanes lanes) const {
+      __builtin_prefetch(values_[s] + i + kPrefetched);
+      return load(values_[s] + i, lanes);
+    }
+    template <class Lanes>
+    BNB_INLINE void set(int s, int64_t i, F32 value, Lanes lanes) {
+      store(values_[s] + i, value, lanes);
+    }
+    void close(int64_t) const {}
+
+   private:
+    float* values_[kStates];
+  };
 
  private:
-  OptimizerName name_;
   float* state_[kStates];
 };
 
-// State in 8 bits: decoded when a block is opened, encoded when it is closed.
+// State in 8 bits: decoded when it is read, encoded when the whole block is there.
 class ByteState {
  public:
-  ByteState(OptimizerName name, uint8_t* state1, uint8_t* state2, const float* qmap1, const float* qmap2,
-            float* absmax1, float* absmax2, int64_t n)
-      : name_(name),
-        signed_(qmap1),
-        unsigned_(qmap2 ? qmap2 : qmap1),
+  ByteState(uint8_t* state1, uint8_t* state2, const float* qmap1, const float* qmap2, float* absmax1,
+            float* absmax2, int64_t n)
+      : signed_(qmap1, n),
+        unsigned_(qmap2 ? qmap2 : qmap1, n),
         state_{state1, state1 + n, state2},
         absmax_{absmax1, absmax1 + ceil_div(n, kBlock), absmax2} {}
 
-  void open(int64_t b, int64_t n, Block& block) const {
-    for (int s = 0; s < kStates; s++) {
-      if (!uses_state(name_, s)) continue;
-      block.state[s] = block.decoded[s];
-      const Table<256> code(codebook(s).code);
-      dequantize_block(state_[s] + b * kBlock, absmax_[s][b], code, n, block.state[s]);
+  template <OptimizerName name>
+  class Block {
+   public:
+    Block(const ByteState& state, int64_t b) : state_(state), b_(b) {
+      for (int s = 0; s < kStates; s++) {
+        if (!uses_state(name, s)) continue;
+        codes_[s] = state.state_[s] + b * kBlock;
+        scale_[s] = splat(state.absmax_[s][b]);
+      }
     }
-  }
-  void close(int64_t b, int64_t n, const Block& block) const {
-    for (int s = 0; s < kStates; s++) {
-      if (!uses_state(name_, s)) continue;
-      const Codebook& book = codebook(s);
-      const BlockwiseEncoder encode(book.thresholds, book.zero);
-      uint8_t* codes = state_[s] + b * kBlock;
-      absmax_[s][b] = quantize_block(block.state[s], n, encode, Bytes{codes});
-      if (divides_by(name_, s) && absmax_[s][b] > 0 && absmax_[s][b] < __builtin_inff())
-        raise_zero_codes(block.state[s], n, book.zero, codes);
+    template <class Lanes>
+    BNB_INLINE F32 get(int s, int64_t i, Lanes lanes) const {
+      __builtin_prefetch(codes_[s] + i + kPrefetched);
+      return Table<256>(state_.codebook(s).code)[load(codes_[s] + i, lanes)] * scale_[s];
     }
-  }
+    template <class Lanes>
+    BNB_INLINE void set(int s, int64_t i, F32 value, Lanes) {
+      store(values_[s] + i, value);
+    }
+    void close(int64_t n) const {
+      for (int s = 0; s < kStates; s++) {
+        if (!uses_state(name, s)) continue;
+        const BlockwiseEncoding& codebook = state_.codebook(s);
+        float& absmax = state_.absmax_[s][b_];
+        codebook.with_encoder(
+            [&](const auto& encode) { absmax = quantize_block(values_[s], n, encode, Bytes{codes_[s]}); });
+        if (divides_by(name, s) && absmax > 0 && absmax < __builtin_inff())
+          raise_zero_codes(values_[s], n, codebook.zero, codes_[s]);
+      }
+    }
 
- private:
-  struct Codebook {
-    const float* code;
-    Thresholds<8> thresholds;
-    int zero;
-    explicit Codebook(const float* code) : code(code), thresholds(code), zero(zero_code(code)) {}
+   private:
+    // A positive value takes the smallest positive code rather than that of zero: it will be divided by.
+    static void raise_zero_codes(const float* values, int64_t n, int zero, uint8_t* codes) {
+      for_each_vector(n, [&](int64_t i, auto lanes) {
+        const I32 code = load(codes + i, lanes);
+        const Mask raised = equal(code, splat(zero)) & less(F32{}, load(values + i, lanes));
+        store(codes + i, increment(code, raised), lanes);
+      });
+    }
+
+    const ByteState& state_;
+    int64_t b_;
+    uint8_t* codes_[kStates];
+    F32 scale_[kStates];
+    alignas(64) float values_[kStates][kBlock];
   };
 
-  const Codebook& codebook(int state) const { return state == 2 ? unsigned_ : signed_; }
+ private:
+  const BlockwiseEncoding& codebook(int state) const { return state == 2 ? unsigned_ : signed_; }
 
-  // A positive value takes the smallest positive code rather than that of zero: it will be divided by.
-  static void raise_zero_codes(const float* values, int64_t n, int zero, uint8_t* codes) {
-    for (int64_t i = 0; i < n; i++) codes[i] += codes[i] == zero && values[i] > 0;
-  }
-
-  OptimizerName name_;
-  Codebook signed_, unsigned_;
+  BlockwiseEncoding signed_, unsigned_;
   uint8_t* state_[kStates];
   float* absmax_[kStates];
-};
-
-// A parameter, its gradient and its state.
-template <class T, class State>
-struct Parameter {
-  const T* g;
-  T* p;
-  int64_t n;
-  const State& state;
-
-  int64_t open(int64_t b, Block& block) const {
-    const int64_t length = min(kBlock, n - b * kBlock);
-    for_each_vector(length, [&](int64_t i, auto lanes) {
-      store(block.g + i, load(g + b * kBlock + i, lanes));
-      store(block.p + i, load(p + b * kBlock + i, lanes));
-    });
-    state.open(b, length, block);
-    return length;
-  }
-  void close(int64_t b, int64_t length, const Block& block) const {
-    for_each_vector(length,
-                    [&](int64_t i, auto lanes) { store(p + b * kBlock + i, load(block.p + i), lanes); });
-    state.close(b, length, block);
-  }
 };
 
 // Of a finite entry: one bad entry must not decide how far the others move.
@@ -295,22 +247,85 @@ double sum_of_squares(const float* x, int64_t n) {
   return total;
 }
 
+// A parameter, its gradient and its state.
+template <class T, class State>
+struct Parameter {
+  const T* g;
+  T* p;
+  int64_t n;
+  const State& state;
+
+  int64_t blocks() const { return ceil_div(n, kBlock); }
+
+  // Calls body(i, lanes, p, update, state before, state after) for the vectors of a block. An entry that is
+  // left alone has an update of zero and keeps its state.
+  template <OptimizerName name, class Block, class Body>
+  BNB_INLINE void for_each_update(const Coefficients& c, float size, int64_t b, const Block& block,
+                                  const Body& body) const {
+    const T* const gradient = g + b * kBlock;
+    const T* const values = p + b * kBlock;
+    for_each_vector(length(b), [&](int64_t i, auto lanes) {
+      __builtin_prefetch(gradient + i + kPrefetched);
+      __builtin_prefetch(values + i + kPrefetched);
+      const F32 scaled = splat(c.gnorm_scale) * load(gradient + i, lanes);
+      const F32 value = load(values + i, lanes);
+      const Mask ignored = equal(scaled, splat(c.ignored_gradient));
+      F32 before[kStates] = {}, after[kStates] = {};
+      for (int s = 0; s < kStates; s++) {
+        if (uses_state(name, s)) before[s] = after[s] = block.get(s, i, lanes);
+      }
+      const F32 update = advance<name>(c, size, scaled, value, after);
+      for (int s = 0; s < kStates; s++) after[s] = select(ignored, before[s], after[s]);
+      body(i, lanes, value, update, ignored, after);
+    });
+  }
+
+  // The coefficients are a copy, which no value that is written can change.
+  template <OptimizerName name>
+  void update(const Coefficients c, float size, int64_t b) const {
+    typename State::template Block<name> block(state, b);
+    for_each_update<name>(
+        c, size, b, block,
+        [&](int64_t i, auto lanes, F32 value, F32 update, Mask ignored, const F32(&after)[kStates]) {
+          const F32 decayed = couples_decay(name) ? value : value * splat(c.decay);
+          store(p + b * kBlock + i, select(ignored, value, decayed - update), lanes);
+          for (int s = 0; s < kStates; s++) {
+            if (uses_state(name, s)) block.set(s, i, after[s], lanes);
+          }
+        });
+    block.close(length(b));
+  }
+
+  // Adds |p|^2 and |update|^2 of a block, the update before the learning rate.
+  template <OptimizerName name>
+  void measure(const Coefficients& c, int64_t b, double* sums) const {
+    const typename State::template Block<name> block(state, b);
+    alignas(64) float values[kBlock], updates[kBlock];
+    for_each_update<name>(c, c.unit, b, block,
+                          [&](int64_t i, auto, F32 value, F32 update, Mask ignored, const F32(&)[kStates]) {
+                            store(values + i, value);
+                            store(updates + i, select(ignored, F32{}, update));
+                          });
+    sums[0] += sum_of_squares(values, length(b));
+    sums[1] += sum_of_squares(updates, length(b));
+  }
+
+ private:
+  int64_t length(int64_t b) const { return min(kBlock, n - b * kBlock); }
+};
+
 // norms: |p|^2 and |update|^2.
-template <class P>
-void measure(const P& parameter, const Rule& rule, const Coefficients& c, double* norms) {
-  const int64_t blocks = ceil_div(parameter.n, kBlock);
-  const int64_t parts = ceil_div(blocks, kNormBlocks);
+template <OptimizerName name, class P>
+void measure(const P& parameter, const Coefficients& c, double* norms) {
+  const int64_t parts = ceil_div(parameter.blocks(), kNormBlocks);
   const Buffer<double> partial(2 * parts);
   parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-    Block block = {};
     for (int64_t part = begin; part < end; part++) {
       double* sums = partial.data() + 2 * part;
       sums[0] = sums[1] = 0;
-      for (int64_t b = part * kNormBlocks; b < min((part + 1) * kNormBlocks, blocks); b++) {
-        const int64_t length = parameter.open(b, block);
-        rule.measure(c, block, length);
-        sums[0] += sum_of_squares(block.p, length);
-        sums[1] += sum_of_squares(block.g, length);
+      const int64_t end_block = min((part + 1) * kNormBlocks, parameter.blocks());
+      for (int64_t b = part * kNormBlocks; b < end_block; b++) {
+        parameter.template measure<name>(c, b, sums);
       }
     }
   });
@@ -329,35 +344,32 @@ template <class State>
 void optimizer_update(const OptimizerStep& step, const void* g, void* p, DType dtype, const State& state,
                       int64_t n, double* norms) {
   const Coefficients c(step);
-  const Rule rule = rule_of(step.name);
   with_type(dtype, p, [&](auto* typed) {
     const Parameter<Pointee<decltype(typed)>, State> parameter{same_type(g, typed), typed, n, state};
-    float s = 1.0f;
-    if (step.max_unorm > 0) {
-      measure(parameter, rule, c, norms);
-      s = trust_ratio(step.max_unorm, norms);
-    }
-    const float size = static_cast<float>(step.lr * s * c.unit);
-    parallel_for(ceil_div(n, kBlock), grain(kBlock), [&](int64_t begin, int64_t end) {
-      Block block = {};
-      for (int64_t b = begin; b < end; b++) {
-        const int64_t length = parameter.open(b, block);
-        rule.update(c, size, block, length);
-        parameter.close(b, length, block);
+    with_rule(step.name, [&](auto rule) {
+      constexpr OptimizerName name = rule.name;
+      float s = 1.0f;
+      if (step.max_unorm > 0) {
+        measure<name>(parameter, c, norms);
+        s = trust_ratio(step.max_unorm, norms);
       }
+      const float size = static_cast<float>(step.lr * s * c.unit);
+      parallel_for(parameter.blocks(), grain(kBlock), [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; b++) parameter.template update<name>(c, size, b);
+      });
     });
   });
 }
 
 void optimizer_update_32bit(const OptimizerStep& step, const void* g, void* p, DType dtype, float* state1,
                             float* state2, int64_t n, double* norms, Stream) {
-  optimizer_update(step, g, p, dtype, FloatState(step.name, state1, state2, n), n, norms);
+  optimizer_update(step, g, p, dtype, FloatState(state1, state2, n), n, norms);
 }
 
 void optimizer_update_8bit_blockwise(const OptimizerStep& step, const void* g, void* p, DType dtype,
                                      uint8_t* state1, uint8_t* state2, const float* qmap1, const float* qmap2,
                                      float* absmax1, float* absmax2, int64_t n, double* norms, Stream) {
-  const ByteState state(step.name, state1, state2, qmap1, qmap2, absmax1, absmax2, n);
+  const ByteState state(state1, state2, qmap1, qmap2, absmax1, absmax2, n);
   optimizer_update(step, g, p, dtype, state, n, norms);
 }
 

@@ -1,92 +1,10 @@
 // Blockwise quantization to 256-entry and 4-bit codebooks, and back (docs/SPEC.md section 2).
 #pragma once
 
-#include "common.h"
+#include "encoders.h"
 
 namespace bnb::BNB_TARGET {
 namespace {
-
-// The levels of a binary search over 2^depth - 1 ascending thresholds, stored breadth first. Branch-free: the
-// upper levels are lookups in registers.
-template <int level, int depth>
-class SearchLevels {
- public:
-  explicit SearchLevels(const float* thresholds)
-      : pivots_(thresholds + (1 << level) - 1), below_(thresholds) {}
-  BNB_INLINE I32 descend(I32 rank, F32 x) const {
-    return below_.descend(increment(rank + rank, less(pivots_[rank], x)), x);
-  }
-
- private:
-  Table<1 << level> pivots_;
-  SearchLevels<level + 1, depth> below_;
-};
-
-template <int depth>
-class SearchLevels<depth, depth> {
- public:
-  explicit SearchLevels(const float*) {}
-  BNB_INLINE I32 descend(I32 rank, F32) const { return rank; }
-};
-
-// The thresholds of an ascending codebook of 2^depth entries, in the order that SearchLevels reads.
-template <int depth>
-struct Thresholds {
-  float values[1 << depth];
-  explicit Thresholds(const float* code) {
-    for (int level = 0; level < depth; level++) {
-      const int stride = 1 << (depth - level);
-      for (int k = 0; k < 1 << level; k++) {
-        values[(1 << level) - 1 + k] = midpoint(code, k * stride + stride / 2 - 1);
-      }
-    }
-  }
-};
-
-// An encoder turns scaled values into codes; `zero` is its code of 0.0.
-
-class BlockwiseEncoder {
- public:
-  BlockwiseEncoder(const Thresholds<8>& thresholds, int zero) : zero(zero), levels_(thresholds.values) {}
-  BNB_INLINE I32 operator()(F32 x) const { return levels_.descend(I32{}, x); }
-  const int zero;
-
- private:
-  SearchLevels<0, 8> levels_;
-};
-
-class Nf4Encoder {
- public:
-  explicit Nf4Encoder(const Thresholds<4>& thresholds) : levels_(thresholds.values) {}
-  BNB_INLINE I32 operator()(F32 x) const { return levels_.descend(I32{}, x); }
-  static constexpr int zero = kNf4Zero;
-
- private:
-  SearchLevels<0, 4> levels_;
-};
-
-class Fp4Encoder {
- public:
-  explicit Fp4Encoder(const Thresholds<3>& thresholds) : levels_(thresholds.values) {}
-  BNB_INLINE I32 operator()(F32 x) const {
-    const I32 rank = levels_.descend(I32{}, abs(x));
-    const I32 code = rank ^ ((rank & 2) << 1);  // fp4_code_of_rank
-    return select(less(x, F32{}), code | 8, code);
-  }
-  static constexpr int zero = kFp4Zero;
-
- private:
-  SearchLevels<0, 3> levels_;
-};
-
-// The entry nearest 0.0, the lower of two equally near.
-int zero_code(const float* code) {
-  int nearest = 0;
-  for (int i = 1; i < 256; i++) {
-    if (__builtin_fabsf(code[i]) < __builtin_fabsf(code[nearest])) nearest = i;
-  }
-  return nearest;
-}
 
 template <class T>
 int32_t absmax_bits(const T* a, int64_t n) {
@@ -123,9 +41,10 @@ struct Nibbles {
   }
 };
 
-// Quantizes one block and returns its absmax.
+// Quantizes one block and returns its absmax. The encoder is a copy, which no byte that is written can
+// change.
 template <class T, class Encoder, class Output>
-float quantize_block(const T* a, int64_t n, const Encoder& encode, const Output& output) {
+float quantize_block(const T* a, int64_t n, const Encoder encode, const Output output) {
   const int32_t largest = absmax_bits(a, n);
   if (largest < kSmallestNormal || largest >= kInfinity) {
     output.fill(encode.zero, n);
@@ -146,15 +65,15 @@ void dequantize_block(const uint8_t* q, float absmax, const Table<256>& code, in
 
 void quantize_blockwise(const void* A, DType dtype, int64_t n, const float* code, int64_t blocksize,
                         uint8_t* q, float* absmax, Stream) {
-  const Thresholds<8> thresholds(code);
-  const int zero = zero_code(code);
+  const BlockwiseEncoding encoding(code, n);
   with_type(dtype, A, [&](auto* a) {
     parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
-      const BlockwiseEncoder encode(thresholds, zero);
-      for (int64_t b = begin; b < end; b++) {
-        const int64_t first = b * blocksize;
-        absmax[b] = quantize_block(a + first, min(blocksize, n - first), encode, Bytes{q + first});
-      }
+      encoding.with_encoder([&](const auto& encode) {
+        for (int64_t b = begin; b < end; b++) {
+          const int64_t first = b * blocksize;
+          absmax[b] = quantize_block(a + first, min(blocksize, n - first), encode, Bytes{q + first});
+        }
+      });
     });
   });
 }

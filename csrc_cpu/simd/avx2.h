@@ -43,13 +43,17 @@ BNB_INLINE __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<
 
 BNB_INLINE I32 load(const uint8_t* p) { return (I32)_mm256_cvtepu8_epi32(load_low(p)); }
 BNB_INLINE I32 load(const int8_t* p) { return (I32)_mm256_cvtepi8_epi32(load_low(p)); }
-BNB_INLINE I32 load(const uint16_t* p) { return (I32)_mm256_cvtepu16_epi32(load_128(p)); }
+
+// The upper half of each lane in memory, and zeros below.
+BNB_INLINE I32 load_upper(const uint16_t* p) { return (I32)_mm256_cvtepu16_epi32(load_128(p)) << 16; }
 
 // The low halves of the lanes, which hold less than 2^16.
 BNB_INLINE __m128i narrow(I32 x) {
   return _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
 }
-BNB_INLINE void store(uint16_t* p, I32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x)); }
+BNB_INLINE void store_upper(uint16_t* p, I32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow((x >> 16) & 0xffff));
+}
 BNB_INLINE __m128i narrow_to_bytes(I32 x) {
   const __m128i words = narrow(x & 0xff);
   return _mm_packus_epi16(words, words);
@@ -78,12 +82,17 @@ BNB_INLINE void store_nibbles(uint8_t* p, I32 x) {
   __builtin_memcpy(p, &packed, sizeof packed);
 }
 
+BNB_INLINE F32 look_up(const float* values, I32 i) { return _mm256_i32gather_ps(values, (__m256i)i, 4); }
+BNB_INLINE I32 look_up(const int32_t* values, I32 i) {
+  return (I32)_mm256_i32gather_epi32(values, (__m256i)i, 4);
+}
+
 // Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
 template <int size>
 class Table {
  public:
   explicit Table(const float* values) : values_(values) {}
-  F32 operator[](I32 i) const { return _mm256_i32gather_ps(values_, (__m256i)i, 4); }
+  F32 operator[](I32 i) const { return look_up(values_, i); }
 
  private:
   const float* values_;

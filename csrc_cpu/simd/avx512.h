@@ -50,16 +50,33 @@ BNB_INLINE I32 round_to_int(F32 x) { return (I32)_mm512_cvtps_epi32(x); }
 BNB_INLINE __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 BNB_INLINE __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
+// For each 16-bit lane, where its pair is in a vector of halves; and where the upper half of each word is.
+BNB_INLINE __m512i words_of_halves() {
+  I32 indices;
+  for (int i = 0; i < kLanes; i++) indices[i] = i << 16 | i;
+  return (__m512i)indices;
+}
+BNB_INLINE __m512i halves_of_words() {
+  I32 indices{};
+  for (int i = 0; i < kLanes / 2; i++) indices[i] = (4 * i + 3) << 16 | (4 * i + 1);
+  return (__m512i)indices;
+}
+
 BNB_INLINE I32 load(const uint8_t* p) { return (I32)_mm512_cvtepu8_epi32(load_128(p)); }
 BNB_INLINE I32 load(const int8_t* p) { return (I32)_mm512_cvtepi8_epi32(load_128(p)); }
-BNB_INLINE I32 load(const uint16_t* p) { return (I32)_mm512_cvtepu16_epi32(load_256(p)); }
+
+// The upper half of each lane in memory, and zeros below.
+BNB_INLINE I32 load_upper(const uint16_t* p) {
+  return (I32)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, words_of_halves(),
+                                             _mm512_castsi256_si512(load_256(p)));
+}
+BNB_INLINE void store_upper(uint16_t* p, I32 x) {
+  const __m512i halves = _mm512_permutexvar_epi16(halves_of_words(), (__m512i)x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(halves));
+}
 BNB_INLINE void store(uint8_t* p, I32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
 }
-BNB_INLINE void store(uint16_t* p, I32 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
-}
-
 BNB_INLINE F32 load(const Half* p) { return _mm512_cvtph_ps(load_256(p)); }
 BNB_INLINE void store(Half* p, F32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -77,6 +94,11 @@ BNB_INLINE void store_nibbles(uint8_t* p, I32 x) {
   const __m512i pair = (__m512i)x;  // 64 bits: the even lane below the odd one
   const __m512i packed = _mm512_or_si512(_mm512_slli_epi64(pair, 4), _mm512_srli_epi64(pair, 32));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(packed));
+}
+
+BNB_INLINE F32 look_up(const float* values, I32 i) { return _mm512_i32gather_ps((__m512i)i, values, 4); }
+BNB_INLINE I32 look_up(const int32_t* values, I32 i) {
+  return (I32)_mm512_i32gather_epi32((__m512i)i, values, 4);
 }
 
 // Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
@@ -97,7 +119,7 @@ template <>
 class Table<256> {
  public:
   explicit Table(const float* values) : values_(values) {}
-  F32 operator[](I32 i) const { return _mm512_i32gather_ps((__m512i)i, values_, 4); }
+  F32 operator[](I32 i) const { return look_up(values_, i); }
 
  private:
   const float* values_;

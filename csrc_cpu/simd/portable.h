@@ -40,8 +40,10 @@ BNB_INLINE void store(uint8_t* p, I32 x) {
 }
 
 BNB_INLINE I32 load(const uint16_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
-BNB_INLINE void store(uint16_t* p, I32 x) {
-  for (int i = 0; i < kLanes; i++) p[i] = static_cast<uint16_t>(x[i]);
+// The upper half of each lane in memory, and zeros below.
+BNB_INLINE I32 load_upper(const uint16_t* p) { return load(p) << 16; }
+BNB_INLINE void store_upper(uint16_t* p, I32 x) {
+  for (int i = 0; i < kLanes; i++) p[i] = static_cast<uint16_t>(x[i] >> 16);
 }
 
 BNB_INLINE F32 load(const Half* p) {
@@ -58,7 +60,7 @@ BNB_INLINE void store(Half* p, F32 x) {
   I32 half = select(magnitude < splat(0x38800000), subnormal, normal);
   half = select(magnitude < splat(0x477ff000), half, splat(0x7c00));
   half = select(magnitude > splat(0x7f800000), nan, half);
-  store(&p->bits, half | ((bits(x) >> 16) & 0x8000));
+  store_upper(&p->bits, half << 16 | (bits(x) & static_cast<int32_t>(0x80000000)));
 }
 
 // kLanes nibbles in kLanes / 2 bytes, the high one first.
@@ -69,6 +71,13 @@ BNB_INLINE void store_nibbles(uint8_t* p, I32 x) {
   p[1] = static_cast<uint8_t>(x[2] << 4 | x[3]);
 }
 
+BNB_INLINE F32 look_up(const float* values, I32 i) {
+  return F32{values[i[0]], values[i[1]], values[i[2]], values[i[3]]};
+}
+BNB_INLINE I32 look_up(const int32_t* values, I32 i) {
+  return I32{values[i[0]], values[i[1]], values[i[2]], values[i[3]]};
+}
+
 // Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
 template <int size>
 class Table {
@@ -76,7 +85,7 @@ class Table {
   explicit Table(const float* values) : values_(values) {}
   F32 operator[](I32 i) const {
     if (size == 16) i &= 15;
-    return F32{values_[i[0]], values_[i[1]], values_[i[2]], values_[i[3]]};
+    return look_up(values_, i);
   }
 
  private:

@@ -6,13 +6,13 @@ namespace {
 
 BNB_INLINE F32 abs(F32 x) { return from_bits(bits(x) & 0x7fffffff); }
 
-BNB_INLINE F32 load(const BFloat16* p) { return from_bits(load(&p->bits) << 16); }
-// The bits of x rounded to nearest even; every NaN becomes the quiet one.
-BNB_INLINE I32 to_bfloat16(F32 x) {
+BNB_INLINE F32 load(const BFloat16* p) { return from_bits(load_upper(&p->bits)); }
+// x rounded to bf16, nearest even, in the upper half of each lane; every NaN becomes the quiet one.
+BNB_INLINE I32 round_to_bfloat16(F32 x) {
   const I32 number = select(equal(x, x), bits(x), splat(0x7fc00000));
-  return ((number + ((number >> 16) & 1) + 0x7fff) >> 16) & 0xffff;
+  return number + ((number >> 16) & 1) + 0x7fff;
 }
-BNB_INLINE void store(BFloat16* p, F32 x) { store(&p->bits, to_bfloat16(x)); }
+BNB_INLINE void store(BFloat16* p, F32 x) { store_upper(&p->bits, round_to_bfloat16(x)); }
 
 // How many lanes take part: all of them, known when compiling, or the first few at the end of an array.
 struct AllLanes {};

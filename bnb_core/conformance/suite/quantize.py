@@ -30,7 +30,14 @@ CODES: dict[str, Callable[[], Tensor]] = {
     "linear": create_linear_map,
     "fp8": create_fp8_map,
     "normal": create_normal_map,
+    "crowded": lambda: torch.cat([torch.linspace(-1, -0.95, 128), torch.linspace(0.95, 1, 128)]),
+    "fine around zero": lambda: torch.linspace(-1, 1, 256) ** 15,
+    "positive": lambda: torch.linspace(0.5, 1.5, 256),
+    "repeated": lambda: torch.linspace(-1, 1, 64).repeat_interleave(4),
 }
+
+LONG = 2**16
+"""Elements from which a backend may prepare tables for a codebook."""
 
 # (name, shape as a function of the block size)
 SHAPES: dict[str, Callable[[int], tuple[int, ...]]] = {
@@ -157,9 +164,10 @@ def _4bit_of(context: Context, sample: Sample, quant_type: str, storage: torch.d
     _check_quantize_4bit(context, sample.tensor(context), sample.blocksize, quant_type, storage)
 
 
-def _blockwise_midpoints(context: Context, code_name: str) -> None:
+def _blockwise_midpoints(context: Context, code_name: str, least: int = 1) -> None:
     code = CODES[code_name]()
-    _check_quantize_blockwise(context, midpoints(code, 256), code, 256)
+    blocks = midpoints(code, 256)
+    _check_quantize_blockwise(context, blocks.repeat(-(-least // blocks.numel())), code, 256)
 
 
 def _4bit_midpoints(context: Context, quant_type: str) -> None:
@@ -213,6 +221,8 @@ def _code_cases() -> Iterator[Case]:
         yield Case("dequantize_blockwise", f"code,{code_name}", run, traits)
         run = partial(_blockwise_midpoints, code_name=code_name)
         yield Case("quantize_blockwise", f"midpoints,{code_name}", run, {"values": "midpoints"})
+        run = partial(_blockwise_midpoints, code_name=code_name, least=LONG)
+        yield Case("quantize_blockwise", f"midpoints,{code_name},long", run, {"values": "midpoints"})
     for quant_type in QUANT_TYPES:
         run = partial(_4bit_midpoints, quant_type=quant_type)
         yield Case("quantize_4bit", f"midpoints,{quant_type}", run, {"values": "midpoints"})

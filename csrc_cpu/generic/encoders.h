@@ -1,0 +1,210 @@
+// Turns values scaled to [-1, 1] into codes: the number of thresholds below them, where a threshold lies
+// midway between neighbouring entries of the codebook (docs/SPEC.md section 2).
+#pragma once
+
+#include "common.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
+// The levels of a binary search over 2^depth - 1 ascending thresholds, stored breadth first. Branch-free: the
+// upper levels are lookups in registers.
+template <int level, int depth>
+class SearchLevels {
+ public:
+  explicit SearchLevels(const float* thresholds)
+      : pivots_(thresholds + (1 << level) - 1), below_(thresholds) {}
+  BNB_INLINE I32 descend(I32 rank, F32 x) const {
+    return below_.descend(increment(rank + rank, less(pivots_[rank], x)), x);
+  }
+
+ private:
+  Table<1 << level> pivots_;
+  SearchLevels<level + 1, depth> below_;
+};
+
+template <int depth>
+class SearchLevels<depth, depth> {
+ public:
+  explicit SearchLevels(const float*) {}
+  BNB_INLINE I32 descend(I32 rank, F32) const { return rank; }
+};
+
+// The thresholds of an ascending codebook of 2^depth entries, in the order that SearchLevels reads.
+template <int depth>
+struct Thresholds {
+  float values[1 << depth];
+  explicit Thresholds(const float* code) {
+    for (int level = 0; level < depth; level++) {
+      const int stride = 1 << (depth - level);
+      for (int k = 0; k < 1 << level; k++) {
+        values[(1 << level) - 1 + k] = midpoint(code, k * stride + stride / 2 - 1);
+      }
+    }
+  }
+};
+
+// The thresholds of a 256-entry codebook by cell: a cell is the values whose sign, exponent and first seven
+// mantissa bits agree. Where no cell holds two thresholds, one look-up finds the only one that a value must
+// be compared with, and the number of those below its cell.
+class Cells {
+ public:
+  // Left empty, and not usable, unless wanted.
+  Cells(const float* code, bool wanted) : usable_(false) {
+    if (!wanted) return;
+    float smallest = 1.0f;
+    for (int k = 0; k < kThresholds; k++) {
+      const float magnitude = __builtin_fabsf(midpoint(code, k));
+      if (magnitude < smallest) smallest = magnitude;
+    }
+    first_ = cell_of(smallest) - 1;  // it stands for all values that are smaller still
+    count_ = cell_of(1.0f) + 1 - first_;
+    usable_ = smallest > 0 && first_ >= 0 && count_ <= kMostCells && fill(code);
+  }
+
+  // Whether no cell has more than one threshold.
+  bool usable() const { return usable_; }
+
+  const int32_t* entries() const { return entries_; }
+  int first() const { return first_; }
+  int count() const { return count_; }
+
+  static constexpr int32_t kLowBits = 0xffff;
+
+ private:
+  static constexpr int kThresholds = 255;
+  static constexpr int kMostCells = 32 << 7;  // of one sign: 32 powers of two
+
+  static int32_t bits_of(float x) {
+    int32_t result;
+    __builtin_memcpy(&result, &x, sizeof result);
+    return result;
+  }
+  static int cell_of(float magnitude) { return bits_of(magnitude) >> 16; }
+
+  // An entry holds the number of thresholds below its cell over the low bits of the threshold in it, inverted
+  // where values are negative, so that both signs compare alike; kLowBits is below none.
+  bool fill(const float* code) {
+    int32_t* const positive = entries_;
+    int32_t* const negative = entries_ + count_;
+    int below = 0;
+    while (below < kThresholds && midpoint(code, below) < 0) below++;
+    const int negatives = below;
+    for (int cell = 0; cell < count_; cell++) {
+      if (!place(code, below, 1, kThresholds, first_ + cell, 0, positive[cell])) return false;
+    }
+    below = negatives - 1;
+    for (int cell = 0; cell < count_; cell++) {
+      if (!place(code, below, -1, -1, first_ + cell, kLowBits, negative[cell])) return false;
+    }
+    return true;
+  }
+
+  // Fills one cell and moves `next`, the next threshold away from zero, past it.
+  static bool place(const float* code, int& next, int step, int end, int cell, int32_t inverted,
+                    int32_t& entry) {
+    const auto inside = [&] { return next != end && cell_of(__builtin_fabsf(midpoint(code, next))) == cell; };
+    int32_t low = kLowBits;
+    int below = step > 0 ? next : next + 1;
+    if (inside()) {
+      low = (bits_of(midpoint(code, next)) & kLowBits) ^ inverted;
+      if (step < 0) below = next;
+      next += step;
+    }
+    entry = below << 16 | low;
+    return !inside();
+  }
+
+  int first_, count_;
+  bool usable_;
+  int32_t entries_[2 * kMostCells];
+};
+
+// An encoder turns scaled values into codes; `zero` is its code of 0.0.
+
+class SearchEncoder {
+ public:
+  SearchEncoder(const Thresholds<8>& thresholds, int zero) : zero(zero), levels_(thresholds.values) {}
+  BNB_INLINE I32 operator()(F32 x) const { return levels_.descend(I32{}, x); }
+  const int zero;
+
+ private:
+  SearchLevels<0, 8> levels_;
+};
+
+class CellEncoder {
+ public:
+  CellEncoder(const Cells& cells, int zero)
+      : zero(zero), entries_(cells.entries()), first_(splat(cells.first())), count_(splat(cells.count())) {}
+  BNB_INLINE I32 operator()(F32 x) const {
+    const I32 sign = bits(x) >> 31;
+    const I32 cell = max(((bits(x) & 0x7fffffff) >> 16) - first_, I32{});
+    const I32 entry = look_up(entries_, cell + (sign & count_));
+    return increment(entry >> 16, less(entry & Cells::kLowBits, (bits(x) ^ sign) & Cells::kLowBits));
+  }
+  const int zero;
+
+ private:
+  const int32_t* entries_;
+  I32 first_, count_;
+};
+
+class Nf4Encoder {
+ public:
+  explicit Nf4Encoder(const Thresholds<4>& thresholds) : levels_(thresholds.values) {}
+  BNB_INLINE I32 operator()(F32 x) const { return levels_.descend(I32{}, x); }
+  static constexpr int zero = kNf4Zero;
+
+ private:
+  SearchLevels<0, 4> levels_;
+};
+
+class Fp4Encoder {
+ public:
+  explicit Fp4Encoder(const Thresholds<3>& thresholds) : levels_(thresholds.values) {}
+  BNB_INLINE I32 operator()(F32 x) const {
+    const I32 rank = levels_.descend(I32{}, abs(x));
+    const I32 code = rank ^ ((rank & 2) << 1);  // fp4_code_of_rank
+    return select(less(x, F32{}), code | 8, code);
+  }
+  static constexpr int zero = kFp4Zero;
+
+ private:
+  SearchLevels<0, 3> levels_;
+};
+
+// The entry nearest 0.0, the lower of two equally near.
+int zero_code(const float* code) {
+  int nearest = 0;
+  for (int i = 1; i < 256; i++) {
+    if (__builtin_fabsf(code[i]) < __builtin_fabsf(code[nearest])) nearest = i;
+  }
+  return nearest;
+}
+
+// What encoding with a 256-entry codebook needs, found once for a tensor of n elements.
+class BlockwiseEncoding {
+ public:
+  BlockwiseEncoding(const float* code, int64_t n)
+      : code(code), zero(zero_code(code)), thresholds_(code), cells_(code, n >= kLeastForCells) {}
+
+  // Calls f with an encoder.
+  template <class F>
+  void with_encoder(const F& f) const {
+    if (cells_.usable()) return f(CellEncoder(cells_, zero));
+    f(SearchEncoder(thresholds_, zero));
+  }
+
+  const float* const code;
+  const int zero;
+
+ private:
+  static constexpr int64_t kLeastForCells = 1
+                                            << 15;  // filling the cells takes as long as searching for these
+
+  Thresholds<8> thresholds_;
+  Cells cells_;
+};
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET
