@@ -19,7 +19,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512_VNNI = [*AVX512, "-mavx512vnni"]
-AMX = [*AVX512_VNNI, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+AMX = [*AVX512_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
 # Each source with the flags of its own. An instruction set's flags go to its target and nowhere else: they
 # let the compiler use instructions that another machine lacks, even in code that runs before the choice.

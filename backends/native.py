@@ -94,7 +94,7 @@ class NativeKernels:
         N, K = shape
         scales, scale_codes = (absmax, None) if nested_absmax is None else (None, absmax)
         self.module.gemm_4bit(
-            A.data_ptr(), DTYPE_CODES[A.dtype], math.prod(A.shape[:-1]), N, K, B.data_ptr(), _pointer(scales),
+            A.data_ptr(), DTYPE_CODES[A.dtype], out.numel() // N if N else 0, N, K, B.data_ptr(), _pointer(scales),
             _pointer(scale_codes), _pointer(nested_absmax), _pointer(nested_code), _pointer(offset), nested_blocksize,
             blocksize, QUANT_TYPE_CODES[quant_type], _pointer(bias), out.data_ptr(), self.stream(A.device),
         )  # fmt: skip
@@ -259,12 +259,24 @@ def _contiguous(argument: Any) -> Any:
     return argument.contiguous() if isinstance(argument, Tensor) else argument
 
 
+def _tensor_positions(kernel: Callable[..., None]) -> list[int]:
+    """Where a kernel's tensor arguments are, the outputs left out."""
+    parameters = [parameter for name, parameter in signature(kernel).parameters.items() if name != "out"]
+    return [i for i, parameter in enumerate(parameters) if str(parameter.annotation).startswith("Tensor")]
+
+
 def _filling_outputs(kernel: Callable[..., None]) -> Callable[..., None]:
     """Hand contiguous inputs to a kernel; the outputs are contiguous already."""
+    tensors = _tensor_positions(kernel)
 
     @wraps(kernel)
     def call(*arguments: Any, out: Any) -> None:
-        kernel(*map(_contiguous, arguments), out=out)
+        for position in tensors:
+            tensor = arguments[position]
+            if tensor is not None and not tensor.is_contiguous():
+                arguments = tuple(map(_contiguous, arguments))
+                break
+        kernel(*arguments, out)
 
     return call
 

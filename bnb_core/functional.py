@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnb_core import primitives
-from bnb_core.checks import check_dimensions, check_dtype, check_shape, check_tensor
+from bnb_core.checks import QUANT_TYPES, check_dimensions, check_dtype, check_shape, check_tensor
 from bnb_core.codebooks import (
     create_dynamic_map,
     create_fp8_map,
@@ -111,7 +111,7 @@ def quantize_4bit(
     offset, state2 = None, None
     if compress_statistics:
         scales, offset, state2 = _quantize_scales(scales)
-    code = get_4bit_type(quant_type, A.device)
+    code = _codebook(quant_type, A.device)
     return packed, QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype, offset, state2)
 
 
@@ -222,7 +222,7 @@ def quantize_blockwise(
         nested: quantize the scales to 8 bits as well.
     """
     check_tensor("A", A)
-    code = _dynamic_map(A.device) if code is None else code.to(A.device)
+    code = _codebook("dynamic", A.device) if code is None else code.to(A.device)
     outputs = None if out is None and absmax is None else (out, absmax)
     codes, scales = primitives.quantize_blockwise(A, code, blocksize, out=outputs)
     offset, state2 = None, None
@@ -256,21 +256,22 @@ def dequantize_blockwise(
         dtype = quant_state.dtype or dtype
     elif absmax is None:
         raise ValueError("quant_state: expected a QuantState, or absmax in its place, got None")
-    code = _dynamic_map(A.device) if code is None else code.to(A.device)
+    code = _codebook("dynamic", A.device) if code is None else code.to(A.device)
     return primitives.dequantize_blockwise(A, absmax, code, blocksize, _dtype_of("out", out, dtype), out=out)
 
 
-_DYNAMIC_MAP = create_dynamic_map()
-_dynamic_maps: dict[torch.device, Tensor] = {}
+_CODEBOOKS = {"dynamic": create_dynamic_map(), **{name: get_4bit_type(name) for name in QUANT_TYPES}}
+_codebooks_on_devices: dict[tuple[str, torch.device], Tensor] = {}
 
 
-def _dynamic_map(device: torch.device) -> Tensor:
-    """A copy of the signed dynamic map for the caller to keep."""
+def _codebook(name: str, device: torch.device) -> Tensor:
+    """A copy of a codebook for the caller to keep."""
     if torch.compiler.is_compiling():
-        return _DYNAMIC_MAP.to(device, copy=True)
-    if device not in _dynamic_maps:
-        _dynamic_maps[device] = _DYNAMIC_MAP.to(device)
-    return _dynamic_maps[device].clone()
+        return _CODEBOOKS[name].to(device, copy=True)
+    key = (name, device)
+    if key not in _codebooks_on_devices:
+        _codebooks_on_devices[key] = _CODEBOOKS[name].to(device)
+    return _codebooks_on_devices[key].clone()
 
 
 def gemm_4bit(
@@ -306,9 +307,9 @@ def gemv_4bit(
     check_tensor("A", A)
     if state is None:
         raise ValueError("state: expected the QuantState of B, got None")
-    for name, flag in (("transposed_A", transposed_A), ("transposed_B", transposed_B)):
-        if flag:
-            raise ValueError(f"{name}: expected False, got {flag}; B is always taken as [N, K]")
+    if transposed_A or transposed_B:
+        name = "transposed_A" if transposed_A else "transposed_B"
+        raise ValueError(f"{name}: expected False, got True; B is always taken as [N, K]")
     if A.numel() != (A.shape[-1] if A.dim() else 0):
         raise ValueError(f"A: expected one row, got shape {tuple(A.shape)}; matmul_4bit takes more")
     return gemm_4bit(A, B, state, out=out)

@@ -14,6 +14,8 @@ from bnb_core import registry
 from bnb_core.checks import check_dtype, check_same_device, check_shape, check_tensor
 
 NAMESPACE = "bnb_core"
+MOST_PLANS = 1024
+"""Signatures of calls that a primitive remembers."""
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
@@ -62,12 +64,14 @@ class Primitive:
         self.__doc__ = declaration.__doc__
         self.__signature__ = inspect.signature(declaration)
         self._argument_names = tuple(self.__signature__.parameters)
+        self._plans: dict[Any, tuple[Out | tuple[Out, ...], torch.device]] = {}
         _library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._fake, lib=_library)
         if not differentiable:
             _library.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self._key = _key_function(self.op._schema.arguments)
         registry.declare(self.name)
 
     def __repr__(self) -> str:
@@ -130,13 +134,32 @@ class Primitive:
                 raise ValueError(f"out: shares its memory with {name}, which is still to be read")
 
     def _fake(self, *arguments: Any) -> Any:
-        outputs, device = self._declared(arguments)
+        outputs, device = self._checked(arguments)
         if outputs is None or isinstance(outputs, Out):
             return None if outputs is None else outputs.allocate(device)
         return tuple(o.allocate(device) for o in outputs)
 
     def _declared(self, arguments: tuple[Any, ...]) -> tuple[Out | tuple[Out, ...] | None, torch.device]:
-        """Check the arguments; the outputs that follow from them, and the device all of it is on."""
+        """Check the arguments; the outputs that follow from them, and the device all of it is on.
+
+        All of that follows from the arguments' metadata, so that arguments like those of an earlier call are not
+        checked again.
+        """
+        if not self.op._schema.returns:
+            return self._checked(arguments)
+        try:
+            key = self._key(*arguments)
+            plan = self._plans.get(key)
+        except (TypeError, AttributeError):
+            return self._checked(arguments)
+        if plan is None:
+            plan = self._checked(arguments)
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def _checked(self, arguments: tuple[Any, ...]) -> tuple[Any, torch.device]:
         outputs = self.declaration(*arguments)
         tensors = [
             (name, value)
@@ -145,6 +168,27 @@ class Primitive:
         ]
         check_same_device(tensors)
         return outputs, tensors[0][1].device
+
+
+def _key_function(arguments: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
+    """What a primitive's checks look at, as a function of its arguments, for a schema's ``arguments``.
+
+    It is put together as source text, as the methods of a dataclass are: a call of a primitive should cost less than
+    a loop over its arguments.
+    """
+
+    def looked_at(argument: Any) -> str:
+        name = argument.name
+        metadata = f"({name}.dtype, {name}.shape, {name}.device)"
+        match str(argument.type):
+            case "Tensor":
+                return metadata
+            case "Optional[Tensor]":
+                return f"None if {name} is None else {metadata}"
+        return name
+
+    names = ", ".join(argument.name for argument in arguments)
+    return eval(f"lambda {names}: ({', '.join(map(looked_at, arguments))},)")
 
 
 def primitive(schema: str, differentiable: bool = False) -> Callable[[Callable[..., Any]], Primitive]:

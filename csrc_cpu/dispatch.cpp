@@ -19,7 +19,9 @@ bool always() { return true; }
 #if defined(__x86_64__)
 struct Cpuid {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  explicit Cpuid(unsigned leaf) { __get_cpuid_count(leaf, 0, &eax, &ebx, &ecx, &edx); }
+  explicit Cpuid(unsigned leaf, unsigned subleaf = 0) {
+    __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx);
+  }
 };
 
 bool bits_set(unsigned value, unsigned mask) { return (value & mask) == mask; }
@@ -47,6 +49,7 @@ bool has_avx512() {
 
 bool has_avx512_vnni() { return has_avx512() && bits_set(Cpuid(7).ecx, bit_AVX512VNNI); }
 
+constexpr unsigned kAvx512Bf16 = 1u << 5;  // cpuid 7.1, eax
 constexpr unsigned kTileState = 0x60000;
 constexpr unsigned kTileFeatures =
     1u << 22 | 1u << 24 | 1u << 25;  // cpuid 7, edx: AMX-BF16, AMX-TILE, AMX-INT8
@@ -58,8 +61,8 @@ bool system_permits_tiles() {
 }
 
 bool has_amx() {
-  return has_avx512_vnni() && system_saves(kTileState) && bits_set(Cpuid(7).edx, kTileFeatures) &&
-         system_permits_tiles();
+  return has_avx512_vnni() && bits_set(Cpuid(7, 1).eax, kAvx512Bf16) && system_saves(kTileState) &&
+         bits_set(Cpuid(7).edx, kTileFeatures) && system_permits_tiles();
 }
 #endif
 

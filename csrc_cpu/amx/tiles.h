@@ -81,25 +81,42 @@ void transpose_words(const uint32_t* in, int64_t in_stride, int rows, uint32_t* 
   for (int i = 0; i < kTileSide; i++) _mm512_storeu_si512(out + i * out_stride, t[i]);
 }
 
+// Words of up to 16 rows, `stride` words apart.
+struct RowWords {
+  const uint32_t* words;
+  int64_t stride;
+};
+
 // X in the order of the tiles: for every 16 rows, for every step, 16 words of K by 16 rows.
 class RearrangedX {
  public:
-  // `words` is the length of a row, a multiple of 16.
-  RearrangedX(const void* x, int64_t rows, int64_t words)
+  // `words` is the length of a row, a whole number of parts. read(row, rows, word, scratch) gives a part of
+  // some rows from `word` on; it may put them into the scratch of 16 parts.
+  template <int part_words, class Read>
+  RearrangedX(int64_t rows, int64_t words, Constant<part_words>, const Read& read)
       : steps_(words / kTileSide),
         tiles_(ceil_div(rows, kPanelRows) * 2),
         words_(tiles_ * steps_ * kTileWords) {
-    const auto* source = static_cast<const uint32_t*>(x);
     parallel_for(tiles_, grain(words * kTileSide), [&](int64_t begin, int64_t end) {
+      alignas(64) uint32_t scratch[kTileSide * part_words];
       for (int64_t tile = begin; tile < end; tile++) {
         const int given = static_cast<int>(max(min(rows - tile * kTileSide, kTileSide), 0));
-        for (int64_t step = 0; step < steps_; step++) {
-          transpose_words(source + tile * kTileSide * words + step * kTileSide, words, given,
-                          words_.data() + (tile * steps_ + step) * kTileWords, kTileSide);
+        uint32_t* out = words_.data() + tile * steps_ * kTileWords;
+        for (int64_t word = 0; word < words; word += part_words) {
+          const RowWords part = read(tile * kTileSide, given, word, scratch);
+          for (int64_t i = 0; i < part_words; i += kTileSide, out += kTileWords) {
+            transpose_words(part.words + i, part.stride, given, out, kTileSide);
+          }
         }
       }
     });
   }
+
+  // Rows as they lie in memory.
+  RearrangedX(const void* x, int64_t rows, int64_t words)
+      : RearrangedX(rows, words, Constant<kTileSide>{}, [&](int64_t row, int, int64_t word, uint32_t*) {
+          return RowWords{static_cast<const uint32_t*>(x) + row * words + word, words};
+        }) {}
 
   int64_t steps() const { return steps_; }
   int64_t bytes() const { return tiles_ * steps_ * kTileWords * 4; }
@@ -110,22 +127,26 @@ class RearrangedX {
   Buffer<uint32_t> words_;
 };
 
-// Two tiles of W's rows with one or two tiles of X's: sums[x row][w row] of 32-bit words, kPanelRows in a
-// row.
-template <class Dot, int columns>
-void multiply_panel(const uint8_t* w, int64_t w_row_bytes, const RearrangedX& x, int64_t x_tile,
-                    uint32_t* sums) {
-  const uint8_t* low = w;
-  const uint8_t* high = w + kTileSide * w_row_bytes;
-  const uint32_t* left = x.tile(x_tile);
-  const uint32_t* right = x.tile(x_tile + columns - 1);
+// Two tiles of W's rows with `columns` tiles of X's, one or two.
+template <int columns>
+BNB_INLINE void zero_sums() {
   _tile_zero(0);
   _tile_zero(1);
   if (columns == 2) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t step = 0; step < x.steps(); step++) {
+}
+
+// Adds `steps` steps along K: the rows of W start there, those of X at `first_step`.
+template <class Dot, int columns>
+BNB_INLINE void add_products(const uint8_t* w, int64_t w_row_bytes, const RearrangedX& x, int64_t x_tile,
+                             int64_t first_step, int64_t steps) {
+  const uint8_t* low = w;
+  const uint8_t* high = w + kTileSide * w_row_bytes;
+  const uint32_t* left = x.tile(x_tile) + first_step * kTileWords;
+  const uint32_t* right = x.tile(x_tile + columns - 1) + first_step * kTileWords;
+  for (int64_t step = 0; step < steps; step++) {
     _tile_loadd(4, low + step * kTileRowBytes, w_row_bytes);
     _tile_loadd(6, left + step * kTileWords, kTileRowBytes);
     Dot::low_left();
@@ -137,6 +158,11 @@ void multiply_panel(const uint8_t* w, int64_t w_row_bytes, const RearrangedX& x,
       Dot::high_right();
     }
   }
+}
+
+// sums[x row][w row] of 32-bit words, kPanelRows in a row.
+template <int columns>
+void store_sums(uint32_t* sums) {
   alignas(64) uint32_t tile[4][kTileWords];
   _tile_stored(0, tile[0], kTileRowBytes);
   _tile_stored(1, tile[1], kTileRowBytes);
@@ -150,10 +176,18 @@ void multiply_panel(const uint8_t* w, int64_t w_row_bytes, const RearrangedX& x,
   }
 }
 
+template <class Dot, int columns>
+void multiply_panel(const uint8_t* w, int64_t w_row_bytes, const RearrangedX& x, int64_t x_tile,
+                    uint32_t* sums) {
+  zero_sums<columns>();
+  add_products<Dot, columns>(w, w_row_bytes, x, x_tile, 0, x.steps());
+  store_sums<columns>(sums);
+}
+
 // Rows of W that are multiplied with a block of X before the next one: as many as the L2 cache holds, where X
 // is too large to stay in it.
 int64_t rows_in_cache(const RearrangedX& x, int64_t row_bytes) {
-  constexpr int64_t kCacheBytes = 1 << 20, kMostRows = 4 * kPanelRows;
+  constexpr int64_t kCacheBytes = 5 << 18, kMostRows = 4 * kPanelRows;
   if (x.bytes() <= kCacheBytes) return kPanelRows;
   return max(kPanelRows, min(kMostRows, kCacheBytes / row_bytes / kPanelRows * kPanelRows));
 }

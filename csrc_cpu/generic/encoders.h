@@ -149,28 +149,84 @@ class CellEncoder {
   I32 first_, count_;
 };
 
+// The same for a short codebook whose thresholds are more than 1/15 apart, with cells of equal width: 31 of
+// them, which two registers hold.
+template <int depth>
+class UniformCells {
+ public:
+  explicit UniformCells(const float* code) {
+    float thresholds[kTable];
+    int32_t below[kTable];
+    int k = 0;
+    for (int cell = -kCells / 2; cell <= kCells / 2; cell++) {
+      const bool inside = k < (1 << depth) - 1 && cell_of(midpoint(code, k)) == cell;
+      thresholds[cell & (kTable - 1)] = inside ? midpoint(code, k) : __builtin_inff();
+      below[cell & (kTable - 1)] = k;
+      k += inside;
+    }
+    float as_floats[kTable];
+    __builtin_memcpy(as_floats, below, sizeof below);
+    thresholds_ = Table<kTable>(thresholds);
+    below_ = Table<kTable>(as_floats);
+  }
+  BNB_INLINE I32 count_below(F32 x) const {
+    const I32 cell = bits(x * splat(kScale) + splat(kShift));
+    return increment(bits(below_[cell]), less(thresholds_[cell], x));
+  }
+
+ private:
+  static constexpr int kTable = 32, kCells = 31;
+  static constexpr float kScale = kCells / 2;
+  static constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the sum ends in an integer, and begins alike
+
+  static int cell_of(float x) { return static_cast<int>(x * kScale + kShift - kShift); }
+
+  Table<kTable> thresholds_, below_;
+};
+
+template <int depth>
+class SearchTree {
+ public:
+  explicit SearchTree(const float* code) : thresholds_(code), levels_(thresholds_.values) {}
+  SearchTree(const SearchTree& other) : thresholds_(other.thresholds_), levels_(thresholds_.values) {}
+  BNB_INLINE I32 count_below(F32 x) const { return levels_.descend(I32{}, x); }
+
+ private:
+  Thresholds<depth> thresholds_;
+  SearchLevels<0, depth> levels_;
+};
+
+template <int depth, bool cells>
+struct ShortCodebook;
+template <int depth>
+struct ShortCodebook<depth, true> : UniformCells<depth> {
+  using UniformCells<depth>::UniformCells;
+};
+template <int depth>
+struct ShortCodebook<depth, false> : SearchTree<depth> {
+  using SearchTree<depth>::SearchTree;
+};
+
 class Nf4Encoder {
  public:
-  explicit Nf4Encoder(const Thresholds<4>& thresholds) : levels_(thresholds.values) {}
-  BNB_INLINE I32 operator()(F32 x) const { return levels_.descend(I32{}, x); }
+  BNB_INLINE I32 operator()(F32 x) const { return codebook_.count_below(x); }
   static constexpr int zero = kNf4Zero;
 
  private:
-  SearchLevels<0, 4> levels_;
+  ShortCodebook<4, kTwoRegisterTables> codebook_{kNf4Code};
 };
 
 class Fp4Encoder {
  public:
-  explicit Fp4Encoder(const Thresholds<3>& thresholds) : levels_(thresholds.values) {}
   BNB_INLINE I32 operator()(F32 x) const {
-    const I32 rank = levels_.descend(I32{}, abs(x));
+    const I32 rank = codebook_.count_below(abs(x));
     const I32 code = rank ^ ((rank & 2) << 1);  // fp4_code_of_rank
     return select(less(x, F32{}), code | 8, code);
   }
   static constexpr int zero = kFp4Zero;
 
  private:
-  SearchLevels<0, 3> levels_;
+  ShortCodebook<3, kTwoRegisterTables> codebook_{kFp4AscendingMagnitudes};
 };
 
 // The entry nearest 0.0, the lower of two equally near.

@@ -44,9 +44,7 @@ struct Weight {
     if (!scales.absmax) {
       decode_scales(block, count, buffer);
     } else if (block + count + kLanes <= blocks()) {
-      const float* first = scales.absmax + block;
-      for (int64_t i = 0; i < count; i += kLanes) __builtin_prefetch(first + count + i);
-      return first;
+      return scales.absmax + block;
     } else {
       __builtin_memcpy(buffer, scales.absmax + block, count * sizeof(float));
     }
@@ -105,7 +103,9 @@ class RowReader {
     const int64_t first = start_ + group * kGroup;
     const int64_t first_block = first >> w_->block_shift();
     const int64_t end_block = ((min(first + groups * kGroup, end_) - 1) >> w_->block_shift()) + 1;
-    scales_ = w_->read_scales(first_block, end_block - first_block, buffer_);
+    const int64_t blocks = end_block - first_block;
+    scales_ = w_->read_scales(first_block, blocks, buffer_);
+    for (int64_t i = 0; i < blocks; i += kLanes) __builtin_prefetch(scales_ + blocks + i);
     words_in_block_ = static_cast<int>(first & (w_->blocksize - 1)) / kWord;
     bytes_ = w_->packed + first / 2;
     bytes_left_ = w_->bytes() - first / 2;

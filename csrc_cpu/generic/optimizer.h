@@ -199,7 +199,7 @@ class ByteState {
         const BlockwiseEncoding& codebook = state_.codebook(s);
         float& absmax = state_.absmax_[s][b_];
         codebook.with_encoder(
-            [&](const auto& encode) { absmax = quantize_block(values_[s], n, encode, Bytes{codes_[s]}); });
+            [&](const auto encode) { absmax = quantize_block(values_[s], n, encode, Bytes{codes_[s]}); });
         if (divides_by(name, s) && absmax > 0 && absmax < __builtin_inff())
           raise_zero_codes(values_[s], n, codebook.zero, codes_[s]);
       }

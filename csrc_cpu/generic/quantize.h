@@ -41,10 +41,10 @@ struct Nibbles {
   }
 };
 
-// Quantizes one block and returns its absmax. The encoder is a copy, which no byte that is written can
-// change.
+// Quantizes one block and returns its absmax. Inline, so that the compiler sees that no byte that is written
+// changes the encoder.
 template <class T, class Encoder, class Output>
-float quantize_block(const T* a, int64_t n, const Encoder encode, const Output output) {
+BNB_INLINE float quantize_block(const T* a, int64_t n, const Encoder& encode, const Output& output) {
   const int32_t largest = absmax_bits(a, n);
   if (largest < kSmallestNormal || largest >= kInfinity) {
     output.fill(encode.zero, n);
@@ -68,7 +68,7 @@ void quantize_blockwise(const void* A, DType dtype, int64_t n, const float* code
   const BlockwiseEncoding encoding(code, n);
   with_type(dtype, A, [&](auto* a) {
     parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
-      encoding.with_encoder([&](const auto& encode) {
+      encoding.with_encoder([&](const auto encode) {
         for (int64_t b = begin; b < end; b++) {
           const int64_t first = b * blocksize;
           absmax[b] = quantize_block(a + first, min(blocksize, n - first), encode, Bytes{q + first});
@@ -92,7 +92,7 @@ void dequantize_blockwise(const uint8_t* q, const float* absmax, const float* co
 }
 
 template <class T, class Encoder>
-void quantize_4bit_blocks(const T* a, int64_t n, int64_t blocksize, const Encoder& encode, int64_t begin,
+void quantize_4bit_blocks(const T* a, int64_t n, int64_t blocksize, const Encoder encode, int64_t begin,
                           int64_t end, uint8_t* packed, float* absmax) {
   for (int64_t b = begin; b < end; b++) {
     const int64_t first = b * blocksize;
@@ -103,14 +103,12 @@ void quantize_4bit_blocks(const T* a, int64_t n, int64_t blocksize, const Encode
 
 void quantize_4bit(const void* A, DType dtype, int64_t n, int64_t blocksize, QuantType quant_type,
                    uint8_t* packed, float* absmax, Stream) {
-  const Thresholds<4> nf4(kNf4Code);
-  const Thresholds<3> fp4(kFp4AscendingMagnitudes);
   with_type(dtype, A, [&](auto* a) {
     parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
       if (quant_type == QuantType::nf4) {
-        quantize_4bit_blocks(a, n, blocksize, Nf4Encoder(nf4), begin, end, packed, absmax);
+        quantize_4bit_blocks(a, n, blocksize, Nf4Encoder(), begin, end, packed, absmax);
       } else {
-        quantize_4bit_blocks(a, n, blocksize, Fp4Encoder(fp4), begin, end, packed, absmax);
+        quantize_4bit_blocks(a, n, blocksize, Fp4Encoder(), begin, end, packed, absmax);
       }
     });
   });

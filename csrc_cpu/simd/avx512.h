@@ -17,6 +17,7 @@ namespace bnb::BNB_TARGET {
 namespace {
 
 constexpr int kRegisters = 32;
+constexpr bool kTwoRegisterTables = true;  // a look-up in two registers costs no more than in one
 
 BNB_INLINE F32 splat(float x) { return _mm512_set1_ps(x); }
 BNB_INLINE I32 splat(int32_t x) { return (I32)_mm512_set1_epi32(x); }
@@ -128,6 +129,7 @@ class Table<256> {
 template <>
 class Table<32> {
  public:
+  Table() = default;
   explicit Table(const float* values) : low_(load(values)), high_(load(values + 16)) {}
   F32 operator[](I32 i) const { return _mm512_permutex2var_ps(low_, (__m512i)i, high_); }
 
