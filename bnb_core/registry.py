@@ -11,6 +11,7 @@ are strict: the backend they name serves, or the call raises :class:`BackendErro
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -96,6 +97,8 @@ class Backend:
         for primitive, kernel in self.kernels.items():
             function = kernel.function if isinstance(kernel, Kernel) else kernel
             _require(f"kernels[{primitive!r}]", kernel, callable(function), "a function or a Kernel")
+        failures = self.expected_failures
+        _require("expected_failures", failures, failures is None or isinstance(failures, Path), "a Path or None")
 
     @property
     def available(self) -> bool:
@@ -115,30 +118,9 @@ class _Candidate:
     kernel: Kernel
 
 
-class _Selection:
-    """What an override names, and the look-ups made under it."""
-
-    def __init__(self, override: Mapping[str, str]) -> None:
-        self.override = override
-        self.found: dict[tuple[str, str], list[_Candidate]] = {}
-
-    def candidates(self, primitive: str, device_type: str) -> list[_Candidate]:
-        """The kernels that may serve, in the order in which they are asked."""
-        key = (primitive, device_type)
-        candidates = self.found.get(key)
-        if candidates is None:
-            name = self.override.get(primitive) or self.override.get(EVERY_PRIMITIVE)
-            if name is None:
-                candidates = _by_priority(primitive, device_type)
-            else:
-                candidates = [_strict_candidate(primitive, device_type, name)]
-            self.found[key] = candidates
-        return candidates
-
-
 _primitives: list[str] = []
 _registered: dict[str, Backend] = {}
-_selection: ContextVar[_Selection | None] = ContextVar("bnb_core_backend", default=None)
+_override: ContextVar[Mapping[str, str] | None] = ContextVar("bnb_core_backend", default=None)
 _observers: list[Callable[[str, str], None]] = []
 
 
@@ -152,10 +134,10 @@ def primitive_names() -> list[str]:
 
 
 @cache
-def _entry_points() -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
+def _entry_points() -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        found.setdefault(entry.name, entry)
+        found.setdefault(entry.name, []).append(entry)
     if not found:
         raise BackendError(
             f"no backend is registered under the entry-point group {ENTRY_POINT_GROUP!r}: "
@@ -171,8 +153,16 @@ def _names() -> list[str]:
 
 @cache
 def _loaded(name: str) -> Backend:
-    """The backend of that entry point; one that fails to load is unavailable with the error as the reason."""
-    entry = _entry_points()[name]
+    """The backend of that entry point; one that fails to load is unavailable with the error as the reason.
+
+    So is one that several installed packages offer: none of them is preferred, and a warning names them all.
+    """
+    entry, *others = _entry_points()[name]
+    if others:
+        offers = sorted(f"{o.dist.name if o.dist else 'unknown'} ({o.value})" for o in (entry, *others))
+        reason = f"several installed packages offer a backend of this name, uninstall all but one: {', '.join(offers)}"
+        warnings.warn(f"backend {name!r} is not available: {reason}", stacklevel=2)
+        return Backend(name, (), 0, {}, unavailable=reason)
     try:
         backend = entry.load()
         if not isinstance(backend, Backend):
@@ -197,6 +187,18 @@ def _named(name: str) -> Backend:
     return _registered[name] if name in _registered else _loaded(name)
 
 
+def available_backend(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        BackendError: it is unknown, or not available (with the reason).
+    """
+    backend = _named(name)
+    if backend.unavailable is not None:
+        raise BackendError(f"backend {name!r} is not available: {backend.unavailable}")
+    return backend
+
+
 @contextmanager
 def registered(backend: Backend) -> Iterator[None]:
     """Have one more backend in this context, beside those of the entry points: for trying one out.
@@ -207,12 +209,12 @@ def registered(backend: Backend) -> Iterator[None]:
     if backend.name in _names():
         raise BackendError(f"backend {backend.name!r} is registered already")
     _registered[backend.name] = backend
-    _environment_selection().found.clear()
+    _look_up.cache_clear()
     try:
         yield
     finally:
         del _registered[backend.name]
-        _environment_selection().found.clear()
+        _look_up.cache_clear()
 
 
 def delegated_to(name: str) -> dict[str, Kernel]:
@@ -223,8 +225,7 @@ def delegated_to(name: str) -> dict[str, Kernel]:
     Raises:
         BackendError: an unknown name, or a backend that is not available.
     """
-    backend = _named(name)
-    _require_available(backend)
+    backend = available_backend(name)
     return {primitive: kernel for primitive in _primitives if (kernel := backend.kernel(primitive)) is not None}
 
 
@@ -249,9 +250,9 @@ def parse_override(text: str) -> dict[str, str]:
 
 
 @cache
-def _environment_selection() -> _Selection:
+def _environment_override() -> dict[str, str]:
     text = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
-    return _Selection(parse_override(text) if text else {})
+    return parse_override(text) if text else {}
 
 
 @contextmanager
@@ -263,12 +264,12 @@ def use_backend(name: str) -> Iterator[None]:
     """
     override = parse_override(name)
     for backend in set(override.values()):
-        _require_available(_named(backend))
-    token = _selection.set(_Selection(override))
+        available_backend(backend)
+    token = _override.set(override)
     try:
         yield
     finally:
-        _selection.reset(token)
+        _override.reset(token)
 
 
 @contextmanager
@@ -281,15 +282,27 @@ def observe(callback: Callable[[str, str], None]) -> Iterator[None]:
         _observers.remove(callback)
 
 
-def _require_available(backend: Backend) -> None:
-    if backend.unavailable is not None:
-        raise BackendError(f"backend {backend.name!r} is not available: {backend.unavailable}")
+def _override_in_force() -> Mapping[str, str]:
+    override = _override.get()
+    return _environment_override() if override is None else override
+
+
+def _candidates(primitive: str, device_type: str, override: Mapping[str, str]) -> list[_Candidate]:
+    """The kernels that may serve, in the order in which they are asked."""
+    return _look_up(primitive, device_type, override.get(primitive) or override.get(EVERY_PRIMITIVE))
+
+
+@cache
+def _look_up(primitive: str, device_type: str, name: str | None) -> list[_Candidate]:
+    """The candidates where an override names that backend, or none."""
+    if name is None:
+        return _by_priority(primitive, device_type)
+    return [_strict_candidate(primitive, device_type, name)]
 
 
 def _strict_candidate(primitive: str, device_type: str, name: str) -> _Candidate:
     """The candidate of the backend that an override names, or an error that says what is missing."""
-    backend = _named(name)
-    _require_available(backend)
+    backend = available_backend(name)
     remedy = f"choose another with {ENVIRONMENT_VARIABLE} or use_backend(), or name none"
     if not backend.serves(device_type):
         raise BackendError(
@@ -322,9 +335,8 @@ def kernel_for(primitive: str, device_type: str, arguments: tuple[Any, ...]) -> 
     Raises:
         BackendError: none does, or the one that an override names cannot.
     """
-    candidates = (_selection.get() or _environment_selection()).candidates(primitive, device_type)
     reasons = []
-    for candidate in candidates:
+    for candidate in _candidates(primitive, device_type, _override_in_force()):
         supports = candidate.kernel.supports
         reason = supports(*arguments) if supports else None
         if reason is None:
@@ -335,13 +347,26 @@ def kernel_for(primitive: str, device_type: str, arguments: tuple[Any, ...]) -> 
     raise BackendError(f"{primitive}: no backend supports these arguments: {'; '.join(reasons)}")
 
 
+def served_by(primitive: str, device_type: str) -> str:
+    """The name of the backend that is asked first for ``primitive`` on tensors of this device type.
+
+    Raises:
+        BackendError: none serves it, or the one that an override names does not.
+    """
+    return _candidates(primitive, device_type, _override_in_force())[0].backend
+
+
 def serving(device_type: str) -> dict[str, str]:
-    """For each primitive, the name of the backend that serves tensors of this device type, or the error."""
-    selection = _selection.get() or _environment_selection()
+    """For each primitive, the name of the backend that serves tensors of this device type, or the error.
+
+    Raises:
+        BackendError: BNB_BACKEND cannot be read.
+    """
+    override = _override_in_force()
     table = {}
     for primitive in _primitives:
         try:
-            table[primitive] = selection.candidates(primitive, device_type)[0].backend
+            table[primitive] = _candidates(primitive, device_type, override)[0].backend
         except BackendError as error:
             table[primitive] = str(error)
     return table

@@ -150,6 +150,7 @@ WRONG_FIELDS = {
     "priority": {"priority": "high"},
     "kernels": {"kernels": ["gemm_4bit"]},
     "kernels['gemm_4bit']": {"kernels": {"gemm_4bit": "a function"}},
+    "expected_failures": {"expected_failures": "failures.json"},
 }
 
 
@@ -170,6 +171,46 @@ def test_a_kernel_that_does_not_support_the_arguments_is_passed_over_unless_name
         assert seen == [("quantize_4bit", "cpu")] and not served
         with bnb_core.use_backend("picky"), pytest.raises(BackendError, match="picky: too small"):
             bnb_core.functional.quantize_4bit(torch.ones(64))
+
+
+@pytest.mark.parametrize("override", ["temporary", "gemm_4bit=reference"], ids=["named", "by priority"])
+def test_a_backend_that_was_removed_serves_no_longer(override):
+    temporary = Backend("temporary", ("cpu",), 1000, {"quantize_4bit": lambda *arguments, out: None})
+    registration = registry.registered(temporary)
+    registration.__enter__()
+    with bnb_core.use_backend(override):
+        assert registry.serving("cpu")["quantize_4bit"] == "temporary"
+        registration.__exit__(None, None, None)
+        after = "unknown backend 'temporary'" if override == "temporary" else "cpu"
+        assert registry.serving("cpu")["quantize_4bit"].startswith(after)
+
+
+def test_a_wrong_environment_variable_neither_prevents_nor_keeps_a_registration():
+    code = (
+        "from bnb_core.registry import Backend, registered\n"
+        "for attempt in ('first', 'second'):\n"
+        "    with registered(Backend('temporary', ('cpu',), 1, {})): print(attempt)\n"
+    )
+    result = run_python(code, BNB_BACKEND="nowhere")
+    assert result.stdout.split() == ["first", "second"], result.stderr
+
+
+def _offer(folder, distribution, name):
+    """Install by hand a package that offers a backend under that name."""
+    metadata = folder / f"{distribution}-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(f"[{registry.ENTRY_POINT_GROUP}]\n{name} = {distribution}:backend\n")
+
+
+def test_of_two_packages_that_offer_one_name_neither_serves_and_both_are_named(tmp_path):
+    for distribution in ("one", "other"):
+        _offer(tmp_path, distribution, "twice")
+    result = run_python(QUANTIZE, tmp_path)
+    assert "served" in result.stdout and result.stderr.count("one (one:backend), other (other:backend)") == 1
+    refused = run_python(QUANTIZE, tmp_path, BNB_BACKEND="twice")
+    assert re.search("BackendError: backend 'twice' is not available: .*one.*, other", refused.stderr)
+    assert run_python("import bnb_core", tmp_path, BNB_BACKEND="twice").stderr == ""
 
 
 def test_import_initializes_no_gpu_and_loads_no_backend():
