@@ -81,3 +81,13 @@ def check_same_device(tensors: Sequence[tuple[str, Tensor]]) -> None:
 def check_number(name: str, value: float, *, minimum: float = float("-inf"), below: float = float("inf")) -> None:
     if not minimum <= value < below:
         raise ValueError(f"{name}: expected {minimum} <= {name} < {below}, got {value}")
+
+
+def check_device(name: str, device: str) -> torch.device:
+    """The device of that name, once it has held a value."""
+    try:
+        torch.empty(1, device=device).item()
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"{name}: expected a device that this machine has, got {device!r}: {reason}") from None
+    return torch.device(device)

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from throwaway import after, run, throwaway
 
 from bnb_core import primitives, registry
+from bnb_core.cli import conformance as cli_conformance
 from bnb_core.cli.commands import bnb_core as program
 from bnb_core.conformance import runner
 from bnb_core.conformance.case import Case, Failure
@@ -152,8 +153,74 @@ def test_a_failing_refusal_is_noticed():
             primitives.quantize_4bit.declaration = original
 
 
+def test_an_expected_failure_that_matches_no_case_is_dead(tmp_path):
+    path = tmp_path / "expected.json"
+    path.write_text(json.dumps({CASE.id: "known", "dequantize_blockwise/*": "known", "gemm_3bit/*": "gone"}))
+    assert runner.ExpectedFailures(path).dead(all_cases()) == ["gemm_3bit/*"]
+
+
 def _program(*arguments):
     return CliRunner().invoke(program, ["conformance", *arguments])
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    """Have the program run these cases, whatever is asked for."""
+    return lambda *cases: monkeypatch.setattr(cli_conformance, "select_cases", lambda *asked: list(cases))
+
+
+def _skip(context):
+    raise runner.Skip("needs 1000 GiB")
+
+
+def test_a_run_in_which_every_case_is_skipped_fails(few_cases):
+    few_cases(Case("gemm_4bit", "huge", _skip))
+    result = _program("--backend", "reference")
+    assert result.exit_code == 1 and "0 passed" in result.output and "1 skipped" in result.output
+    assert "nothing was proved" in result.output
+
+
+def test_each_status_is_counted_by_itself(few_cases, tmp_path):
+    path = tmp_path / "expected.json"
+    path.write_text(json.dumps({"gemm_4bit/idle": "known"}))
+    idle = Case("gemm_4bit", "idle", lambda context: None)
+    few_cases(CASE, idle, Case("gemm_4bit", "huge", _skip))
+    with throwaway(expected_failures=path) as backend:
+        result = _program("--backend", backend.name, "--case", "a selection")
+    assert result.exit_code == 0, result.output
+    assert "1 passed, 0 failed, 1 failed as expected, 1 skipped" in result.output
+
+
+@pytest.mark.parametrize("dead", [True, False], ids=["dead", "live"])
+def test_a_dead_expected_failure_fails_a_full_run(few_cases, tmp_path, dead):
+    other = next(case for case in all_cases() if case.primitive == "gemm_4bit")
+    path = tmp_path / "expected.json"
+    path.write_text(json.dumps({"gemm_3bit/*" if dead else other.id: "known"}))
+    few_cases(CASE)
+    with throwaway(expected_failures=path) as backend:
+        full = _program("--backend", backend.name)
+        selected = _program("--backend", backend.name, "--primitive", CASE.primitive)
+    assert full.exit_code == int(dead) and selected.exit_code == 0
+    assert ("'gemm_3bit/*' matches no case" in full.output) == dead
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "No such file"), ("{", "cannot be read"), ("[]", "got a list"), ('{"api/*": 1}', "reason")],
+)
+def test_wrong_expected_failures_are_bad_input(tmp_path, content, sentence):
+    path = tmp_path / "expected.json"
+    if content is not None:
+        path.write_text(content)
+    with throwaway(expected_failures=path) as backend:
+        result = _program("--backend", backend.name, "--primitive", CASE.primitive)
+    _assert_bad_input(result, str(path), sentence)
+
+
+def _assert_bad_input(result, *sentences):
+    """One line and exit code 2, before any case has run."""
+    assert result.exit_code == 2 and result.output.count("\n") == 1, result.output
+    assert all(sentence in result.output for sentence in sentences), result.output
 
 
 @pytest.fixture
@@ -182,7 +249,48 @@ def test_reports_with_different_seeds_are_not_compared(reports):
     first, second = reports
     second.write_text(json.dumps({**json.loads(first.read_text()), "seed": 1}))
     result = _program("compare", str(first), str(second))
-    assert result.exit_code == 2 and "different seeds" in result.output
+    _assert_bad_input(result, "different seeds")
+
+
+CASES = {"a": {"status": "ok", "digest": "0"}}
+WRONG_REPORTS = {
+    "not JSON": ("{", "cannot be read"),
+    "not text": (b"\xff\xfe", "cannot be read"),
+    "too deep": ("[" * 100_000, "cannot be read"),
+    "several instruction sets": ([], "got a list"),
+    "another format": ({"format": 0}, "of format 1, got 0"),
+    "no seed": ({"format": 1, "cases": CASES}, "seed"),
+    "no cases": ({"format": 1, "seed": 0}, "cases"),
+    "no case": ({"format": 1, "seed": 0, "cases": {}}, "cases"),
+    "a case that is a number": ({"format": 1, "seed": 0, "cases": {"a": 1}}, "cases: a"),
+    "a case without digest": ({"format": 1, "seed": 0, "cases": {"a": {"status": "ok"}}}, "digest"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_REPORTS)
+def test_a_wrong_report_is_bad_input(tmp_path, wrong):
+    content, sentence = WRONG_REPORTS[wrong]
+    right, path = tmp_path / "right.json", tmp_path / "wrong.json"
+    right.write_text(json.dumps({"format": 1, "seed": 0, "cases": CASES}))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    _assert_bad_input(_program("compare", str(right), str(path)), str(path), sentence)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_case_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run", lambda *arguments: pytest.fail("a case ran"))
+    for path in (tmp_path, tmp_path / "missing" / "a.json"):
+        _assert_bad_input(_program("--backend", "reference", "--json", str(path)), f"--json: cannot write to {path}")
+
+
+def test_bad_input_leaves_an_older_report_as_it_is_and_begins_no_new_one(tmp_path):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("{}")
+    for path in (old, new):
+        _assert_bad_input(_program("--backend", "nowhere", "--json", str(path)), "nowhere")
+    assert old.read_text() == "{}" and not new.exists()
 
 
 def test_the_report_says_where_it_comes_from(reports):
@@ -200,13 +308,16 @@ def test_the_report_says_where_it_comes_from(reports):
         (["--backend", "reference", "--isa", "avx2"], "no instruction sets"),
         (["--backend", "cpu", "--primitive", "gemm_3bit"], "gemm_4bit"),
         (["--backend", "cpu", "--case", "nothing like it"], "no case matches"),
+        (["--backend", "gemm_4bit=cpu"], "registered are"),
         (["--backend", "cpu", "--device", "cuda"], "serves cpu"),
-        (["compare", __file__, __file__], "cannot be read"),
+        (["--backend", "reference", "--device", "abacus"], "'abacus'"),
+        (["--backend", "reference", "--device", "cpu:x"], "'cpu:x'"),
+        (["--backend", "reference", "--device", "meta"], "a device that this machine has"),
+        (["--backend", "reference", "--perf", "--case", "values*"], "--perf"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, sentence):
-    result = _program(*arguments)
-    assert result.exit_code == 2 and sentence in result.output
+    _assert_bad_input(_program(*arguments), sentence)
 
 
 def test_the_backend_template_passes_and_prints_its_table(tmp_path):

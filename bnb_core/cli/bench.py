@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from bnb_core import registry
-from bnb_core.conformance import runner
-from bnb_core.conformance.perf import measure
+from bnb_core.conformance import perf, report, runner
+from bnb_core.registry import Backend, BackendError
 
 from .errors import BadInput
+from .json_report import json_option, write_json
 
 
 @click.command()
 @click.option("--backend", "backend_name", help="The backend to time; default: the one that serves gemm_4bit there.")
 @click.option("--device", default=None, help="torch device; default: the backend's first, or cpu.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows here.")
-def command(backend_name: str | None, device: str | None, json_path: Path | None) -> None:
+@click.option(
+    "--size", type=click.IntRange(min=64), default=perf.SIZE, show_default=True, help="Rows and columns of the weight."
+)
+@json_option
+def command(backend_name: str | None, device: str | None, size: int, json_path: Path | None) -> None:
     """Time each primitive: medians of rounds in which all take turns."""
     try:
-        device_type = (device or "cpu").partition(":")[0]
-        backend = runner.backend_of(backend_name or registry.serving(device_type)["gemm_4bit"])
+        name = backend_name or registry.served_by("gemm_4bit", (device or "cpu").partition(":")[0])
+        backend = registry.available_backend(name)
         chosen_device = runner.device_of(backend, device)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise BadInput(str(error)) from None
-    rows = measure(backend, chosen_device)
-    show_perf(Console(), rows)
-    if json_path is not None:
-        report = {"backend": backend.name, "device": str(chosen_device), "details": backend.details(), "rows": rows}
-        json_path.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(json_path, time_primitives(Console(), backend, chosen_device, size))
 
 
-def show_perf(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    table = Table("primitive", "case", "time", "GB/s", "of copy", "GFLOP/s", "of dense matmul")
+def time_primitives(console: Console, backend: Backend, device: torch.device, size: int = perf.SIZE) -> dict[str, Any]:
+    """Print a table of times, and give the same as a report."""
+    try:
+        rows = perf.measure(backend, device, size)
+    except BackendError as error:
+        raise BadInput(str(error)) from None
+    table = Table(*rows[0])
     for row in rows:
-        table.add_row(*(str(cell) for cell in row.values()))
+        table.add_row(*row.values())
     console.print(table)
+    return {**report.header(backend, device), "size": size, "rows": rows}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,14 +16,23 @@ from rich.table import Table
 from bnb_core import registry
 from bnb_core.conformance import report, runner
 from bnb_core.conformance.case import Case
-from bnb_core.conformance.perf import measure
 from bnb_core.conformance.suite import all_cases, required_classes
 from bnb_core.registry import Backend
 
-from .bench import show_perf
+from .bench import time_primitives
 from .errors import BadInput
+from .json_report import json_option, write_json
 
 EVERY_ISA = "all"
+
+SUMMARY = {
+    "ok": "passed",
+    "FAIL": "failed",
+    "unexpected pass": "failed",
+    "expected failure": "failed as expected",
+    "skipped": "skipped",
+}
+"""What the last line of a run counts, from the status of a case."""
 
 
 @click.group(invoke_without_command=True)
@@ -32,10 +41,10 @@ EVERY_ISA = "all"
 @click.option("--primitive", "primitives", multiple=True, help="Only this primitive; may be repeated. `api`: the API.")
 @click.option("--case", "pattern", default="*", help="Only cases whose name matches this pattern.")
 @click.option("--device", default=None, help="torch device; default: the backend's first.")
-@click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random inputs.")
 @click.option("--thorough", is_flag=True, help="Also the cases that need minutes or gigabytes.")
 @click.option("--perf", is_flag=True, help="Time each primitive instead of testing it.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a report here.")
+@json_option
 @click.pass_context
 def command(
     context: click.Context,
@@ -49,34 +58,37 @@ def command(
     perf: bool,
     json_path: Path | None,
 ) -> None:
-    """Hold a backend to the contract: exit code 0 only if every case passes and none is missing."""
+    """Hold a backend to the contract: exit code 0 only if every case passes, none is missing and some were run."""
     if context.invoked_subcommand is not None:
         return
+    selected = bool(primitives) or pattern != "*"
+    if perf and (selected or thorough):
+        raise BadInput("--perf: times every primitive, without --primitive, --case and --thorough")
     if backend_name is None:
         raise BadInput(f"--backend: expected one of {', '.join(registry.backends())}, got nothing")
     try:
-        backend = runner.backend_of(backend_name)
+        backend = registry.available_backend(backend_name)
         chosen_device = runner.device_of(backend, device)
         cases = select_cases(primitives, pattern, thorough)
         isas = chosen_isas(backend, isa)
-    except (ValueError, RuntimeError) as error:
+        expected = runner.ExpectedFailures(backend.expected_failures)
+    except ValueError as error:
         raise BadInput(str(error)) from None
     console = Console()
-    if perf:
-        show_perf(console, measure(backend, chosen_device))
-        return
-    selected = bool(primitives) or pattern != "*"
-    gaps = [] if selected else runner.coverage_gaps(all_cases(), required_classes())
-    failed = bool(gaps)
-    for gap in gaps:
-        console.print(f"[red]not covered[/] {gap}", highlight=False)
+    missing = [] if selected or perf else missing_cases(expected)
+    for sentence in missing:
+        console.print(sentence, style="red", highlight=False, markup=False)
+    failed = bool(missing)
     reports = []
     for name in isas:
-        results = run_on(console, backend, name, chosen_device, cases, seed)
-        failed |= any(result.failed for result in results)
-        reports.append(report.as_json(results, backend, name, str(chosen_device), seed))
-    if json_path is not None:
-        json_path.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1) + "\n")
+        with runner.instruction_set(backend, name):
+            if perf:
+                reports.append(time_primitives(console, backend, chosen_device))
+            else:
+                results = run_on(console, backend, name, chosen_device, cases, seed)
+                reports.append(report.as_json(results, backend, chosen_device, seed))
+                failed |= any(result.failed for result in results) or runner.nothing_proved(results)
+    write_json(json_path, reports[0] if len(reports) == 1 else reports)
     context.exit(1 if failed else 0)
 
 
@@ -119,6 +131,14 @@ def select_cases(primitives: Sequence[str], pattern: str, thorough: bool) -> lis
     return cases
 
 
+def missing_cases(expected: runner.ExpectedFailures) -> list[str]:
+    """What a full run should test and cannot, one sentence each."""
+    return [
+        *(f"not covered: {gap}" for gap in runner.coverage_gaps(all_cases(), required_classes())),
+        *(f"expected failure {pattern!r} matches no case" for pattern in expected.dead(all_cases())),
+    ]
+
+
 def chosen_isas(backend: Backend, isa: str | None) -> list[str | None]:
     """The instruction sets to run on, in turn; None for a backend that has no choice."""
     if backend.instruction_sets is None:
@@ -139,7 +159,7 @@ def run_on(
     """Run the cases with a progress bar, and print what failed and the support table."""
     title = f"{backend.name}{f' ({isa})' if isa else ''} on {device}"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with runner.instruction_set(backend, isa), Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=len(cases))
         results = runner.run(cases, backend, device, seed, lambda result: progress.advance(task))
     for result in results:
@@ -157,5 +177,8 @@ def show_support(console: Console, title: str, results: Sequence[runner.Result])
         table.add_row(primitive, *(by_dtype.get(dtype, "") for dtype in dtypes))
     console.print(table)
     seconds = sum(result.seconds for result in results)
-    failures = sum(result.failed for result in results)
-    console.print(f"{len(results)} cases in {seconds:.1f} s: {len(results) - failures} passed, {failures} failed")
+    counts = Counter(SUMMARY[result.status] for result in results)
+    summary = ", ".join(f"{counts[name]} {name}" for name in dict.fromkeys(SUMMARY.values()))
+    console.print(f"{len(results)} cases in {seconds:.1f} s: {summary}")
+    if runner.nothing_proved(results):
+        console.print("every case was skipped: nothing was proved", style="red")

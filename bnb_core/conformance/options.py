@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from bnb_core import registry
 from bnb_core.conformance import runner
 
 
@@ -18,11 +19,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--thorough", action="store_true", help="also the cases that need minutes or gigabytes")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse bad options once, instead of in every test."""
+    option = config.option
+    try:
+        backend = registry.available_backend(option.backend)
+        runner.device_of(backend, option.device)
+        runner.ExpectedFailures(backend.expected_failures)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+@pytest.fixture(scope="session")
+def expected_failures(request: pytest.FixtureRequest) -> runner.ExpectedFailures:
+    """Those that the backend's author knows of."""
+    return runner.ExpectedFailures(registry.available_backend(request.config.option.backend).expected_failures)
+
+
 @pytest.fixture(scope="session")
 def context(request: pytest.FixtureRequest) -> Iterator[runner.Context]:
     """Where the cases run, on the instruction set that was asked for."""
     option = request.config.option
-    backend = runner.backend_of(option.backend)
+    backend = registry.available_backend(option.backend)
     context = runner.Context(backend.name, runner.device_of(backend, option.device), option.seed)
     with runner.instruction_set(backend, option.isa):
         yield context

@@ -14,8 +14,9 @@ from bnb_core.codebooks import create_dynamic_map
 from bnb_core.conformance.timing import interleaved_seconds
 from bnb_core.registry import Backend
 
-N = K = 4096
+SIZE = 4096
 ROUNDS = 5
+BATCHES = (1, 16, 512)
 
 
 def _optimizer_call(A: torch.Tensor, code: torch.Tensor) -> Callable[[], None]:
@@ -35,17 +36,24 @@ def _optimizer_call(A: torch.Tensor, code: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def measure(backend: Backend, device: torch.device) -> list[dict[str, Any]]:
-    """A row per case: bytes that must move over time, and operations over time, with their share of the limits."""
-    A = torch.randn(N, K, device=device)
+def measure(backend: Backend, device: torch.device, size: int = SIZE) -> list[dict[str, str]]:
+    """A row per case: bytes that must move over time, and operations over time, with their share of the limits.
+
+    ``size`` is the number of rows and of columns of the weight; below some hundreds, calls cost more than kernels.
+
+    Raises:
+        BackendError: the backend lacks a primitive.
+    """
+    A = torch.randn(size, size, device=device)
     code = create_dynamic_map().to(device)
     with registry.use_backend(backend.name):
         packed, absmax = primitives.quantize_4bit(A, 64, "nf4", torch.uint8)
         codes, scales = primitives.quantize_blockwise(A, code, 256)
-        weight = ((N, K), absmax, 64, "nf4", None, None, None, None, 256)
+        weight = (A.shape, absmax, 64, "nf4", None, None, None, None, 256)
         q, _, _ = primitives.int8_vectorwise_quant(A, 0.0)
         values, bytes_out = torch.empty_like(A), torch.empty_like(codes)
-        n, x = A.numel(), {M: torch.randn(M, K, device=device, dtype=torch.bfloat16) for M in (1, 16, 512)}
+        n, x = A.numel(), {M: torch.randn(M, size, device=device, dtype=torch.bfloat16) for M in BATCHES}
+        q512, _, _ = primitives.int8_vectorwise_quant(x[512], 0.0)
         dense = A.to(torch.bfloat16)
         # name: (primitive, call, bytes that must move, floating-point operations)
         rows: dict[str, tuple[str, Callable[[], Any], float, float]] = {
@@ -59,7 +67,7 @@ def measure(backend: Backend, device: torch.device) -> list[dict[str, Any]]:
             ),
             "nf4, to f32": (
                 "dequantize_4bit",
-                lambda: primitives.dequantize_4bit(packed, absmax, 64, "nf4", (N, K), torch.float32, out=values),
+                lambda: primitives.dequantize_4bit(packed, absmax, 64, "nf4", A.shape, torch.float32, out=values),
                 4.5625 * n,
                 0,
             ),
@@ -85,7 +93,7 @@ def measure(backend: Backend, device: torch.device) -> list[dict[str, Any]]:
                 for M in x
             },
             "rows, f32": ("int8_vectorwise_quant", lambda: primitives.int8_vectorwise_quant(A, 0.0), 5 * n, 0),
-            "M=512": ("int8_linear_matmul", lambda: primitives.int8_linear_matmul(q[:512], q), n, 2 * 512 * n),
+            "M=512": ("int8_linear_matmul", lambda: primitives.int8_linear_matmul(q512, q), n, 2 * 512 * n),
             "adam, f32": ("optimizer_update_8bit_blockwise", _optimizer_call(A, code), 16 * n, 0),
         }
         times = interleaved_seconds({name: call for name, (_, call, _, _) in rows.items()}, device, ROUNDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy
 import torch
 
+from bnb_core.conformance.files import read_object
 from bnb_core.conformance.runner import Result
 from bnb_core.registry import Backend
 from bnb_core.version import __version__
@@ -54,15 +54,22 @@ def _cell(by_status: dict[str, int]) -> str:
     return ", ".join(f"{status} {count} of {total}" for status, count in sorted(by_status.items()))
 
 
-def as_json(results: Sequence[Result], backend: Backend, isa: str | None, device: str, seed: int) -> dict[str, Any]:
-    """The run as one JSON object."""
+def header(backend: Backend, device: torch.device) -> dict[str, Any]:
+    """Where a report comes from: the backend, its instruction set in use, the machine."""
     return {
         "format": FORMAT,
         "machine": machine(),
         "backend": backend.name,
-        "isa": isa,
+        "isa": backend.instruction_sets.current() if backend.instruction_sets else None,
         "details": backend.details(),
-        "device": device,
+        "device": str(device),
+    }
+
+
+def as_json(results: Sequence[Result], backend: Backend, device: torch.device, seed: int) -> dict[str, Any]:
+    """The run as one JSON object, on the instruction set in use."""
+    return {
+        **header(backend, device),
         "seed": seed,
         "support": support_table(results),
         "cases": {
@@ -76,14 +83,19 @@ def load(path: Path) -> dict[str, Any]:
     """A file that :func:`as_json` was written to.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not one, or holds no case.
     """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a conformance report: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or "cases" not in content:
-        raise ValueError(f"{path}: is not a conformance report of format {FORMAT}")
+    content = read_object(path, "a conformance report")
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected a conformance report of format {FORMAT}, got {content.get('format')!r}")
+    if not isinstance(content.get("seed"), int):
+        raise ValueError(f"{path}: seed: expected an int, got {content.get('seed')!r}")
+    cases = content.get("cases")
+    if not isinstance(cases, dict) or not cases:
+        raise ValueError(f"{path}: cases: expected a JSON object with a case at least")
+    for name, case in cases.items():
+        if not isinstance(case, dict) or not all(isinstance(case.get(key), str) for key in ("status", "digest")):
+            raise ValueError(f"{path}: cases: {name}: expected an object with a status and a digest, got {case!r}")
     return content
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,9 @@ from pathlib import Path
 import torch
 
 from bnb_core import registry
+from bnb_core.checks import check_device
 from bnb_core.conformance.case import Case, Context, Failure
+from bnb_core.conformance.files import read_object
 
 FAILING = ("FAIL", "unexpected pass")
 
@@ -38,18 +39,25 @@ class Result:
 
 
 class ExpectedFailures:
-    """The failures that a backend's author knows of: a JSON object from case patterns (``*`` matches) to reasons."""
+    """The failures that a backend's author knows of: a JSON object from case patterns (``*`` matches) to reasons.
+
+    Raises:
+        ValueError: the file holds something else, or cannot be read.
+    """
 
     def __init__(self, path: Path | None) -> None:
-        self.reasons: dict[str, str] = {}
-        if path is not None:
-            content = json.loads(path.read_text())
-            if not isinstance(content, dict) or not all(isinstance(reason, str) for reason in content.values()):
-                raise ValueError(f"{path}: expected a JSON object from case patterns to reasons")
-            self.reasons = content
+        self.reasons: dict[str, str] = {} if path is None else read_object(path, "expected failures")
+        for pattern, reason in self.reasons.items():
+            if not isinstance(reason, str):
+                raise ValueError(f"{path}: {pattern}: expected the reason as a string, got {reason!r}")
 
     def reason(self, case: Case) -> str | None:
         return next((why for pattern, why in self.reasons.items() if fnmatch.fnmatchcase(case.id, pattern)), None)
+
+    def dead(self, cases: Iterable[Case]) -> list[str]:
+        """The patterns that match none of the cases."""
+        names = [case.id for case in cases]
+        return [pattern for pattern in self.reasons if not fnmatch.filter(names, pattern)]
 
 
 def run_case(case: Case, context: Context, expected_failure: str | None = None) -> Result:
@@ -100,26 +108,23 @@ def run(
     return results
 
 
-def backend_of(name: str) -> registry.Backend:
-    """The backend of that name.
-
-    Raises:
-        BackendError: it is unknown, or not available (with the reason).
-    """
-    with registry.use_backend(name):
-        return registry.backends()[name]
+def nothing_proved(results: Sequence[Result]) -> bool:
+    """Whether every case was skipped."""
+    return all(result.status == "skipped" for result in results)
 
 
 def device_of(backend: registry.Backend, device: str | None) -> torch.device:
-    """The device to test on: the one asked for, else the first that the backend serves and this machine has."""
-    if device is not None:
-        chosen = torch.device(device)
-        if not backend.serves(chosen.type):
-            raise ValueError(f"device: backend {backend.name!r} serves {', '.join(backend.device_types)}, got {device}")
-        return chosen
-    if backend.serves("cpu"):
-        return torch.device("cpu")
-    return torch.device(backend.device_types[0])
+    """The device to test on: the one asked for, else the CPU if the backend serves it, else the first that it serves.
+
+    Raises:
+        ValueError: the backend does not serve it, or this machine does not have it.
+    """
+    if device is None:
+        device = "cpu" if backend.serves("cpu") else next(iter(backend.device_types), "cpu")
+    if not backend.serves(device.partition(":")[0]):
+        served = ", ".join(backend.device_types) or "none"
+        raise ValueError(f"device: backend {backend.name!r} serves {served}, got {device!r}")
+    return check_device("device", device)
 
 
 @contextmanager

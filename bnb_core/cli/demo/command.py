@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 
 import click
-import torch
 
 from bnb_core import registry
+from bnb_core.checks import check_device
 
 from ..errors import BadInput
 from . import data
@@ -27,19 +27,20 @@ from .settings import Settings
 def command(device: str, backend: str | None, steps: int, seed: int, out: Path, folder: Path | None) -> None:
     """Train a small language model on text, quantize it, compare, and fine-tune it with QLoRA."""
     settings = Settings(steps=steps, seed=seed, device=device, backend=backend)
-    check_device(device)
-    check_backend(settings)
+    check_device_and_backend(settings)
     text, documentation = data.source_code(folder), data.documentation()
     check_writable(out)
     with chosen_backend(settings):
         run(settings, text, documentation, out)
 
 
-def check_device(device: str) -> None:
+def check_device_and_backend(settings: Settings) -> None:
     try:
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BadInput(f"--device: {device!r} cannot be used: {first_line(error)}") from None
+        device = check_device("--device", settings.device)
+        with chosen_backend(settings):
+            registry.served_by("quantize_4bit", device.type)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
 
 
 def check_writable(folder: Path) -> None:
@@ -48,17 +49,3 @@ def check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise BadInput(f"--out: cannot write to {folder}: {error.strerror}") from None
-
-
-def check_backend(settings: Settings) -> None:
-    try:
-        with chosen_backend(settings):
-            serving = registry.serving(torch.device(settings.device).type)["quantize_4bit"]
-    except registry.BackendError as error:
-        raise BadInput(f"--backend: {first_line(error)}") from None
-    if serving not in registry.backends():
-        raise BadInput(f"--backend: {serving}")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
