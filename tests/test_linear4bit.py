@@ -1,4 +1,4 @@
-"""Linear4bit against float64: results and gradients within the bound of docs/SPEC.md section 3, in every dtype."""
+"""Linear4bit and its parameter: float64's results within the bound of docs/SPEC.md section 3, and the quant state."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_result_and_gradients_are_within_the_bound(backend, features, dtype, nes
     expected = a @ w.T + bias
     bound = matmul_bound(dtype, K, np.abs(a) @ np.abs(w).T + np.abs(bias), expected)
     with torch.no_grad():
-        within("y", _f64(module(x)), expected, bound)
+        y = module(x)
+    assert y.dtype == dtype
+    within("y", _f64(y), expected, bound)
     # torch's own matmul rounds the weight to the dtype once, and the result once.
     magnitude = np.abs(dy) @ np.abs(w)
     bound = (2 * ROUNDOFF[dtype] + 2.0**-22 * np.sqrt(N)) * magnitude + 1e-7
@@ -72,14 +74,6 @@ def test_layout_of_the_input_does_not_matter(backend, make):
     for y in results:
         y.backward(torch.ones(()).expand_as(y))
     same_bits("gradient", twins[0].grad.contiguous(), twins[1].grad)
-
-
-def test_empty_batches_have_empty_results_and_gradients(backend):
-    module = LinearNF4(64, 48).to("cpu")
-    x = torch.empty(2, 0, 64, requires_grad=True)
-    y = module(x)
-    y.sum().backward()
-    assert y.shape == (2, 0, 48) and x.grad.shape == x.shape and not module.bias.grad.any()
 
 
 @pytest.mark.parametrize("first", DTYPES, ids=str)
@@ -187,8 +181,67 @@ def test_unnested_by_hand_means_the_same_and_is_saved_so():
     same_bits("y", other(x).detach(), expected)
 
 
-def test_copies_of_a_layer_have_their_own_module_and_state():
+def test_copies_of_a_layer_have_their_own_module_state_and_memory():
     module = Linear4bit(64, 48).to("cpu")
     copied = copy.deepcopy(module)
     assert copied.weight.module is copied and copied.quant_state is copied.weight.quant_state
     assert copied.quant_state is not module.quant_state and copied.quant_state == module.quant_state
+    copied.weight.data.zero_()
+    copied.quant_state.absmax.zero_()
+    assert module.weight.data.any() and module.quant_state.absmax.any()
+
+
+def test_one_row_weight_is_not_taken_for_a_transposed_one(backend):
+    for K in (1, 2, 64):
+        module = Linear4bit(K, 1, quant_type="nf4").to("cpu")
+        x = torch.randn(3, K)
+        dense = F.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert dense.shape == (1, K)
+        torch.testing.assert_close(module(x), x @ dense.t() + module.bias)
+
+
+def test_a_layer_quantizes_once_and_anew_when_asked():
+    module = LinearNF4(64, 48).to("cpu")
+    packed = module.weight.data.clone()
+    same_bits("weight", module.to("cpu").weight.data, packed)
+    module.weight.data = torch.randn(48, 64)
+    module.weight.bnb_quantized = False
+    module.to("cpu")
+    assert module.weight.bnb_quantized and not torch.equal(module.weight.data, packed)
+    assert module.quant_state is module.weight.quant_state
+
+
+def test_meta_moves_do_not_quantize():
+    with torch.device("meta"):
+        module = LinearNF4(64, 48)
+    assert module.to("meta").weight.quant_state is None
+    weight = Params4bit(torch.randn(48, 64), requires_grad=False, **module.weight.__dict__).to("cpu")
+    module.weight, module.bias = weight, nn.Parameter(torch.zeros(48))
+    assert weight.bnb_quantized and module(torch.randn(2, 64)).shape == (2, 48)
+
+
+def test_prequantized_parameters_are_built_from_checkpoint_entries():
+    module = LinearNF4(64, 48).to("cpu")
+    entries = {f"weight.{key}": value for key, value in module.weight.quant_state.as_dict(packed=True).items()}
+    weight = Params4bit.from_prequantized(module.weight.data, entries, device="cpu", unknown="ignored")
+    assert weight.quant_state == module.weight.quant_state and weight.compress_statistics
+    with pytest.raises(ValueError, match="data"):
+        Params4bit.from_prequantized(module.weight.data[:-1], entries, device="cpu")
+
+
+def test_parameter_attributes_read_through_to_the_quant_state():
+    weight = LinearNF4(64, 48).to("cpu").weight
+    state = weight.quant_state
+    assert weight.absmax is state.absmax and weight.quant_map is state.code and weight.code is state.code
+    assert weight.state2 is state.state2 and weight.offset is state.offset and weight.nested_offset is state.offset
+    assert weight.nested_absmax is state.state2.absmax and weight.nested_blocksize == 256
+    assert weight.nested_quant_map is state.state2.code and weight.nested_dtype == torch.float32
+    with pytest.raises(AttributeError, match="not quantized"):
+        _ = Params4bit(torch.randn(2, 2)).absmax
+
+
+def test_splits_keep_the_parameter_class_and_its_state():
+    weight = LinearNF4(64, 48).to("cpu").weight
+    for parts in (torch.chunk(weight, 2), torch.split(weight, 768), weight.chunk(2), weight.split(768)):
+        assert len(parts) == 2
+        assert all(type(part) is Params4bit and part.quant_state is weight.quant_state for part in parts)

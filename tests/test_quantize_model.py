@@ -81,6 +81,12 @@ def test_torchs_fused_transformer_layer_does_not_read_codes_as_values(method):
     assert (after - before).norm() < 0.2 * before.norm()
 
 
+def test_a_layer_used_twice_stays_one_layer():
+    shared = nn.Linear(64, 64)
+    model = bnb_core.quantize_model(nn.ModuleDict({"a": shared, "b": shared}))
+    assert model["a"] is model["b"] and isinstance(model["a"], Linear4bit)
+
+
 def test_quantizing_twice_changes_nothing():
     model = bnb_core.quantize_model(_model())
     before = {key: value.clone() for key, value in model.state_dict().items()}
