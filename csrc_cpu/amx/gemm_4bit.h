@@ -88,22 +88,18 @@ RearrangedX rearranged(const BFloat16* a, int64_t M, int64_t K, bool in_spans) {
                      });
 }
 
-// Decodes spans of W in that order. Their scales are counted from block `first_block` on.
+// Decodes spans of W in that order.
 class SpanDecoder {
  public:
-  SpanDecoder(const Weight& w, const float* scales, int64_t first_block)
-      : packed_(w.packed),
-        scales_(scales),
-        first_block_(first_block),
-        shift_(w.block_shift()),
-        code_(load(w.code)) {}
+  SpanDecoder(const Weight& w, const RowScales& scales)
+      : packed_(w.packed), scales_(scales), code_(load(w.code)) {}
 
   // Elements [first, first + spans * kSpan); what holds as many from `ahead` on is fetched.
   void decode(int64_t first, int spans, int64_t ahead, uint8_t* out) const {
     for (int i = 0; i < spans; i++, first += kSpan, ahead += kSpan, out += kSpan * sizeof(BFloat16)) {
       const uint8_t* const p = packed_ + first / 2;
       _mm_prefetch(packed_ + ahead / 2, _MM_HINT_T1);
-      _mm_prefetch(scales_ + (ahead >> shift_) - first_block_, _MM_HINT_T1);
+      _mm_prefetch(scales_.at(ahead), _MM_HINT_T1);
       const __m512i words = _mm512_loadu_si512(p);
       const __m512i codebook = two_codebooks(first);
       for (int s = 0; s < kSpanParts; s++) {
@@ -123,33 +119,14 @@ class SpanDecoder {
   // The codebook times the scale of the span's first and of its second half, rounded to bf16: what
   // dequantizing and rounding each element would give.
   BNB_INLINE __m512i two_codebooks(int64_t first) const {
-    const F32 low = code_ * splat(scale(first));
-    const F32 high = code_ * splat(scale(first + kSpan / 2));
+    const F32 low = code_ * splat(*scales_.at(first));
+    const F32 high = code_ * splat(*scales_.at(first + kSpan / 2));
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
   }
-  BNB_INLINE float scale(int64_t element) const { return scales_[(element >> shift_) - first_block_]; }
 
   const uint8_t* packed_;
-  const float* scales_;
-  int64_t first_block_;
-  int shift_;
+  const RowScales scales_;
   F32 code_;
-};
-
-// The scales of rows [n, n + count) of W.
-class RowScales {
- public:
-  RowScales(const Weight& w, int64_t most_rows)
-      : w_(w), buffer_(most_rows * w.K / w.blocksize + 2 + kLanes) {}
-  SpanDecoder decoder(int64_t n, int64_t count) const {
-    const int64_t first = (n * w_.K) >> w_.block_shift();
-    const int64_t last = ((n + count) * w_.K - 1) >> w_.block_shift();
-    return SpanDecoder(w_, w_.read_scales(first, last + 1 - first, buffer_.data()), first);
-  }
-
- private:
-  const Weight& w_;
-  Buffer<float> buffer_;
 };
 
 // bias and rounding of a block of sums, kPanelRows in a row.
@@ -179,12 +156,12 @@ void multiply_few_rows(const RearrangedX& x, int64_t M, const Weight& w, const F
   constexpr int64_t kPartRows = kPanelRows / kSpanParts;  // of W, decoded between two steps of products
   parallel_for(ceil_div(w.N, kPanelRows), 1, [&](int64_t begin, int64_t end) {
     const TileSession session;
-    const RowScales scales(w, kPanelRows);
+    const RowScalesReader scales(w, kPanelRows);
     alignas(64) uint8_t decoded[2][kPanelRows * kRowBytes] = {};
     alignas(64) uint32_t sums[kPanelRows * kPanelRows];
     for (int64_t first = begin * kPanelRows; first < min(end * kPanelRows, w.N); first += kPanelRows) {
       const int64_t count = min(w.N - first, kPanelRows);
-      const SpanDecoder decoder = scales.decoder(first, count);
+      const SpanDecoder decoder(w, scales.read(first, count));
       const int64_t spans = w.K / kSpan;
       int64_t ahead = (first + kPanelRows) * w.K;  // in the order of memory
       zero_sums<columns>();
@@ -218,8 +195,8 @@ void gemm_4bit_tiles(const BFloat16* a, int64_t M, const Weight& w, const BFloat
   const int64_t row_bytes = (x.steps() + 1) * kTileRowBytes;
   const auto decode = [&](int64_t n, int64_t count, uint8_t* buffer) {
     if (spans) {
-      const RowScales scales(w, count);
-      const SpanDecoder decoder = scales.decoder(n, count);
+      const RowScalesReader scales(w, count);
+      const SpanDecoder decoder(w, scales.read(n, count));
       for (int64_t r = 0; r < count; r++) {
         const int64_t row = (n + r) * w.K;
         decoder.decode(row, static_cast<int>(w.K / kSpan), row + 2 * kPrefetchBytes, buffer + r * row_bytes);

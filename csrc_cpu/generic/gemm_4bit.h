@@ -1,363 +1,173 @@
 // A @ dequantized(W)^T + bias from W as the checkpoint stores it (docs/SPEC.md section 3).
 //
-// A 32-bit word of the packed weight holds 8 consecutive elements of a row. A vector of words holds a group
-// of 8 * kLanes elements, and shifting it right by 4 * i brings nibble i of every word to the bottom, ready
-// for the codebook lookup: no nibble crosses a lane. Only A is rearranged to that order.
-//
-// A row need not start on a word. Its words are then read from the boundary before it, and A is rearranged
-// with as many zeros in front. Rows whose start leaves the same remainder (a phase) share that copy of A.
+// W is decoded a tile at a time, transposed, so that vectors run along N and elements of A are broadcast:
+// sums need no horizontal additions, and A is used as it lies in memory.
 #pragma once
 
-#include "quantize.h"
+#include "gemv_4bit.h"
 
 namespace bnb::BNB_TARGET {
 namespace {
 
-constexpr int kWordShift = 3;
-constexpr int kWord = 1 << kWordShift;  // elements in a 32-bit word
-constexpr int kGroup = kWord * kLanes;  // elements in a vector of words
-constexpr int kChunk = 4096;            // elements of a row whose scales are read at a time
-constexpr int kChunkGroups = kChunk / kGroup;
-constexpr int kTile = 1024;  // elements of a row that are decoded to L1 at a time
-constexpr int kTileGroups = kTile / kGroup;
-constexpr int kSmallestBlock = 32;
-constexpr int kMaxScales =
-    kChunk / kSmallestBlock + 1 + kLanes;  // of a chunk, and what a vector reads beyond
-constexpr int kBlockRows = 64;             // rows of A that stay in L2
-constexpr int kTileRows = 4;               // accumulators: kTileRows * kTileColumns, in registers
-constexpr int kTileColumns = kRegisters == 32 ? 6 : 3;
-constexpr int kPrefetchBytes = 2048;  // ahead of what is read of W
+constexpr int kTileRows = 6;                            // of A: sums of kTileRows x kTileVectors in registers
+constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;  // along N
+constexpr int kTileColumns = kTileVectors * kLanes;     // rows of W
+constexpr int kTileDepth = 128;                         // along K: a tile of W stays in L1
+constexpr int64_t kBlockRows = 256;                     // of A that a decoded tile is used for
 
-struct Weight {
-  int64_t N, K;
-  const uint8_t* packed;
-  BlockScales scales;
-  int64_t blocksize;
-  const float* code;
-
-  int64_t bytes() const { return (N * K + 1) / 2; }
-  int block_shift() const { return __builtin_ctzll(blocksize); }
-  int64_t blocks() const { return ((N * K - 1) >> block_shift()) + 1; }
-
-  // The scales of some blocks, with kLanes more floats to read behind them. `buffer` holds kMaxScales.
-  const float* read_scales(int64_t block, int64_t count, float* buffer) const {
-    if (!scales.absmax) {
-      decode_scales(block, count, buffer);
-    } else if (block + count + kLanes <= blocks()) {
-      return scales.absmax + block;
-    } else {
-      __builtin_memcpy(buffer, scales.absmax + block, count * sizeof(float));
-    }
-    store(buffer + count, F32{});
-    return buffer;
-  }
-
-  void decode_scales(int64_t block, int64_t count, float* out) const {
-    const Table<256> nested_code(scales.nested_code);
-    const F32 offset = splat(*scales.offset);
-    for (const int64_t end = block + count; block < end;) {
-      const int64_t nested_block = block / scales.nested_blocksize;
-      const int64_t length = min(end, (nested_block + 1) * scales.nested_blocksize) - block;
-      const F32 nested_absmax = splat(scales.nested_absmax[nested_block]);
-      for_each_vector(length, [&](int64_t i, auto lanes) {
-        const I32 code = load(scales.codes + block + i, lanes);
-        store(out + i, nested_code[code] * nested_absmax + offset, lanes);
-      });
-      block += length;
-      out += length;
-    }
-  }
-};
-
-// A rearranged: vector i of group g holds elements kWord * lane + (i ^ 1) of the group, as the high nibble of
-// a byte comes first. `phase` zeros stand in front, and zeros fill the last group.
-template <class T>
-void rearrange_row(const T* a, int64_t K, int64_t phase, int64_t groups, float* out) {
-  float group[kGroup];
-  for (int64_t g = 0; g < groups; g++, out += kGroup) {
-    const int64_t first = max(g * kGroup - phase, 0);
-    const int64_t end = min((g + 1) * kGroup - phase, K);
-    const int64_t zeros = g == 0 ? phase : 0;
-    if (end - first < kGroup) __builtin_memset(group, 0, sizeof group);
-    for_each_vector(end - first, [&](int64_t i, auto lanes) {
-      store(group + zeros + i, load(a + first + i, lanes), lanes);
-    });
-    for (int i = 0; i < kWord; i++) {
-      for (int lane = 0; lane < kLanes; lane++) out[i * kLanes + lane] = group[kWord * lane + (i ^ 1)];
-    }
-  }
-}
-
-// The words of one row of W, and the scale of each, a part of the row at a time.
-class RowReader {
+// Decodes kTileColumns rows of W, the last one again where there are none left: tile f32[depth,
+// kTileColumns].
+class TileDecoder {
  public:
-  void start(const Weight& w, int64_t row) {
-    w_ = &w;
-    start_ = row * w.K / kWord * kWord;
-    end_ = (row + 1) * w.K;
-    shift_ = w.block_shift() - kWordShift;
-  }
-
-  // Turns to groups [group, group + groups), at most a chunk of them.
-  void open(int64_t group, int groups) {
-    const int64_t first = start_ + group * kGroup;
-    const int64_t first_block = first >> w_->block_shift();
-    const int64_t end_block = ((min(first + groups * kGroup, end_) - 1) >> w_->block_shift()) + 1;
-    const int64_t blocks = end_block - first_block;
-    scales_ = w_->read_scales(first_block, blocks, buffer_);
-    for (int64_t i = 0; i < blocks; i += kLanes) __builtin_prefetch(scales_ + blocks + i);
-    words_in_block_ = static_cast<int>(first & (w_->blocksize - 1)) / kWord;
-    bytes_ = w_->packed + first / 2;
-    bytes_left_ = w_->bytes() - first / 2;
-  }
-
-  // Whether a chunk can be read without regard to the end of W, and its lanes lie in blocks alike in every
-  // group, and as those of `other`.
-  bool steady(int groups, const RowReader& other) const {
-    const bool aligned = kLanes >> shift_ != 0 || words_in_block_ % kLanes == 0;
-    return aligned && words_in_block_ == other.words_in_block_ &&
-           bytes_left_ >= groups * kGroupBytes + kHalfWord;
-  }
-
-  // The words of a group in two views, the second from their upper halves: a load is cheaper than a shift.
-  struct Words {
-    I32 low, high;
-    explicit Words(const uint8_t* p) : low(load_words(p)), high(load_words(p + kHalfWord)) {}
-    BNB_INLINE I32 codes(int i) const { return (i < 4 ? low : high) >> (4 * (i % 4)); }
-  };
-  BNB_INLINE Words steady_words(int group) const {
-    const uint8_t* p = bytes_ + group * kGroupBytes;
-    __builtin_prefetch(p + kPrefetchBytes);
-    return Words(p);
-  }
-  BNB_INLINE Words words(int group) const {
-    const int64_t offset = group * kGroupBytes;
-    if (offset + kGroupBytes + kHalfWord <= bytes_left_) return steady_words(group);
-    uint8_t tail[kGroupBytes + kHalfWord] = {};
-    __builtin_memcpy(tail, bytes_ + offset, min(bytes_left_ - offset, kGroupBytes));
-    return Words(tail);
-  }
-
-  // The scale of each word of a group: `block` from the chunk's first on, and for each lane how much further.
-  BNB_INLINE int block(int group) const { return (words_in_block_ + group * kLanes) >> shift_; }
-  BNB_INLINE I32 block_of_lane(int group) const {
-    I32 word;
-    for (int i = 0; i < kLanes; i++) word[i] = i;
-    const int first = (words_in_block_ + group * kLanes) & ((1 << shift_) - 1);
-    return (splat(first) + word) >> shift_;
-  }
-  BNB_INLINE F32 scales(int block, I32 block_of_lane) const {
-    return Table<kLanes>(scales_ + block)[block_of_lane];
-  }
-  F32 scales(int group) const { return scales(block(group), block_of_lane(group)); }
-
- private:
-  static constexpr int64_t kGroupBytes = kGroup / 2, kHalfWord = 2;
-  const Weight* w_;
-  int64_t start_, end_;
-  int shift_;  // of an index of words to one of blocks
-  int words_in_block_;
-  const uint8_t* bytes_;
-  int64_t bytes_left_;
-  const float* scales_;
-  float buffer_[kMaxScales];
-};
-
-// The rows of W that one phase computes with, and where the products go.
-struct Product {
-  const Weight& w;
-  int64_t phase, phases;  // rows phase, phase + phases, ... of W
-  const float* a;         // rearranged, f32[rows, groups * kGroup]
-  int64_t rows, groups;
-  float* y;  // f32[rows, N]
-
-  int64_t row_length() const { return groups * kGroup; }
-  int64_t weight_rows() const { return ceil_div(w.N - phase, phases); }
-  int64_t weight_row(int64_t i) const { return phase + i * phases; }
-};
-
-// Adds the products of a chunk of some rows of W with a few rows of A. What it sums in is local, and stays in
-// registers as does a group of A, because nothing else is written meanwhile.
-template <bool steady, int rows, int columns>
-void add_chunk(const Table<16> code, const RowReader (&readers)[columns], int groups, const float* a,
-               int64_t row_length, F32 (&result)[rows][columns]) {
-  F32 sums[rows][columns] = {};
-  const I32 steady_lanes = readers[0].block_of_lane(0);
-  for (int g = 0; g < groups; g++, a += kGroup) {
-    F32 x[rows][kWord];
-    for (int r = 0; r < rows; r++) {
-      for (int i = 0; i < kWord; i++) x[r][i] = load(a + r * row_length + i * kLanes);
-    }
-    const int block = readers[0].block(g);
-    for (int c = 0; c < columns; c++) {
-      const auto words = steady ? readers[c].steady_words(g) : readers[c].words(g);
-      F32 partial[rows] = {};
-      for (int i = 0; i < kWord; i++) {
-        const F32 value = code[words.codes(i)];
-        for (int r = 0; r < rows; r++) partial[r] = fma(value, x[r][i], partial[r]);
-      }
-      const F32 scale = steady ? readers[c].scales(block, steady_lanes) : readers[c].scales(g);
-      for (int r = 0; r < rows; r++) sums[r][c] = fma(partial[r], scale, sums[r][c]);
+  TileDecoder(const Weight& w, const RowScales& scales, int64_t first)
+      : w_(w), scales_(scales), first_(first), code_(w.code), words_aligned_(w.K % kWord == 0) {
+    for (int column = 0; column < kTileColumns; column++) {
+      const int64_t row = min(first + column, w.N - 1) - first;
+      start_[column / kLanes][column % kLanes] = static_cast<int32_t>(row * w.K);
     }
   }
-  for (int r = 0; r < rows; r++) {
-    for (int c = 0; c < columns; c++) result[r][c] += sums[r][c];
-  }
-}
 
-// A few rows of A: codes are looked up, multiplied and summed in registers, and a block's scale is applied to
-// its partial sums. Every column reads a part of W of its own from front to back: few long streams are what
-// memory delivers fastest.
-template <int rows, int columns>
-void gemv(const Product& product, int64_t begin, int64_t end) {
-  const Table<16> code(product.w.code);
-  const int64_t part = ceil_div(end - begin, columns);
-  RowReader readers[columns];
-  for (int64_t i = 0; i < part; i++) {
-    const auto row_of = [&](int c) { return min(begin + c * part + i, end - 1); };
-    for (int c = 0; c < columns; c++) readers[c].start(product.w, product.weight_row(row_of(c)));
-    F32 sums[rows][columns] = {};
-    for (int64_t group = 0; group < product.groups; group += kChunkGroups) {
-      const int groups = static_cast<int>(min(kChunkGroups, product.groups - group));
-      bool steady = true;
-      for (RowReader& reader : readers) {
-        reader.open(group, groups);
-        steady &= reader.steady(groups, readers[0]);
-      }
-      const auto add = steady ? add_chunk<true, rows, columns> : add_chunk<false, rows, columns>;
-      add(code, readers, groups, product.a + group * kGroup, product.row_length(), sums);
-    }
-    for (int c = 0; c < columns; c++) {
-      for (int r = 0; r < rows; r++) {
-        product.y[r * product.w.N + product.weight_row(row_of(c))] = reduce_add(sums[r][c]);
-      }
-    }
-  }
-}
-
-// Adds the products of `rows` rows of A with a decoded tile of W.
-template <int rows>
-void multiply_tile(const float* a, int64_t row_length, const float (*tile)[kTile], int vectors,
-                   F32 (*sums)[kTileColumns]) {
-  F32 partial[rows][kTileColumns] = {};
-  for (int v = 0; v < vectors; v++) {
-    F32 values[kTileColumns];
-    for (int c = 0; c < kTileColumns; c++) values[c] = load(tile[c] + v * kLanes);
-    for (int r = 0; r < rows; r++) {
-      const F32 x = load(a + r * row_length + v * kLanes);
-      for (int c = 0; c < kTileColumns; c++) partial[r][c] = fma(x, values[c], partial[r][c]);
-    }
-  }
-  for (int r = 0; r < rows; r++) {
-    for (int c = 0; c < kTileColumns; c++) sums[r][c] += partial[r][c];
-  }
-}
-
-// Many rows of A: a tile of W is decoded once into L1 and multiplied with all of them.
-void gemm(const Product& product, int64_t begin, int64_t end) {
-  const Table<16> code(product.w.code);
-  RowReader readers[kTileColumns];
-  alignas(64) float tile[kTileColumns][kTile];
-  for (int64_t first = begin; first < end; first += kTileColumns) {
-    for (int c = 0; c < kTileColumns; c++) {
-      readers[c].start(product.w, product.weight_row(min(first + c, end - 1)));
-    }
-    F32 sums[kBlockRows][kTileColumns] = {};
-    for (int64_t group = 0; group < product.groups; group += kTileGroups) {
-      const int groups = static_cast<int>(min(kTileGroups, product.groups - group));
-      for (int c = 0; c < kTileColumns; c++) {
-        readers[c].open(group, groups);
-        for (int g = 0; g < groups; g++) {
-          const auto words = readers[c].words(g);
-          const F32 scale = readers[c].scales(g);
-          for (int i = 0; i < kWord; i++) {
-            store(tile[c] + g * kGroup + i * kLanes, code[words.codes(i)] * scale);
-          }
+  void decode(int64_t k, int64_t depth, float* tile) const {
+    for (int64_t word = 0; word < depth; word += kWord, tile += kWord * kTileColumns) {
+      const int valid = static_cast<int>(min(kWord, depth - word));
+      for (int v = 0; v < kTileVectors; v++) {
+        if (words_aligned_) {
+          decode_aligned(k + word, v, tile + v * kLanes);
+        } else {
+          decode_unaligned(k + word, valid, v, tile + v * kLanes);
         }
       }
-      const float* a = product.a + group * kGroup;
-      const int64_t length = product.row_length();
-      int64_t r = 0;
-      for (; r + kTileRows <= product.rows; r += kTileRows) {
-        multiply_tile<kTileRows>(a + r * length, length, tile, groups * kWord, sums + r);
-      }
-      for (; r < product.rows; r++) {
-        multiply_tile<1>(a + r * length, length, tile, groups * kWord, sums + r);
-      }
     }
-    for (int64_t r = 0; r < product.rows; r++) {
-      for (int c = 0; c < min(kTileColumns, end - first); c++) {
-        product.y[r * product.w.N + product.weight_row(first + c)] = reduce_add(sums[r][c]);
+  }
+
+ private:
+  // A word lies in one block.
+  BNB_INLINE void decode_aligned(int64_t k, int v, float* out) const {
+    const int64_t first = first_ * w_.K + k;
+    const I32 words = gather_words(w_.packed + first / 2, start_[v] >> 1);
+    const F32 scale = scales_of(first, start_[v]);
+    for (int i = 0; i < kWord; i++) store(out + i * kTileColumns, code_[words >> (4 * (i ^ 1))] * scale);
+  }
+
+  void decode_unaligned(int64_t k, int valid, int v, float* out) const {
+    const int64_t first = first_ * w_.K + k;
+    for (int i = 0; i < valid; i++) {
+      I32 codes;
+      for (int lane = 0; lane < kLanes; lane++) {
+        const int64_t element = first + start_[v][lane] + i;
+        codes[lane] = w_.packed[element / 2] >> (element % 2 ? 0 : 4);
       }
+      store(out + i * kTileColumns, code_[codes] * scales_of(first + i, start_[v]));
+    }
+  }
+
+  // Of the elements `first` + offsets.
+  BNB_INLINE F32 scales_of(int64_t first, I32 offsets) const {
+    const auto in_blocks = static_cast<int32_t>(first - (scales_.first_block << scales_.shift));
+    return look_up(scales_.scales, (splat(in_blocks) + offsets) >> scales_.shift);
+  }
+
+  const Weight& w_;
+  const RowScales scales_;
+  int64_t first_;
+  Table<16> code_;
+  bool words_aligned_;
+  I32 start_[kTileVectors];  // of each row, in elements from the first one's
+};
+
+// Adds the products of `rows` rows of A with a tile of W to sums f32[rows, kTileColumns].
+template <int rows>
+void multiply_tile(const float* a, int64_t stride, const float* tile, int64_t depth, float* sums) {
+  F32 partial[rows][kTileVectors] = {};
+  for (int64_t k = 0; k < depth; k++) {
+    F32 values[kTileVectors];
+    for (int v = 0; v < kTileVectors; v++) values[v] = load(tile + k * kTileColumns + v * kLanes);
+    for (int r = 0; r < rows; r++) {
+      const F32 x = splat(a[r * stride + k]);
+      for (int v = 0; v < kTileVectors; v++) partial[r][v] = fma(x, values[v], partial[r][v]);
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    for (int v = 0; v < kTileVectors; v++) {
+      float* sum = sums + r * kTileColumns + v * kLanes;
+      store(sum, load(sum) + partial[r][v]);
     }
   }
 }
 
-void multiply(const Product& product, int64_t begin, int64_t end) {
-  constexpr int wide = kRegisters / 8;
-  switch (product.rows) {
-    case 1:
-      return gemv<1, wide>(product, begin, end);
-    case 2:
-      return gemv<2, wide>(product, begin, end);
-    case 3:
-      return gemv<3, wide / 2>(product, begin, end);
-    case 4:
-      return gemv<4, wide / 2>(product, begin, end);
-  }
-  gemm(product, begin, end);
+void multiply_rows_with_tile(const float* a, int64_t rows, int64_t stride, const float* tile, int64_t depth,
+                             float* sums) {
+  const auto strip = [&](auto height, int64_t r) {
+    multiply_tile<decltype(height)::value>(a + r * stride, stride, tile, depth, sums + r * kTileColumns);
+  };
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) strip(Constant<kTileRows>{}, r);
+  for (; r + kTileRows / 2 <= rows; r += kTileRows / 2) strip(Constant<kTileRows / 2>{}, r);
+  for (; r < rows; r++) strip(Constant<1>{}, r);
 }
 
-// y f32[rows, N] = a @ W^T for up to kBlockRows rows.
+// out = sums + bias, rounded once.
 template <class T>
-void multiply_block(const T* a, int64_t rows, const Weight& w, float* y) {
-  int64_t phases = 1;
-  while (phases * w.K % kWord != 0) phases *= 2;
-  const int64_t max_groups = ceil_div(w.K + kWord - 1, kGroup);
-  const Buffer<float> rearranged(rows * max_groups * kGroup);
-  for (int64_t phase = 0; phase < min(phases, w.N); phase++) {
-    const int64_t zeros = phase * w.K % kWord;
-    const int64_t groups = ceil_div(zeros + w.K, kGroup);
-    parallel_for(rows, grain(w.K), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++) {
-        rearrange_row(a + r * w.K, w.K, zeros, groups, rearranged.data() + r * groups * kGroup);
-      }
+void finish_tile(const float* sums, int64_t rows, int64_t columns, const T* bias, T* out, int64_t N) {
+  for (int64_t r = 0; r < rows; r++) {
+    for_each_vector(columns, [&](int64_t n, auto lanes) {
+      const F32 sum = load(sums + r * kTileColumns + n, lanes);
+      store(out + r * N + n, bias ? sum + load(bias + n, lanes) : sum, lanes);
     });
-    const Product product{w, phase, phases, rearranged.data(), rows, groups, y};
-    parallel_for(product.weight_rows(), grain(w.K / 2),
-                 [&](int64_t begin, int64_t end) { multiply(product, begin, end); });
   }
 }
 
-// out = y + bias, rounded once.
+// Up to kBlockRows rows of A.
 template <class T>
-void finish_block(const float* y, int64_t rows, int64_t N, const T* bias, T* out) {
-  parallel_for(rows, grain(N), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) {
-      for_each_vector(N, [&](int64_t n, auto lanes) {
-        const F32 sum = load(y + r * N + n, lanes);
-        store(out + r * N + n, bias ? sum + load(bias + n, lanes) : sum, lanes);
-      });
+void multiply_block(const float* a, int64_t rows, const Weight& w, const T* bias, T* out) {
+  parallel_for(ceil_div(w.N, kTileColumns), 1, [&](int64_t begin, int64_t end) {
+    const RowScalesReader scales(w, kTileColumns);
+    const Buffer<float> tile(kTileDepth * kTileColumns);
+    const Buffer<float> sums(kBlockRows * kTileColumns);
+    for (int64_t first = begin * kTileColumns; first < min(end * kTileColumns, w.N); first += kTileColumns) {
+      const int64_t columns = min(kTileColumns, w.N - first);
+      const TileDecoder decoder(w, scales.read(first, columns), first);
+      __builtin_memset(sums.data(), 0, rows * kTileColumns * sizeof(float));
+      for (int64_t k = 0; k < w.K; k += kTileDepth) {
+        const int64_t depth = min(kTileDepth, w.K - k);
+        decoder.decode(k, depth, tile.data());
+        multiply_rows_with_tile(a + k, rows, w.K, tile.data(), depth, sums.data());
+      }
+      finish_tile(sums.data(), rows, columns, bias ? bias + first : nullptr, out + first, w.N);
     }
   });
 }
 
+// Rows of A in f32, which they may be already; `buffer` has room for them.
+const float* widened(const float* a, int64_t, const Buffer<float>&) { return a; }
+template <class T>
+const float* widened(const T* a, int64_t n, const Buffer<float>& buffer) {
+  parallel_for(ceil_div(n, kChunk), grain(kChunk), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kChunk;
+    for_each_vector(min(end * kChunk, n) - first, [&](int64_t i, auto lanes) {
+      store(buffer.data() + first + i, load(a + first + i, lanes), lanes);
+    });
+  });
+  return buffer.data();
+}
+
 template <class T>
 void gemm_4bit_typed(const T* a, int64_t M, const Weight& w, const T* bias, T* out) {
-  const Buffer<float> y(min(M, kBlockRows) * w.N);
+  const Buffer<float> buffer(sizeof(T) == sizeof(float) ? 0 : min(M, kBlockRows) * w.K);
   for (int64_t row = 0; row < M; row += kBlockRows) {
     const int64_t rows = min(M - row, kBlockRows);
-    multiply_block(a + row * w.K, rows, w, y.data());
-    finish_block(y.data(), rows, w.N, bias, out + row * w.N);
+    multiply_block(widened(a + row * w.K, rows * w.K, buffer), rows, w, bias, out + row * w.N);
   }
 }
 
 void gemm_4bit(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, const uint8_t* packed,
                const BlockScales& scales, int64_t blocksize, QuantType quant_type, const void* bias,
                void* out, Stream) {
+  if (M == 0) return;
   const Weight w{N, K, packed, scales, blocksize, codebook(quant_type)};
   with_type(dtype, out, [&](auto* y) {
     const auto typed = [&](const void* p) { return same_type(p, y); };
+    if (M <= kGemvRows) return gemv_4bit(typed(A), M, w, typed(bias), y);
     gemm_4bit_typed(typed(A), M, w, typed(bias), y);
   });
 }

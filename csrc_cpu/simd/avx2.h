@@ -88,6 +88,11 @@ BNB_INLINE I32 look_up(const int32_t* values, I32 i) {
   return (I32)_mm256_i32gather_epi32(values, (__m256i)i, 4);
 }
 
+// Words at any bytes.
+BNB_INLINE I32 gather_words(const uint8_t* p, I32 offsets) {
+  return (I32)_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), (__m256i)offsets, 1);
+}
+
 // Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
 template <int size>
 class Table {

@@ -102,6 +102,11 @@ BNB_INLINE I32 look_up(const int32_t* values, I32 i) {
   return (I32)_mm512_i32gather_epi32((__m512i)i, values, 4);
 }
 
+// Words at any bytes.
+BNB_INLINE I32 gather_words(const uint8_t* p, I32 offsets) {
+  return (I32)_mm512_i32gather_epi32((__m512i)offsets, p, 1);
+}
+
 // Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
 template <int size>
 class Table {

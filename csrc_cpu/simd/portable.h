@@ -79,6 +79,17 @@ BNB_INLINE I32 look_up(const int32_t* values, I32 i) {
   return I32{values[i[0]], values[i[1]], values[i[2]], values[i[3]]};
 }
 
+// Words at any bytes.
+BNB_INLINE I32 gather_words(const uint8_t* p, I32 offsets) {
+  I32 words;
+  for (int i = 0; i < kLanes; i++) {
+    int32_t word;
+    __builtin_memcpy(&word, p + offsets[i], sizeof word);
+    words[i] = word;
+  }
+  return words;
+}
+
 // Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
 template <int size>
 class Table {

@@ -1,0 +1,246 @@
+// A few rows times a 4-bit weight: products are taken straight from the codes, at the speed of memory.
+//
+// A 32-bit word of the packed weight holds 8 consecutive elements of a row. A vector of words holds a group
+// of 8 * kLanes elements, and shifting it right by 4 * i brings nibble i of every word to the bottom, ready
+// for the codebook lookup: no nibble crosses a lane. Only A is rearranged to that order.
+//
+// A row need not start on a word. Its words are then read from the boundary before it, and A is rearranged
+// with as many zeros in front. Rows whose start leaves the same remainder (a phase) share that copy of A.
+#pragma once
+
+#include "weight_4bit.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
+constexpr int kGemvRows = 4;            // of A, at most
+constexpr int kGroup = kWord * kLanes;  // elements in a vector of words
+constexpr int kChunk = 4096;            // elements of a row whose scales are read at a time
+constexpr int kChunkGroups = kChunk / kGroup;
+constexpr int kSmallestBlock = 32;
+constexpr int kMaxScales =
+    kChunk / kSmallestBlock + 1 + kLanes;  // of a chunk, and what a vector reads beyond
+
+// A rearranged: vector i of group g holds elements kWord * lane + (i ^ 1) of the group, as the high nibble of
+// a byte comes first. `phase` zeros stand in front, and zeros fill the last group.
+template <class T>
+void rearrange_row(const T* a, int64_t K, int64_t phase, int64_t groups, float* out) {
+  float group[kGroup];
+  for (int64_t g = 0; g < groups; g++, out += kGroup) {
+    const int64_t first = max(g * kGroup - phase, 0);
+    const int64_t end = min((g + 1) * kGroup - phase, K);
+    const int64_t zeros = g == 0 ? phase : 0;
+    if (end - first < kGroup) __builtin_memset(group, 0, sizeof group);
+    for_each_vector(end - first, [&](int64_t i, auto lanes) {
+      store(group + zeros + i, load(a + first + i, lanes), lanes);
+    });
+    for (int i = 0; i < kWord; i++) {
+      for (int lane = 0; lane < kLanes; lane++) out[i * kLanes + lane] = group[kWord * lane + (i ^ 1)];
+    }
+  }
+}
+
+// The words of one row of W, and the scale of each, a part of the row at a time.
+class RowReader {
+ public:
+  void start(const Weight& w, int64_t row) {
+    w_ = &w;
+    start_ = row * w.K / kWord * kWord;
+    end_ = (row + 1) * w.K;
+    shift_ = w.block_shift() - kWordShift;
+  }
+
+  // Turns to groups [group, group + groups), at most a chunk of them.
+  void open(int64_t group, int groups) {
+    const int64_t first = start_ + group * kGroup;
+    const int64_t first_block = first >> w_->block_shift();
+    const int64_t end_block = ((min(first + groups * kGroup, end_) - 1) >> w_->block_shift()) + 1;
+    const int64_t blocks = end_block - first_block;
+    scales_ = w_->read_scales(first_block, blocks, buffer_);
+    for (int64_t i = 0; i < blocks; i += kLanes) __builtin_prefetch(scales_ + blocks + i);
+    words_in_block_ = static_cast<int>(first & (w_->blocksize - 1)) / kWord;
+    bytes_ = w_->packed + first / 2;
+    bytes_left_ = w_->bytes() - first / 2;
+  }
+
+  // Whether a chunk can be read without regard to the end of W, and its lanes lie in blocks alike in every
+  // group, and as those of `other`.
+  bool steady(int groups, const RowReader& other) const {
+    const bool aligned = kLanes >> shift_ != 0 || words_in_block_ % kLanes == 0;
+    return aligned && words_in_block_ == other.words_in_block_ &&
+           bytes_left_ >= groups * kGroupBytes + kHalfWord;
+  }
+
+  // The words of a group in two views, the second from their upper halves: a load is cheaper than a shift.
+  struct Words {
+    I32 low, high;
+    explicit Words(const uint8_t* p) : low(load_words(p)), high(load_words(p + kHalfWord)) {}
+    BNB_INLINE I32 codes(int i) const { return (i < 4 ? low : high) >> (4 * (i % 4)); }
+  };
+  BNB_INLINE Words steady_words(int group) const {
+    const uint8_t* p = bytes_ + group * kGroupBytes;
+    __builtin_prefetch(p + kPrefetchBytes);
+    return Words(p);
+  }
+  BNB_INLINE Words words(int group) const {
+    const int64_t offset = group * kGroupBytes;
+    if (offset + kGroupBytes + kHalfWord <= bytes_left_) return steady_words(group);
+    uint8_t tail[kGroupBytes + kHalfWord] = {};
+    __builtin_memcpy(tail, bytes_ + offset, min(bytes_left_ - offset, kGroupBytes));
+    return Words(tail);
+  }
+
+  // The scale of each word of a group: `block` from the chunk's first on, and for each lane how much further.
+  BNB_INLINE int block(int group) const { return (words_in_block_ + group * kLanes) >> shift_; }
+  BNB_INLINE I32 block_of_lane(int group) const {
+    I32 word;
+    for (int i = 0; i < kLanes; i++) word[i] = i;
+    const int first = (words_in_block_ + group * kLanes) & ((1 << shift_) - 1);
+    return (splat(first) + word) >> shift_;
+  }
+  BNB_INLINE F32 scales(int block, I32 block_of_lane) const {
+    return Table<kLanes>(scales_ + block)[block_of_lane];
+  }
+  F32 scales(int group) const { return scales(block(group), block_of_lane(group)); }
+
+ private:
+  static constexpr int64_t kGroupBytes = kGroup / 2, kHalfWord = 2;
+  const Weight* w_;
+  int64_t start_, end_;
+  int shift_;  // of an index of words to one of blocks
+  int words_in_block_;
+  const uint8_t* bytes_;
+  int64_t bytes_left_;
+  const float* scales_;
+  float buffer_[kMaxScales];
+};
+
+// The rows of W that one phase computes with, and where the products go.
+struct Product {
+  const Weight& w;
+  int64_t phase, phases;  // rows phase, phase + phases, ... of W
+  const float* a;         // rearranged, f32[rows, groups * kGroup]
+  int64_t rows, groups;
+  float* y;  // f32[rows, N]
+
+  int64_t row_length() const { return groups * kGroup; }
+  int64_t weight_rows() const { return ceil_div(w.N - phase, phases); }
+  int64_t weight_row(int64_t i) const { return phase + i * phases; }
+};
+
+// Adds the products of a chunk of some rows of W with a few rows of A. What it sums in is local, and stays in
+// registers as does a group of A, because nothing else is written meanwhile.
+template <bool steady, int rows, int columns>
+void add_chunk(const Table<16> code, const RowReader (&readers)[columns], int groups, const float* a,
+               int64_t row_length, F32 (&result)[rows][columns]) {
+  F32 sums[rows][columns] = {};
+  const I32 steady_lanes = readers[0].block_of_lane(0);
+  for (int g = 0; g < groups; g++, a += kGroup) {
+    F32 x[rows][kWord];
+    for (int r = 0; r < rows; r++) {
+      for (int i = 0; i < kWord; i++) x[r][i] = load(a + r * row_length + i * kLanes);
+    }
+    const int block = readers[0].block(g);
+    for (int c = 0; c < columns; c++) {
+      const auto words = steady ? readers[c].steady_words(g) : readers[c].words(g);
+      F32 partial[rows] = {};
+      for (int i = 0; i < kWord; i++) {
+        const F32 value = code[words.codes(i)];
+        for (int r = 0; r < rows; r++) partial[r] = fma(value, x[r][i], partial[r]);
+      }
+      const F32 scale = steady ? readers[c].scales(block, steady_lanes) : readers[c].scales(g);
+      for (int r = 0; r < rows; r++) sums[r][c] = fma(partial[r], scale, sums[r][c]);
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    for (int c = 0; c < columns; c++) result[r][c] += sums[r][c];
+  }
+}
+
+// A few rows of A: codes are looked up, multiplied and summed in registers, and a block's scale is applied to
+// its partial sums. Every column reads a part of W of its own from front to back: few long streams are what
+// memory delivers fastest.
+template <int rows, int columns>
+void gemv(const Product& product, int64_t begin, int64_t end) {
+  const Table<16> code(product.w.code);
+  const int64_t part = ceil_div(end - begin, columns);
+  RowReader readers[columns];
+  for (int64_t i = 0; i < part; i++) {
+    const auto row_of = [&](int c) { return min(begin + c * part + i, end - 1); };
+    for (int c = 0; c < columns; c++) readers[c].start(product.w, product.weight_row(row_of(c)));
+    F32 sums[rows][columns] = {};
+    for (int64_t group = 0; group < product.groups; group += kChunkGroups) {
+      const int groups = static_cast<int>(min(kChunkGroups, product.groups - group));
+      bool steady = true;
+      for (RowReader& reader : readers) {
+        reader.open(group, groups);
+        steady &= reader.steady(groups, readers[0]);
+      }
+      const auto add = steady ? add_chunk<true, rows, columns> : add_chunk<false, rows, columns>;
+      add(code, readers, groups, product.a + group * kGroup, product.row_length(), sums);
+    }
+    for (int c = 0; c < columns; c++) {
+      for (int r = 0; r < rows; r++) {
+        product.y[r * product.w.N + product.weight_row(row_of(c))] = reduce_add(sums[r][c]);
+      }
+    }
+  }
+}
+
+void multiply(const Product& product, int64_t begin, int64_t end) {
+  constexpr int wide = kRegisters / 8;
+  switch (product.rows) {
+    case 1:
+      return gemv<1, wide>(product, begin, end);
+    case 2:
+      return gemv<2, wide>(product, begin, end);
+    case 3:
+      return gemv<3, wide / 2>(product, begin, end);
+    default:
+      return gemv<4, wide / 2>(product, begin, end);
+  }
+}
+
+// y f32[rows, N] = a @ W^T for up to kGemvRows rows.
+template <class T>
+void multiply_rows(const T* a, int64_t rows, const Weight& w, float* y) {
+  int64_t phases = 1;
+  while (phases * w.K % kWord != 0) phases *= 2;
+  const int64_t max_groups = ceil_div(w.K + kWord - 1, kGroup);
+  const Buffer<float> rearranged(rows * max_groups * kGroup);
+  for (int64_t phase = 0; phase < min(phases, w.N); phase++) {
+    const int64_t zeros = phase * w.K % kWord;
+    const int64_t groups = ceil_div(zeros + w.K, kGroup);
+    parallel_for(rows, grain(w.K), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        rearrange_row(a + r * w.K, w.K, zeros, groups, rearranged.data() + r * groups * kGroup);
+      }
+    });
+    const Product product{w, phase, phases, rearranged.data(), rows, groups, y};
+    parallel_for(product.weight_rows(), grain(w.K / 2),
+                 [&](int64_t begin, int64_t end) { multiply(product, begin, end); });
+  }
+}
+
+// out = y + bias, rounded once.
+template <class T>
+void finish_rows(const float* y, int64_t rows, int64_t N, const T* bias, T* out) {
+  parallel_for(rows, grain(N), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      for_each_vector(N, [&](int64_t n, auto lanes) {
+        const F32 sum = load(y + r * N + n, lanes);
+        store(out + r * N + n, bias ? sum + load(bias + n, lanes) : sum, lanes);
+      });
+    }
+  });
+}
+
+template <class T>
+void gemv_4bit(const T* a, int64_t M, const Weight& w, const T* bias, T* out) {
+  const Buffer<float> y(M * w.N);
+  multiply_rows(a, M, w, y.data());
+  finish_rows(y.data(), M, w.N, bias, out);
+}
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET
