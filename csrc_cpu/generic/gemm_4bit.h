@@ -13,7 +13,8 @@ constexpr int kTileRows = 6;                            // of A: sums of kTileRo
 constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;  // along N
 constexpr int kTileColumns = kTileVectors * kLanes;     // rows of W
 constexpr int kTileDepth = 128;                         // along K: a tile of W stays in L1
-constexpr int64_t kBlockRows = 256;                     // of A that a decoded tile is used for
+constexpr int64_t kTilesAcross = 4;
+constexpr int64_t kBlockRows = 256;  // of A that a decoded tile is used for
 
 // Decodes kTileColumns rows of W, the last one again where there are none left: tile f32[depth,
 // kTileColumns].
@@ -97,12 +98,21 @@ void multiply_tile(const float* a, int64_t stride, const float* tile, int64_t de
 
 void multiply_rows_with_tile(const float* a, int64_t rows, int64_t stride, const float* tile, int64_t depth,
                              float* sums) {
+  constexpr int64_t kStride = kTileDepth + kLanes;
+  alignas(64) float copy[kTileRows * kStride];
   const auto strip = [&](auto height, int64_t r) {
-    multiply_tile<decltype(height)::value>(a + r * stride, stride, tile, depth, sums + r * kTileColumns);
+    constexpr int n = decltype(height)::value;
+    for (int i = 0; i < n; i++) {
+      for_each_vector(depth, [&](int64_t k, auto lanes) {
+        store(copy + i * kStride + k, load(a + (r + i) * stride + k, lanes), lanes);
+      });
+    }
+    multiply_tile<n>(copy, kStride, tile, depth, sums + r * kTileColumns);
   };
   int64_t r = 0;
   for (; r + kTileRows <= rows; r += kTileRows) strip(Constant<kTileRows>{}, r);
-  for (; r + kTileRows / 2 <= rows; r += kTileRows / 2) strip(Constant<kTileRows / 2>{}, r);
+  for (; r + 4 <= rows; r += 4) strip(Constant<4>{}, r);
+  for (; r + 2 <= rows; r += 2) strip(Constant<2>{}, r);
   for (; r < rows; r++) strip(Constant<1>{}, r);
 }
 
@@ -117,23 +127,31 @@ void finish_tile(const float* sums, int64_t rows, int64_t columns, const T* bias
   }
 }
 
-// Up to kBlockRows rows of A.
+// Up to kBlockRows rows of A. Some tiles of W side by side share a part of A that stays in L2.
 template <class T>
 void multiply_block(const float* a, int64_t rows, const Weight& w, const T* bias, T* out) {
   parallel_for(ceil_div(w.N, kTileColumns), 1, [&](int64_t begin, int64_t end) {
-    const RowScalesReader scales(w, kTileColumns);
+    const RowScalesReader scales_reader(w, kTilesAcross * kTileColumns);
     const Buffer<float> tile(kTileDepth * kTileColumns);
-    const Buffer<float> sums(kBlockRows * kTileColumns);
-    for (int64_t first = begin * kTileColumns; first < min(end * kTileColumns, w.N); first += kTileColumns) {
-      const int64_t columns = min(kTileColumns, w.N - first);
-      const TileDecoder decoder(w, scales.read(first, columns), first);
-      __builtin_memset(sums.data(), 0, rows * kTileColumns * sizeof(float));
+    const Buffer<float> sums(kTilesAcross * kBlockRows * kTileColumns);
+    const auto sums_of = [&](int64_t t) { return sums.data() + t * rows * kTileColumns; };
+    for (int64_t first_tile = begin; first_tile < end; first_tile += kTilesAcross) {
+      const int64_t tiles = min(kTilesAcross, end - first_tile);
+      const int64_t first = first_tile * kTileColumns;
+      const RowScales scales = scales_reader.read(first, min(tiles * kTileColumns, w.N - first));
+      __builtin_memset(sums.data(), 0, tiles * rows * kTileColumns * sizeof(float));
       for (int64_t k = 0; k < w.K; k += kTileDepth) {
         const int64_t depth = min(kTileDepth, w.K - k);
-        decoder.decode(k, depth, tile.data());
-        multiply_rows_with_tile(a + k, rows, w.K, tile.data(), depth, sums.data());
+        for (int64_t t = 0; t < tiles; t++) {
+          TileDecoder(w, scales, first + t * kTileColumns).decode(k, depth, tile.data());
+          multiply_rows_with_tile(a + k, rows, w.K, tile.data(), depth, sums_of(t));
+        }
       }
-      finish_tile(sums.data(), rows, columns, bias ? bias + first : nullptr, out + first, w.N);
+      for (int64_t t = 0; t < tiles; t++) {
+        const int64_t column = first + t * kTileColumns;
+        finish_tile(sums_of(t), rows, min(kTileColumns, w.N - column), bias ? bias + column : nullptr,
+                    out + column, w.N);
+      }
     }
   });
 }
