@@ -27,6 +27,7 @@ CPU_SOURCES = {
     "csrc_shared/bindings.cpp": ["-DBNB_MODULE_NAME=_kernels"],
     "csrc_cpu/module.cpp": [],
     "csrc_cpu/dispatch.cpp": [],
+    "csrc_cpu/memory.cpp": [],
     "csrc_cpu/threads.cpp": [],
     "csrc_cpu/targets/portable.cpp": [],
 }

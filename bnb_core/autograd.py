@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +21,29 @@ def _sum_to_bias(dY: Tensor) -> Tensor:
     return dY.reshape(-1, dY.shape[-1]).sum(0)
 
 
+class _Workspace(threading.local):
+    """Where a thread's backward passes dequantize the weight that they multiply by, one after the other.
+
+    It is kept, because the page faults of a fresh tensor take longer than dequantizing into it; torch's allocators
+    for other devices keep their memory themselves.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor | None:
+        """Memory of this shape in ``like``'s dtype; None where a fresh tensor must do: a graph may keep it."""
+        if like.device.type != "cpu" or torch.is_grad_enabled() or goes_to_dispatcher(like):
+            return None
+        size = math.prod(shape) * like.element_size()
+        if self.buffer.numel() < size:
+            self.buffer = torch.empty(size, dtype=torch.uint8)
+        return self.buffer[:size].view(like.dtype).view(*shape)
+
+
+_workspace = _Workspace()
+
+
 def _gemm_4bit_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     (_, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, _, nested_absmax, nested_code, offset, nested) = inputs
     ctx.nested_blocksize = nested
@@ -32,7 +58,10 @@ def _gemm_4bit_backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         if nested_absmax is not None:
             scales = (nested_absmax, nested_code, ctx.nested_blocksize, torch.float32)
             absmax = primitives.dequantize_blockwise(absmax, *scales) + offset
-        weight = primitives.dequantize_4bit(B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype)
+        workspace = _workspace.take(ctx.shape, dY)
+        weight = primitives.dequantize_4bit(
+            B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype, out=workspace
+        )
         dA = dY @ weight
     if ctx.needs_input_grad[6]:
         dbias = _sum_to_bias(dY)

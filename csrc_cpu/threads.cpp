@@ -3,8 +3,6 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -77,13 +75,5 @@ void parallel_range(int64_t n, int64_t grain, RangeBody body, void* context) {
   Job job{n, body, context};
   openmp.parallel(run_part, &job, static_cast<unsigned>(threads), 0);
 }
-
-void* allocate(size_t bytes) {
-  void* memory = std::aligned_alloc(64, (bytes + 64) / 64 * 64);
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
-
-void deallocate(void* memory) { std::free(memory); }
 
 }  // namespace bnb

@@ -19,8 +19,4 @@ using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
 // Calls body on contiguous parts of [0, n), each at least `grain` long where that is possible.
 void parallel_range(int64_t n, int64_t grain, RangeBody body, void* context);
 
-// 64-byte aligned memory; throws std::bad_alloc.
-void* allocate(size_t bytes);
-void deallocate(void* memory);
-
 }  // namespace bnb

@@ -3,6 +3,7 @@
 
 #include "../../csrc_shared/codebooks.h"
 #include "../../csrc_shared/kernels.h"
+#include "../memory.h"
 #include "../threads.h"
 
 namespace bnb::BNB_TARGET {

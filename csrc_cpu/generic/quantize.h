@@ -66,6 +66,7 @@ void dequantize_block(const uint8_t* q, float absmax, const Table<256>& code, in
 void quantize_blockwise(const void* A, DType dtype, int64_t n, const float* code, int64_t blocksize,
                         uint8_t* q, float* absmax, Stream) {
   const BlockwiseEncoding encoding(code, n);
+  advise_huge_pages(q, n);
   with_type(dtype, A, [&](auto* a) {
     parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
       encoding.with_encoder([&](const auto encode) {
@@ -81,6 +82,7 @@ void quantize_blockwise(const void* A, DType dtype, int64_t n, const float* code
 void dequantize_blockwise(const uint8_t* q, const float* absmax, const float* code, int64_t n,
                           int64_t blocksize, void* out, DType dtype, Stream) {
   with_type(dtype, out, [&](auto* y) {
+    advise_huge_pages(y, n * sizeof *y);
     parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
       const Table<256> table(code);
       for (int64_t b = begin; b < end; b++) {
@@ -103,6 +105,7 @@ void quantize_4bit_blocks(const T* a, int64_t n, int64_t blocksize, const Encode
 
 void quantize_4bit(const void* A, DType dtype, int64_t n, int64_t blocksize, QuantType quant_type,
                    uint8_t* packed, float* absmax, Stream) {
+  advise_huge_pages(packed, n / 2);
   with_type(dtype, A, [&](auto* a) {
     parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
       if (quant_type == QuantType::nf4) {
@@ -131,6 +134,7 @@ void dequantize_4bit_block(const uint8_t* packed, float absmax, const Table<16>&
 void dequantize_4bit(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize,
                      QuantType quant_type, void* out, DType dtype, Stream) {
   with_type(dtype, out, [&](auto* y) {
+    advise_huge_pages(y, n * sizeof *y);
     parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
       const Table<16> code(codebook(quant_type));
       for (int64_t b = begin; b < end; b++) {

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [
     ROOT / "tests" / "cross" / "kernel_hashes.cpp",
     ROOT / "csrc_cpu" / "targets" / "portable.cpp",
+    ROOT / "csrc_cpu" / "memory.cpp",
     ROOT / "csrc_cpu" / "threads.cpp",
 ]
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-static", "-Wall", "-Wextra", "-Werror"]

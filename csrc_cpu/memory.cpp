@@ -1,0 +1,38 @@
+#include "memory.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace bnb {
+namespace {
+
+constexpr size_t kHugePage = size_t{1} << 21;
+constexpr size_t kLeastAdvised = 2 * kHugePage;
+
+}  // namespace
+
+void* allocate(size_t bytes) {
+  void* memory = std::aligned_alloc(64, (bytes + 64) / 64 * 64);
+  if (!memory) throw std::bad_alloc();
+  advise_huge_pages(memory, bytes);
+  return memory;
+}
+
+void deallocate(void* memory) { std::free(memory); }
+
+void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < kLeastAdvised) return;
+  const auto begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace bnb
