@@ -100,14 +100,32 @@ class Result:
 def measure(case: Case, rounds: int) -> Result:
     """Run a case."""
     work = case.prepare()
+    failures = _drop_failing_peers(work)
     calls = {name: contender.call for name, contender in work.contenders.items()}
     with torch.no_grad():
         raw = interleaved_seconds(calls, torch.device("cpu"), rounds, TURN_SECONDS)
     seconds = {name: [t * work.contenders[name].scale for t in times] for name, times in raw.items()}
     kinds = {name: contender.kind for name, contender in work.contenders.items()}
-    result = Result(case.name, work.moved_bytes, work.operations, kinds, seconds, load=os.getloadavg()[0])
+    result = Result(
+        case.name, work.moved_bytes, work.operations, kinds, seconds, load=os.getloadavg()[0], remark=failures
+    )
     result.verdicts = [_judge(requirement, result) for requirement in work.requirements]
     return result
+
+
+def _drop_failing_peers(work: Work) -> str:
+    """Peers that cannot do this work are left out; says which and why."""
+    failures = []
+    for name, contender in list(work.contenders.items()):
+        if contender.kind != "peer":
+            continue
+        try:
+            with torch.no_grad():
+                contender.call()
+        except Exception as error:
+            del work.contenders[name]
+            failures.append(f"{name} fails: {type(error).__name__}: {str(error).splitlines()[0]}")
+    return "; ".join(failures)
 
 
 def _judge(requirement: Requirement, result: Result) -> Verdict:

@@ -81,7 +81,10 @@ def row(result: Result) -> tuple[str, ...]:
         f"{result.operations / ours / 1e9:.0f}" if result.operations else "",
         f"{limit}: {duration(result.median(limit))}" if limit else "",
         f"{result.median(limit) / ours:.0%}" if limit else "",
-        "; ".join(f"{n} {duration(result.median(n))} ({result.median(n) / ours:.1f}x)" for n in others),
+        "; ".join(
+            [f"{n} {duration(result.median(n))} ({result.median(n) / ours:.1f}x)" for n in others]
+            + ([result.remark] if result.remark else [])
+        ),
         "; ".join(map(reached, result.verdicts)),
         "; ".join(MARKS[v.met] for v in result.verdicts),
     )

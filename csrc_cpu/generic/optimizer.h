@@ -230,8 +230,10 @@ class ByteState {
   float* absmax_[kStates];
 };
 
-// Of a finite entry: one bad entry must not decide how far the others move.
-double finite_square(float x) { return __builtin_isfinite(x) ? static_cast<double>(x) * x : 0.0; }
+// One bad entry must not decide how far the others move.
+BNB_INLINE F32 finite_or_zero(F32 x) { return select(less(bits(abs(x)), splat(kInfinity)), x, F32{}); }
+
+BNB_INLINE double square(double x) { return x * x; }
 
 // The sum of squares in f64, in an order that depends on nothing but n.
 double sum_of_squares(const float* x, int64_t n) {
@@ -239,9 +241,9 @@ double sum_of_squares(const float* x, int64_t n) {
   double sums[kSums] = {};
   int64_t i = 0;
   for (; i + kSums <= n; i += kSums) {
-    for (int j = 0; j < kSums; j++) sums[j] += finite_square(x[i + j]);
+    for (int j = 0; j < kSums; j++) sums[j] += square(x[i + j]);
   }
-  for (; i < n; i++) sums[i % kSums] += finite_square(x[i]);
+  for (; i < n; i++) sums[i % kSums] += square(x[i]);
   double total = 0;
   for (double sum : sums) total += sum;
   return total;
@@ -303,8 +305,8 @@ struct Parameter {
     alignas(64) float values[kBlock], updates[kBlock];
     for_each_update<name>(c, c.unit, b, block,
                           [&](int64_t i, auto, F32 value, F32 update, Mask ignored, const F32(&)[kStates]) {
-                            store(values + i, value);
-                            store(updates + i, select(ignored, F32{}, update));
+                            store(values + i, finite_or_zero(value));
+                            store(updates + i, select(ignored, F32{}, finite_or_zero(update)));
                           });
     sums[0] += sum_of_squares(values, length(b));
     sums[1] += sum_of_squares(updates, length(b));
