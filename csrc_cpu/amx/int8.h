@@ -7,12 +7,13 @@
 namespace bnb::BNB_TARGET {
 namespace {
 
-// Calls finish(row, rows, column, columns, sums) for blocks of A @ B^T; false where K is no whole number of
-// steps.
+// Whether tiles pay: with a whole number of steps along K, and enough rows to fill one.
+bool fits_int8_tiles(int64_t M, int64_t K) { return K % Int8Dot::kStep == 0 && M >= kTileSide; }
+
+// Calls finish(row, rows, column, columns, sums) for blocks of A @ B^T.
 template <class Finish>
-bool multiply_int8_tiles(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
+void multiply_int8_tiles(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
                          const Finish& finish) {
-  if (K % Int8Dot::kStep != 0 || M < kTileSide) return false;
   const RearrangedX x(A, M, K / 4);
   const auto rows_of_B = [&](int64_t n, int64_t count, uint8_t* buffer) -> const uint8_t* {
     const auto* rows = reinterpret_cast<const uint8_t*>(B + n * K);
@@ -23,36 +24,114 @@ bool multiply_int8_tiles(const int8_t* A, const int8_t* B, int64_t M, int64_t N,
     return buffer;
   };
   multiply_tiles<Int8Dot>(x, M, N, K, rows_of_B, finish);
-  return true;
 }
 
 void int8_linear_matmul_amx(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, int32_t* C,
                             Stream stream) {
+  if (!fits_int8_tiles(M, K)) return int8_linear_matmul<VnniDot>(A, B, M, N, K, C, stream);
   const auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t width, const uint32_t* sums) {
     for (int64_t r = 0; r < rows; r++) {
       __builtin_memcpy(C + (row + r) * N + column, sums + r * kPanelRows, width * sizeof(int32_t));
     }
   };
-  if (!multiply_int8_tiles(A, B, M, N, K, finish)) int8_linear_matmul<VnniDot>(A, B, M, N, K, C, stream);
+  multiply_int8_tiles(A, B, M, N, K, finish);
 }
+
+// Outliers for bf16: their products are taken on tiles too, exactly, since a code fits in bf16. B's scale is
+// applied to the sums.
+class TileOutliers {
+ public:
+  TileOutliers(const BFloat16* X, int64_t M, const int8_t* B, int64_t N, int64_t K, const float* col_stats,
+               const int64_t* columns, int64_t count)
+      : count_(count),
+        row_length_(ceil_div(count, kStep) * kStep),
+        col_stats_(col_stats),
+        x_(M, row_length_ / 2, Constant<kTileSide>{},
+           [&](int64_t row, int rows, int64_t word, uint32_t* scratch) {
+             auto* out = reinterpret_cast<BFloat16*>(scratch);
+             for (int r = 0; r < rows; r++, out += kStep) {
+               gather(X + (row + r) * K, columns + 2 * word, min(count - 2 * word, kStep), out);
+             }
+             return RowWords{scratch, kTileSide};
+           }),
+        b_(ceil_div(N, kPanelRows) * kPanelRows * row_length_) {
+    if (count == 0) return;
+    __builtin_memset(b_.data(), 0, ceil_div(N, kPanelRows) * kPanelRows * row_length_ * sizeof(BFloat16));
+    parallel_for(N, grain(count), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) {
+        for (int64_t j = 0; j < count; j++) {
+          const float code = B[n * K + columns[j]];
+          uint32_t bits;
+          __builtin_memcpy(&bits, &code, sizeof bits);
+          b_.data()[n * row_length_ + j] = {static_cast<uint16_t>(bits >> 16)};
+        }
+      }
+    });
+  }
+
+  bool empty() const { return count_ == 0; }
+
+  static constexpr int64_t kStride = kPanelRows;
+
+  // products[rows, kStride]: of `rows` rows of X with `width` rows of B.
+  void multiply(int64_t row, int64_t rows, int64_t column, int64_t width, float* products) const {
+    const auto* b = reinterpret_cast<const uint8_t*>(b_.data() + column * row_length_);
+    const int64_t row_bytes = row_length_ * sizeof(BFloat16);
+    alignas(64) uint32_t sums[kPanelRows * kPanelRows];
+    if (rows > kTileSide) {
+      multiply_panel<BFloat16Dot, 2>(b, row_bytes, x_, row / kTileSide, sums);
+    } else {
+      multiply_panel<BFloat16Dot, 1>(b, row_bytes, x_, row / kTileSide, sums);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      const auto* sum = reinterpret_cast<const float*>(sums + r * kPanelRows);
+      for_each_vector(width, [&](int64_t n, auto lanes) {
+        const F32 scale = load(col_stats_ + column + n, lanes) / splat(127.0f);
+        store(products + r * kStride + n, load(sum + n, lanes) * scale, lanes);
+      });
+    }
+  }
+
+ private:
+  static constexpr int64_t kStep = BFloat16Dot::kStep;
+
+  static void gather(const BFloat16* x, const int64_t* columns, int64_t count, BFloat16* out) {
+    for (int64_t j = 0; j < count; j++) out[j] = x[columns[j]];
+    for (int64_t j = count; j < kStep; j++) out[j] = {0};
+  }
+
+  int64_t count_, row_length_;
+  const float* col_stats_;
+  RearrangedX x_;
+  Buffer<BFloat16> b_;
+};
+
+template <class T>
+struct OutliersOnTiles {
+  using type = Outliers<T>;
+};
+template <>
+struct OutliersOnTiles<BFloat16> {
+  using type = TileOutliers;
+};
 
 void int8_mixed_scaled_mm_amx(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
                               const float* row_stats, const float* col_stats, const void* X,
                               const int64_t* columns, int64_t outliers, const void* bias, void* out,
                               DType dtype, Stream stream) {
-  bool done = false;
+  if (!fits_int8_tiles(M, K)) {
+    return int8_mixed_scaled_mm<VnniDot>(A, B, M, N, K, row_stats, col_stats, X, columns, outliers, bias, out,
+                                         dtype, stream);
+  }
   with_type(dtype, out, [&](auto* y) {
-    const Outliers<Pointee<decltype(y)>> apart(same_type(X, y), M, B, N, K, col_stats, columns, outliers);
-    done = multiply_int8_tiles(
+    const typename OutliersOnTiles<Pointee<decltype(y)>>::type apart(same_type(X, y), M, B, N, K, col_stats,
+                                                                     columns, outliers);
+    multiply_int8_tiles(
         A, B, M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width, const uint32_t* sums) {
           int8_finish_block(reinterpret_cast<const int32_t*>(sums), kPanelRows, row, rows, column, width,
                             row_stats, col_stats, apart, same_type(bias, y), y, N);
         });
   });
-  if (!done) {
-    int8_mixed_scaled_mm<VnniDot>(A, B, M, N, K, row_stats, col_stats, X, columns, outliers, bias, out, dtype,
-                                  stream);
-  }
 }
 
 }  // namespace

@@ -365,16 +365,16 @@ class Outliers {
 };
 
 // Rows of a block of the result, from products C whose rows are `stride` apart.
-template <class T>
+template <class Apart, class T>
 void int8_finish_block(const int32_t* C, int64_t stride, int64_t row, int64_t rows, int64_t column,
-                       int64_t width, const float* row_stats, const float* col_stats,
-                       const Outliers<T>& apart, const T* bias, T* out, int64_t N) {
-  float products[kInt8BlockRows * Outliers<T>::kStride];
+                       int64_t width, const float* row_stats, const float* col_stats, const Apart& apart,
+                       const T* bias, T* out, int64_t N) {
+  float products[kInt8BlockRows * Apart::kStride];
   if (!apart.empty()) apart.multiply(row, rows, column, width, products);
   for (int64_t r = 0; r < rows; r++) {
-    int8_finish_row(
-        C + r * stride, row_stats[row + r], col_stats + column, width, bias ? bias + column : nullptr,
-        apart.empty() ? nullptr : products + r * Outliers<T>::kStride, out + (row + r) * N + column);
+    int8_finish_row(C + r * stride, row_stats[row + r], col_stats + column, width,
+                    bias ? bias + column : nullptr, apart.empty() ? nullptr : products + r * Apart::kStride,
+                    out + (row + r) * N + column);
   }
 }
 
