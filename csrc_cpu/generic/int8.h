@@ -158,7 +158,7 @@ constexpr int kInt8Rows = kRegisters == 32 ? 4 : 2;
 constexpr int kInt8Columns = kRegisters == 32 ? 4 : 3;
 
 // How a step of dot products is taken: 16-bit products of widened values. Another instruction may want its
-// left operand raised by kOffset; the product of the offset and the right operand's sum is then taken off
+// right operand raised by kOffset; the product of the offset and the left operand's sum is then taken off
 // again.
 struct PairsDot {
   typedef I16 Vector;
@@ -169,13 +169,17 @@ struct PairsDot {
   static BNB_INLINE I32 add(I32 sums, Vector a, Vector b) { return sums + multiply_add_pairs(a, b); }
 };
 
-// Calls step(load_left, load_right) for every step of a row, the last one padded with zeros.
+// Calls step(load_left, load_right) for every step of a row, the last one padded with zeros. load_right also
+// fetches what is `ahead` bytes further, unless that is 0.
 template <class Dot, class Step>
 BNB_INLINE void for_each_int8_step(int64_t K, const Step& step) {
   int64_t k = 0;
   for (; k + Dot::kStep <= K; k += Dot::kStep) {
     step([&](const int8_t* p) { return Dot::left(p + k); },
-         [&](const int8_t* p) { return Dot::right(p + k); });
+         [&](const int8_t* p, int64_t ahead = 0) {
+           if (ahead) __builtin_prefetch(p + k + ahead);
+           return Dot::right(p + k);
+         });
   }
   if (k == K) return;
   int8_t padded[Dot::kStep] = {};
@@ -184,35 +188,36 @@ BNB_INLINE void for_each_int8_step(int64_t K, const Step& step) {
     return padded;
   };
   step([&](const int8_t* p) { return Dot::left(pad(p)); },
-       [&](const int8_t* p) { return Dot::right(pad(p)); });
+       [&](const int8_t* p, int64_t = 0) { return Dot::right(pad(p)); });
 }
 
-// Dot products of rows of A with rows of B; `excess` is what Dot's offset adds in each column.
+// Dot products of rows of A with rows of B; `excess` is what Dot's offset adds in each row.
 template <class Dot, int rows, int columns>
 void int8_tile(const int8_t* const* a, const int8_t* const* b, int64_t K, const int32_t* excess, int32_t* C,
                int64_t stride) {
   I32 sums[rows][columns] = {};
   for_each_int8_step<Dot>(K, [&](const auto& left, const auto& right) {
     typename Dot::Vector values[columns];
-    for (int c = 0; c < columns; c++) values[c] = right(b[c]);
+    // One row of A leaves nothing else to do while B comes from memory.
+    for (int c = 0; c < columns; c++) values[c] = right(b[c], rows == 1 ? columns * K : 0);
     for (int r = 0; r < rows; r++) {
       const typename Dot::Vector x = left(a[r]);
       for (int c = 0; c < columns; c++) sums[r][c] = Dot::add(sums[r][c], x, values[c]);
     }
   });
   for (int r = 0; r < rows; r++) {
-    for (int c = 0; c < columns; c++) C[r * stride + c] = reduce_add(sums[r][c]) - excess[c];
+    for (int c = 0; c < columns; c++) C[r * stride + c] = reduce_add(sums[r][c]) - excess[r];
   }
 }
 
-// What Dot's offset adds to products with one row of B: products with a row of zeros.
+// What Dot's offset adds to products with one row of A: products with a row of zeros.
 template <class Dot>
-int32_t int8_excess(const int8_t* b, int64_t K) {
+int32_t int8_excess(const int8_t* a, int64_t K) {
   if (Dot::kOffset == 0) return 0;
   const int8_t zeros[Dot::kStep] = {};
-  const typename Dot::Vector offset = Dot::left(zeros);
+  const typename Dot::Vector offset = Dot::right(zeros);
   I32 sum{};
-  for_each_int8_step<Dot>(K, [&](const auto&, const auto& right) { sum = Dot::add(sum, offset, right(b)); });
+  for_each_int8_step<Dot>(K, [&](const auto& left, const auto&) { sum = Dot::add(sum, left(a), offset); });
   return reduce_add(sum);
 }
 
@@ -220,8 +225,8 @@ int32_t int8_excess(const int8_t* b, int64_t K) {
 template <class Dot>
 void int8_block(const int8_t* A, const int8_t* B, int64_t rows, int64_t columns, int64_t K, int32_t* C,
                 int64_t stride) {
-  int32_t excess[kInt8BlockColumns];
-  for (int64_t c = 0; c < columns; c++) excess[c] = int8_excess<Dot>(B + c * K, K);
+  int32_t excess[kInt8BlockRows];
+  for (int64_t r = 0; r < rows; r++) excess[r] = int8_excess<Dot>(A + r * K, K);
   const auto strip = [&](auto tile_rows, int64_t r) {
     constexpr int height = decltype(tile_rows)::value;
     const int8_t* a[height];
@@ -230,11 +235,11 @@ void int8_block(const int8_t* A, const int8_t* B, int64_t rows, int64_t columns,
     for (; c + kInt8Columns <= columns; c += kInt8Columns) {
       const int8_t* b[kInt8Columns];
       for (int i = 0; i < kInt8Columns; i++) b[i] = B + (c + i) * K;
-      int8_tile<Dot, height, kInt8Columns>(a, b, K, excess + c, C + r * stride + c, stride);
+      int8_tile<Dot, height, kInt8Columns>(a, b, K, excess + r, C + r * stride + c, stride);
     }
     for (; c < columns; c++) {
       const int8_t* b = B + c * K;
-      int8_tile<Dot, height, 1>(a, &b, K, excess + c, C + r * stride + c, stride);
+      int8_tile<Dot, height, 1>(a, &b, K, excess + r, C + r * stride + c, stride);
     }
   };
   int64_t r = 0;
@@ -290,27 +295,36 @@ void int8_mm_dequant(const int32_t* C, const float* row_stats, const float* col_
 }
 
 // The outlier columns of X [M, K] and of the dequantized B [N, K], gathered for a product in full precision.
+// Where every row of B is used for one block only, it is gathered then, while it is in the cache.
 template <class T>
 class Outliers {
  public:
   Outliers(const T* X, int64_t M, const int8_t* B, int64_t N, int64_t K, const float* col_stats,
            const int64_t* columns, int64_t count)
-      : count_(count), N_(N), x_(M * count), b_(count * N) {
+      : B_(B),
+        N_(N),
+        K_(K),
+        col_stats_(col_stats),
+        columns_(columns),
+        count_(count),
+        gathers_late_(M <= kInt8BlockRows),
+        x_(M * count),
+        b_(count * N) {
     if (count == 0) return;
     parallel_for(M, grain(count), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
         for (int64_t j = 0; j < count; j++) x_.data()[r * count + j] = load(X + r * K + columns[j], 1)[0];
       }
     });
+    if (gathers_late_) return;
     parallel_for(ceil_div(N, kLanes), grain(count * kLanes), [&](int64_t begin, int64_t end) {
-      for_each_vector(min(end * kLanes, N) - begin * kLanes, [&](int64_t i, auto lanes) {
-        gather(B, K, col_stats, columns, begin * kLanes + i, lanes);
-      });
+      gather_rows(begin * kLanes, min(end * kLanes, N) - begin * kLanes);
     });
   }
 
   // products[rows, kStride]: of `rows` rows of X with `width` rows of B.
   void multiply(int64_t row, int64_t rows, int64_t column, int64_t width, float* products) const {
+    if (gathers_late_) gather_rows(column, width);
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows) strip<kRows>(row + r, column, width, products + r * kStride);
     for (; r < rows; r++) strip<1>(row + r, column, width, products + r * kStride);
@@ -322,16 +336,17 @@ class Outliers {
  private:
   static constexpr int kRows = kRegisters / 4;
 
-  template <class Lanes>
-  void gather(const int8_t* B, int64_t K, const float* col_stats, const int64_t* columns, int64_t n,
-              Lanes lanes) {
-    const int64_t valid = min(N_ - n, kLanes);
-    const F32 scale = load(col_stats + n, lanes);
-    for (int64_t j = 0; j < count_; j++) {
-      int8_t codes[kLanes] = {};
-      for (int64_t i = 0; i < valid; i++) codes[i] = B[(n + i) * K + columns[j]];
-      store(b_.data() + j * N_ + n, to_float(load(codes)) * scale / splat(127.0f), lanes);
-    }
+  void gather_rows(int64_t first, int64_t rows) const {
+    for_each_vector(rows, [&](int64_t i, auto lanes) {
+      const int64_t n = first + i;
+      const int64_t valid = min(N_ - n, kLanes);
+      const F32 scale = load(col_stats_ + n, lanes);
+      for (int64_t j = 0; j < count_; j++) {
+        int8_t codes[kLanes] = {};
+        for (int64_t c = 0; c < valid; c++) codes[c] = B_[(n + c) * K_ + columns_[j]];
+        store(b_.data() + j * N_ + n, to_float(load(codes)) * scale / splat(127.0f), lanes);
+      }
+    });
   }
 
   template <int rows>
@@ -360,7 +375,12 @@ class Outliers {
     }
   }
 
-  int64_t count_, N_;
+  const int8_t* B_;
+  int64_t N_, K_;
+  const float* col_stats_;
+  const int64_t* columns_;
+  int64_t count_;
+  bool gathers_late_;
   Buffer<float> x_, b_;
 };
 
