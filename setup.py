@@ -1,11 +1,15 @@
 """Builds the compiled kernels; everything else about the package stands in pyproject.toml.
 
-BNB_BUILD names the kernel sets to build, separated by commas; cpu by default.
+BNB_BUILD names the kernel sets to build, separated by commas: cpu, cuda, hip, sim. By default cpu, and cuda or hip
+where both the compiler and such a GPU are on the machine.
 """
 
 import os
 import platform
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,52 +17,134 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+sys.path.insert(0, str(Path(__file__).parent))
+from csrc_cuda import toolchain as cuda
+from csrc_hip import toolchain as hip
+
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+HIPIFIED = Path("build/hipified")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512_VNNI = [*AVX512, "-mavx512vnni"]
 AMX = [*AVX512_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
-# Each source with the flags of its own. An instruction set's flags go to its target and nowhere else: they
-# let the compiler use instructions that another machine lacks, even in code that runs before the choice.
-CPU_SOURCES = {
-    "csrc_shared/bindings.cpp": ["-DBNB_MODULE_NAME=_kernels"],
-    "csrc_cpu/module.cpp": [],
-    "csrc_cpu/dispatch.cpp": [],
-    "csrc_cpu/memory.cpp": [],
-    "csrc_cpu/threads.cpp": [],
-    "csrc_cpu/targets/portable.cpp": [],
-}
-if platform.machine() in ("x86_64", "AMD64"):
-    CPU_SOURCES |= {
-        "csrc_cpu/targets/avx2.cpp": AVX2,
-        "csrc_cpu/targets/avx512.cpp": AVX512,
-        "csrc_cpu/targets/avx512_vnni.cpp": AVX512_VNNI,
-        "csrc_cpu/targets/amx.cpp": AMX,
-    }
+
+Command = Callable[[list[str], str], list[str]]
+"""The command that compiles a source, without its own flags, from the host compiler's command and the source."""
+
+
+def host_command(host: list[str], source: str) -> list[str]:
+    return [*host, *FLAGS, *WARNINGS]
 
 
 class KernelExtension(Extension):
     """An extension whose sources have flags of their own and depend on all headers of some folders."""
 
-    def __init__(self, name: str, source_flags: dict[str, list[str]], header_folders: list[str]):
+    def __init__(
+        self,
+        name: str,
+        source_flags: dict[str, list[str]],
+        header_folders: list[str],
+        command: Command = host_command,
+        **options: object,
+    ):
         headers = [str(header) for folder in header_folders for header in Path(folder).rglob("*.h")]
+        include = [pybind11.get_include(), *options.pop("include_dirs", [])]
         super().__init__(
             name,
             sources=list(source_flags),
             depends=[*headers, "setup.py"],
-            include_dirs=[pybind11.get_include()],
-            libraries=["dl"],
             language="c++",
+            include_dirs=include,
+            **{"libraries": ["dl"], **options},
         )
         self.source_flags = source_flags
+        self.command = command
 
 
-KERNEL_SETS = {
-    "cpu": KernelExtension("bnb_core.backends.cpu._kernels", CPU_SOURCES, ["csrc_shared", "csrc_cpu"]),
-}
+def bindings(module: str) -> dict[str, list[str]]:
+    return {"csrc_shared/bindings.cpp": [f"-DBNB_MODULE_NAME={module}"]}
+
+
+def sources(*patterns: str) -> dict[str, list[str]]:
+    """The files that match, in order, with no flags of their own."""
+    return {str(path): [] for pattern in patterns for path in sorted(Path().glob(pattern))}
+
+
+def cpu_kernels() -> list[KernelExtension]:
+    # An instruction set's flags go to its target and nowhere else: they let the compiler use instructions that another
+    # machine lacks, even in code that runs before the choice.
+    target_flags = {"portable": []}
+    if platform.machine() in ("x86_64", "AMD64"):
+        target_flags |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512_VNNI, "amx": AMX}
+    targets = {f"csrc_cpu/targets/{target}.cpp": flags for target, flags in target_flags.items()}
+    source_flags = {**bindings("_kernels"), **sources("csrc_cpu/*.cpp"), **targets}
+    return [KernelExtension("bnb_core.backends.cpu._kernels", source_flags, ["csrc_shared", "csrc_cpu"])]
+
+
+def cuda_kernels() -> list[KernelExtension]:
+    archs = cuda.archs()
+    nvcc = cuda.compile_command(archs)
+    extension = KernelExtension(
+        "bnb_core.backends.cuda._kernels",
+        {
+            **bindings("_kernels"),
+            **sources("csrc_cuda/*.cu", "csrc_cuda/*.cpp"),
+            "csrc_cuda/module.cpp": [gpu_archs(archs)],
+        },
+        ["csrc_shared", "csrc_cuda"],
+        lambda host, source: nvcc if source.endswith(".cu") else host_command(host, source),
+        include_dirs=[cuda.include_folder()],
+        library_dirs=cuda.library_folders(),
+        libraries=cuda.LIBRARIES,
+        extra_link_args=cuda.LINK_FLAGS,
+    )
+    return [extension]
+
+
+def hip_kernels() -> list[KernelExtension]:
+    archs = hip.archs()
+    hipified = hip.hipify(HIPIFIED)
+    extension = KernelExtension(
+        "bnb_core.backends.hip._kernels",
+        {
+            **bindings("_kernels"),
+            **{str(path): [] for path in hip.sources(hipified)},
+            str(hipified["csrc_cuda/module.cpp"]): [gpu_archs(archs)],
+        },
+        ["csrc_shared", "csrc_cuda", "csrc_hip"],
+        lambda host, source: hip.compile_command(archs, source),
+        libraries=["amdhip64"],
+        library_dirs=hip.library_folders(),
+    )
+    return [extension]
+
+
+def gpu_archs(archs: list[str]) -> str:
+    return f'-DBNB_GPU_ARCHS="{" ".join(archs)}"'
+
+
+def simulated_kernels() -> list[KernelExtension]:
+    """The GPU kernels for the host, on the simulator: the CUDA sources, and the same in HIP's names."""
+    cuda_sources = sources("csrc_cuda/*.cu", "csrc_cuda/managed_memory.cpp")
+    hipified = hip.hipify(HIPIFIED)
+    hip_sources = {str(path): ["-D__HIP_PLATFORM_AMD__"] for path in hip.sources(hipified) if "module" not in path.name}
+    return [
+        KernelExtension(
+            f"bnb_core.backends.sim.{module}",
+            {**bindings(module), **kernel_sources, **sources("csrc_sim/*.cpp")},
+            ["csrc_shared", "csrc_cuda", "csrc_sim"],
+            lambda host, source: [*host_command(host, source), "-g1", "-Wno-unknown-pragmas", "-x", "c++"],
+            include_dirs=["csrc_sim/include"],
+            libraries=["dl", "pthread"],
+        )
+        for module, kernel_sources in (("_cuda_kernels", cuda_sources), ("_hip_kernels", hip_sources))
+    ]
+
+
+KERNEL_SETS = {"cpu": cpu_kernels, "cuda": cuda_kernels, "hip": hip_kernels, "sim": simulated_kernels}
 
 
 class BuildKernels(build_ext):
@@ -71,26 +157,37 @@ class BuildKernels(build_ext):
                 f"bnb_core's kernels need a C++17 compiler, and {compiler!r} was not found. "
                 "On Debian and Ubuntu: apt install build-essential. Another compiler: set CXX."
             )
-        compile_one = type(self.compiler).compile
+        include = [f"-I{folder}" for folder in (*ext.include_dirs, *self.compiler.include_dirs)]
 
-        def compile_all(sources, extra_postargs=None, **keywords):
-            def job(source):
-                flags = [*FLAGS, *WARNINGS, *ext.source_flags[source]]
-                return compile_one(self.compiler, [source], extra_postargs=flags, **keywords)
+        def compile_one(source: str, folder: str) -> str:
+            object_file = Path(folder, source).with_suffix(".o")
+            object_file.parent.mkdir(parents=True, exist_ok=True)
+            host = list(self.compiler.compiler_so_cxx)
+            command = ext.command(host, source)
+            flags = [*include, *ext.source_flags[source], "-c", source, "-o", str(object_file)]
+            if subprocess.run([*command, *flags]).returncode != 0:
+                raise SystemExit(f"{source} could not be compiled")
+            return str(object_file)
 
+        def compile_all(sources, output_dir=None, **_):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return [built for objects in pool.map(job, sources) for built in objects]
+                return list(pool.map(lambda source: compile_one(source, f"{output_dir}/{ext.name}"), sources))
 
         self.compiler.compile = compile_all
         super().build_extension(ext)
 
 
-def kernel_sets() -> list[KernelExtension]:
-    names = [name.strip() for name in os.environ.get("BNB_BUILD", "cpu").split(",") if name.strip()]
+def requested() -> list[str]:
+    """The kernel sets to build, by name."""
+    names = [name.strip() for name in os.environ.get("BNB_BUILD", "").split(",") if name.strip()]
     for name in names:
         if name not in KERNEL_SETS:
             raise SystemExit(f"BNB_BUILD={name}: this version builds: {', '.join(KERNEL_SETS)}")
-    return [KERNEL_SETS[name] for name in names]
+    found = [name for name, maker in (("cuda", cuda), ("hip", hip)) if maker.installed() and maker.visible_archs()]
+    return names or ["cpu", *found]
 
 
-setup(ext_modules=kernel_sets(), cmdclass={"build_ext": BuildKernels})
+setup(
+    ext_modules=[extension for name in requested() for extension in KERNEL_SETS[name]()],
+    cmdclass={"build_ext": BuildKernels},
+)

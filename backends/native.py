@@ -31,7 +31,12 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 class NativeKernels:
-    """The primitives over one compiled module: each method has its primitive's arguments, tensors contiguous."""
+    """The primitives over one compiled module: each method has its primitive's arguments, tensors contiguous.
+
+    Args:
+        module: bound by csrc_shared/bindings.cpp.
+        stream: from a device to the handle of its current stream; 0 where there is none.
+    """
 
     def __init__(self, module: ModuleType, stream: Callable[[torch.device], int]) -> None:
         self.module = module
@@ -315,14 +320,8 @@ IN_PLACE = ("optimizer_update_32bit", "optimizer_update_8bit_blockwise")
 CHANGED_IN_PLACE = {"p", "state1", "state2", "absmax1", "absmax2"}
 
 
-def kernels_of(module: ModuleType, stream: Callable[[torch.device], int]) -> dict[str, Callable[..., None]]:
-    """The table of kernels of a compiled module.
-
-    Args:
-        module: bound by csrc_shared/bindings.cpp.
-        stream: from a device to the handle of its current stream; 0 where there is none.
-    """
-    kernels = NativeKernels(module, stream)
+def kernels_of(kernels: NativeKernels) -> dict[str, Callable[..., None]]:
+    """The table of kernels of a compiled module, for a Backend."""
     return {
         **{name: _filling_outputs(getattr(kernels, name)) for name in FILLING},
         **{name: _updating_in_place(getattr(kernels, name)) for name in IN_PLACE},

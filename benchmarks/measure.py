@@ -97,13 +97,16 @@ class Result:
         return statistics.median(self.seconds[contender])
 
 
-def measure(case: Case, rounds: int) -> Result:
-    """Run a case."""
+CPU = torch.device("cpu")
+
+
+def measure(case: Case, rounds: int, device: torch.device = CPU) -> Result:
+    """Run a case whose calls are done when ``device`` is."""
     work = case.prepare()
     failures = _drop_failing_peers(work)
     calls = {name: contender.call for name, contender in work.contenders.items()}
     with torch.no_grad():
-        raw = interleaved_seconds(calls, torch.device("cpu"), rounds, TURN_SECONDS)
+        raw = interleaved_seconds(calls, device, rounds, TURN_SECONDS)
     seconds = {name: [t * work.contenders[name].scale for t in times] for name, times in raw.items()}
     kinds = {name: contender.kind for name, contender in work.contenders.items()}
     result = Result(

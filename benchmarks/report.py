@@ -38,6 +38,23 @@ def machine(threads: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def gpu_machine(backend: str, rounds: int) -> dict[str, Any]:
+    """The same for a GPU."""
+    properties = torch.cuda.get_device_properties()
+    return {
+        "date": date.today().isoformat(),
+        "GPU": properties.name,
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "multiprocessors": properties.multi_processor_count,
+        "backend": backend,
+        **registry.backends()[backend].details(),
+        "CUDA or ROCm of torch": torch.version.cuda or torch.version.hip,
+        "rounds": rounds,
+        "python": platform.python_version(),
+        **{name: version_of(name) for name in ("bnb_core", "torch", "bitsandbytes")},
+    }
+
+
 def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
@@ -90,15 +107,17 @@ def row(result: Result) -> tuple[str, ...]:
     )
 
 
-def table(rows: Sequence[tuple[str, ...]]) -> Table:
-    shown = Table(*COLUMNS, title="CPU: medians of interleaved rounds", title_justify="left")
+def table(rows: Sequence[tuple[str, ...]], device: str = "CPU") -> Table:
+    shown = Table(*COLUMNS, title=f"{device}: medians of interleaved rounds", title_justify="left")
     for cells in rows:
         shown.add_row(*cells)
     return shown
 
 
-def markdown(facts: dict[str, Any], rows: Sequence[tuple[str, ...]], memory: Verdict | None) -> str:
-    lines = [f"# CPU benchmark of {facts['date']}", ""]
+def markdown(
+    facts: dict[str, Any], rows: Sequence[tuple[str, ...]], memory: Verdict | None, device: str = "CPU"
+) -> str:
+    lines = [f"# {device} benchmark of {facts['date']}", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     if memory is not None:
         lines.append(f"- {reached(memory)}: {MARKS[memory.met]}")

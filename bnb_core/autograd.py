@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bnb_core import functional, primitives
+from bnb_core import functional, primitives, registry
 from bnb_core.checks import check_dtype, check_float, check_same_device, check_shape, check_tensor
 from bnb_core.primitive import NAMESPACE, goes_to_dispatcher
 from bnb_core.quant_state import QuantState
@@ -47,25 +47,29 @@ _workspace = _Workspace()
 def _gemm_4bit_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     (_, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, _, nested_absmax, nested_code, offset, nested) = inputs
     ctx.nested_blocksize = nested
+    ctx.backend_choice = registry.choice()
     ctx.save_for_backward(B, absmax, nested_absmax, nested_code, offset)
 
 
 def _gemm_4bit_backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     """``dA = dY @ W`` and ``dbias = sum of dY``; the other nine arguments of gemm_4bit have no gradient."""
-    B, absmax, nested_absmax, nested_code, offset = ctx.saved_tensors
     dA = dbias = None
     if ctx.needs_input_grad[0]:
-        if nested_absmax is not None:
-            scales = (nested_absmax, nested_code, ctx.nested_blocksize, torch.float32)
-            absmax = primitives.dequantize_blockwise(absmax, *scales) + offset
-        workspace = _workspace.take(ctx.shape, dY)
-        weight = primitives.dequantize_4bit(
-            B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype, out=workspace
-        )
-        dA = dY @ weight
+        with registry.carry(ctx.backend_choice):
+            dA = dY @ _dequantized_weight(ctx, dY)
     if ctx.needs_input_grad[6]:
         dbias = _sum_to_bias(dY)
     return dA, None, None, None, None, None, dbias, None, None, None, None
+
+
+def _dequantized_weight(ctx: Any, dY: Tensor) -> Tensor:
+    """W [N, K] in dY's dtype."""
+    B, absmax, nested_absmax, nested_code, offset = ctx.saved_tensors
+    if nested_absmax is not None:
+        scales = (nested_absmax, nested_code, ctx.nested_blocksize, torch.float32)
+        absmax = primitives.dequantize_blockwise(absmax, *scales) + offset
+    workspace = _workspace.take(ctx.shape, dY)
+    return primitives.dequantize_4bit(B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype, out=workspace)
 
 
 torch.library.register_autograd(f"{NAMESPACE}::gemm_4bit", _gemm_4bit_backward, setup_context=_gemm_4bit_context)
@@ -165,6 +169,7 @@ class _Int8Linear(torch.autograd.Function):
     def forward(
         ctx: Any, A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, weight: Tensor | None, threshold: float
     ) -> Tensor:
+        ctx.backend_choice = registry.choice()
         ctx.save_for_backward(CB, SCB, A if weight is not None and weight.requires_grad else None)
         return _int8_product(A, CB, SCB, bias, threshold)
 
@@ -174,7 +179,8 @@ class _Int8Linear(torch.autograd.Function):
         CB, SCB, A = ctx.saved_tensors
         dA = dbias = dweight = None
         if ctx.needs_input_grad[0]:
-            dA = dY @ primitives.int8_vectorwise_dequant(CB, SCB).to(dY.dtype)
+            with registry.carry(ctx.backend_choice):
+                dA = dY @ primitives.int8_vectorwise_dequant(CB, SCB).to(dY.dtype)
         if ctx.needs_input_grad[3]:
             dbias = _sum_to_bias(dY)
         if ctx.needs_input_grad[4]:

@@ -17,7 +17,7 @@ from bnb_core.codebooks import (
     create_normal_map,
     get_4bit_type,
 )
-from bnb_core.paged import paged_tensor
+from bnb_core.paged import paged_tensor, prefetch
 from bnb_core.quant_state import QuantState
 from bnb_core.serialization import pack_dict_to_tensor, unpack_tensor_to_dict
 
@@ -269,9 +269,10 @@ def _codebook(name: str, device: torch.device) -> Tensor:
     if torch.compiler.is_compiling():
         return _CODEBOOKS[name].to(device, copy=True)
     key = (name, device)
-    if key not in _codebooks_on_devices:
-        _codebooks_on_devices[key] = _CODEBOOKS[name].to(device)
-    return _codebooks_on_devices[key].clone()
+    code = _codebooks_on_devices.get(key)
+    if code is None:
+        code = _codebooks_on_devices[key] = _CODEBOOKS[name].to(device)
+    return code.clone()
 
 
 def gemm_4bit(
@@ -312,7 +313,7 @@ def gemv_4bit(
         raise ValueError(f"{name}: expected False, got True; B is always taken as [N, K]")
     if A.numel() != (A.shape[-1] if A.dim() else 0):
         raise ValueError(f"A: expected one row, got shape {tuple(A.shape)}; matmul_4bit takes more")
-    return gemm_4bit(A, B, state, out=out)
+    return primitives.gemm_4bit(A, B, *gemm_4bit_weight_arguments(state, None), out=out)
 
 
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -477,11 +478,15 @@ def _is_paged(tensor: Tensor) -> bool:
 def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
     """Bring a paged tensor near before it is used; in host memory the operating system's read-ahead does so.
 
+    Args:
+        to_cpu: to the host instead, to make room on the device.
+
     Raises:
         ValueError: the tensor is not paged.
     """
     if not _is_paged(A):
         raise ValueError("A: expected a paged tensor, as get_paged makes them")
+    prefetch(A, to_cpu)
 
 
 def is_on_gpu(tensors: Iterable[Tensor | None]) -> bool:

@@ -1,8 +1,8 @@
-"""Memory that may exceed RAM: on a CPU, tensors in memory-mapped files.
+"""Memory that may exceed the device's own: what the device's backend offers and, on a CPU, memory-mapped files.
 
-The kernel writes pages of such a tensor to its file when memory is short and reads them back when they are touched.
-The file never outlives the tensor: it has no name from the moment it is mapped, so its blocks are freed when the
-mapping ends, also when the process crashes.
+The operating system writes pages of such a tensor to its file when memory is short and reads them back when they are
+touched. The file never outlives the tensor: it has no name from the moment it is mapped, so its blocks are freed when
+the mapping ends, also when the process crashes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from bnb_core import registry
+
 FOLDER_VARIABLE = "BNB_PAGED_DIR"
 
 
@@ -29,20 +31,37 @@ def paged_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device 
     temporary folder, which should not itself be held in memory). The blocks are reserved at once.
 
     Raises:
-        ValueError: a device that has no paged memory here.
+        BackendError: a device that has no paged memory here.
+        RuntimeError: it has too little.
         OSError: the folder does not exist, cannot be written to or has too little space; the errno says which.
     """
     device = torch.device(device)
-    if device.type != "cpu":
-        raise ValueError(f"device: paged memory is available for cpu, got {device}")
     numel = math.prod(shape)
-    if numel == 0:
-        tensor = torch.zeros(tuple(shape), dtype=dtype)
-    else:
-        memory = _mapped_file(numel * dtype.itemsize)
-        tensor = torch.frombuffer(memory, dtype=dtype, count=numel).view(tuple(shape))
+    memory = _host_memory if device.type == "cpu" else registry.paged_memory(device.type)
+    flat = torch.zeros(0, dtype=dtype, device=device) if numel == 0 else memory.allocate(numel, dtype, device)
+    tensor = flat.view(tuple(shape))
     tensor.is_paged = True  # type: ignore[attr-defined]
     return tensor
+
+
+def prefetch(tensor: Tensor, to_cpu: bool) -> None:
+    """Start to bring a paged tensor to its device before it is used, or to the host."""
+    memory = _host_memory if tensor.device.type == "cpu" else registry.paged_memory(tensor.device.type)
+    if tensor.numel():
+        memory.prefetch(tensor, to_cpu)
+
+
+class _HostMemory:
+    """The paged memory of a CPU (bnb_core.registry.PagedMemory)."""
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.frombuffer(_mapped_file(numel * dtype.itemsize), dtype=dtype, count=numel)
+
+    def prefetch(self, tensor: Tensor, to_cpu: bool) -> None:
+        """The operating system's read-ahead does so."""
+
+
+_host_memory = _HostMemory()
 
 
 def _mapped_file(size: int) -> mmap.mmap:

@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 ENTRY_POINT_GROUP = "bnb_core.backends"
 ENVIRONMENT_VARIABLE = "BNB_BACKEND"
@@ -56,6 +58,16 @@ class InstructionSets:
     select: Callable[[str], None]
 
 
+class PagedMemory(Protocol):
+    """Memory of a device that may be paged out to the host's."""
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Zeros [numel] on the device."""
+
+    def prefetch(self, tensor: torch.Tensor, to_cpu: bool) -> None:
+        """Start to bring one to its device, or to the host, in the order of the current stream."""
+
+
 def _require(name: str, value: object, right: bool, accepted: str) -> None:
     if not right:
         raise TypeError(f"Backend: {name}: expected {accepted}, got {value!r}")
@@ -74,6 +86,7 @@ class Backend:
         by_name_only: never chosen by priority (simulators, interpreters).
         details: facts for ``bnb-core info``, such as the instruction set in use.
         instruction_sets: where there are several, how to choose among them.
+        paged_memory: for paged optimizer state, where the device has it.
         expected_failures: a JSON file of the conformance cases that are known to fail (conformance/runner.py).
     """
 
@@ -85,6 +98,7 @@ class Backend:
     by_name_only: bool = False
     details: Callable[[], dict[str, str]] = field(default=dict)
     instruction_sets: InstructionSets | None = None
+    paged_memory: PagedMemory | None = None
     expected_failures: Path | None = None
 
     def __post_init__(self) -> None:
@@ -217,6 +231,19 @@ def registered(backend: Backend) -> Iterator[None]:
         _look_up.cache_clear()
 
 
+def paged_memory(device_type: str) -> PagedMemory:
+    """That of the backend of highest priority which has it for this device.
+
+    Raises:
+        BackendError: none has.
+    """
+    for backend in backends().values():
+        if backend.available and backend.serves(device_type) and backend.paged_memory is not None:
+            return backend.paged_memory
+    reasons = "; ".join(f"{b.name}: {b.unavailable}" for b in backends().values() if b.unavailable)
+    raise BackendError(f"device: no backend has paged memory on {device_type}. Not available: {reasons or 'none'}")
+
+
 def delegated_to(name: str) -> dict[str, Kernel]:
     """The kernels of another backend, for a backend that wants them to stand in where it has none of its own.
 
@@ -265,7 +292,19 @@ def use_backend(name: str) -> Iterator[None]:
     override = parse_override(name)
     for backend in set(override.values()):
         available_backend(backend)
-    token = _override.set(override)
+    with carry(override):
+        yield
+
+
+def choice() -> Mapping[str, str] | None:
+    """What :func:`use_backend` has chosen here, to be carried to where its context does not reach."""
+    return _override.get()
+
+
+@contextmanager
+def carry(choice: Mapping[str, str] | None) -> Iterator[None]:
+    """Have another context's choice hold in this one: autograd runs backward passes in threads of its own."""
+    token = _override.set(choice)
     try:
         yield
     finally:

@@ -1,6 +1,8 @@
 // The two 4-bit codebooks, and the thresholds that quantization compares against (docs/SPEC.md section 1).
 #pragma once
 
+#include "host_device.h"
+
 namespace bnb {
 
 // NormalFloat4 (QLoRA, arXiv 2305.14314, appendix E), ascending.
@@ -22,9 +24,9 @@ constexpr float kFp4AscendingMagnitudes[8] = {0.0f,     1.0f / 192, 1.0f / 6, 0.
                                               1.0f / 3, 0.5f,       2.0f / 3, 1.0f};
 
 // The low three bits of the FP4 code of the r-th smallest magnitude: 0, 1, 6, 7, 4, 5, 2, 3.
-constexpr int fp4_code_of_rank(int r) { return r ^ ((r & 2) << 1); }
+BNB_HOST_DEVICE constexpr int fp4_code_of_rank(int r) { return r ^ ((r & 2) << 1); }
 
 // The threshold between entries j and j + 1 of an ascending codebook; a value equal to it takes entry j.
-constexpr float midpoint(const float* code, int j) { return (code[j] + code[j + 1]) * 0.5f; }
+BNB_HOST_DEVICE constexpr float midpoint(const float* code, int j) { return (code[j] + code[j + 1]) * 0.5f; }
 
 }  // namespace bnb

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_the_environment_variable_chooses_per_primitive():
 
 @pytest.mark.parametrize(
     ("value", "named"),
-    [("nowhere", "cpu, reference"), ("gemm_3bit=cpu", "quantize_4bit"), ("gemm_4bit=cpu,gemm_4bit=cpu", "twice")],
+    [("nowhere", "cpu, cuda"), ("gemm_3bit=cpu", "quantize_4bit"), ("gemm_4bit=cpu,gemm_4bit=cpu", "twice")],
 )
 def test_a_wrong_environment_variable_is_an_error_that_lists_what_there_is(value, named):
     result = run_python(QUANTIZE, BNB_BACKEND=value)
@@ -85,6 +86,25 @@ def test_use_backend_concerns_its_own_thread():
         thread.start()
         thread.join()
     assert seen == ["cpu"]
+
+
+@pytest.mark.parametrize("layer", ["4bit", "8bit"])
+def test_use_backend_reaches_a_backward_pass_in_another_thread(layer):
+    """Autograd has threads of its own for each GPU."""
+    weight, A = torch.randn(8, 64), torch.randn(3, 64, requires_grad=True)
+    with bnb_core.use_backend("reference"):
+        if layer == "4bit":
+            packed, state = bnb_core.functional.quantize_4bit(weight, compress_statistics=True)
+            loss = bnb_core.matmul_4bit(A, packed.t(), state).sum()
+        else:
+            loss = bnb_core.matmul(A, weight).sum()
+    served = []
+    with registry.observe(lambda primitive, backend: served.append(backend)):
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    assert A.grad is not None
+    assert set(served) == {"reference"}
 
 
 def test_use_backend_refuses_an_unknown_name():
@@ -220,3 +240,21 @@ def test_import_initializes_no_gpu_and_loads_no_backend():
         "print([m for m in sys.modules if m.startswith('bnb_core.backends.')])"
     )
     assert run_python(code).stdout.strip() == "[]"
+
+
+def test_a_gpu_without_its_kernels_or_its_driver_is_unavailable_with_the_remedy(monkeypatch):
+    from bnb_core.backends import compiled_gpu
+
+    platform = compiled_gpu.GpuPlatform("cuda", compiler="nvcc")
+    monkeypatch.setattr(compiled_gpu, "import_module", lambda name: (_ for _ in ()).throw(ImportError("none")))
+    assert "BNB_BUILD=cpu,cuda pip install ." in str(compiled_gpu.make_backend(platform).unavailable)
+    module = SimpleNamespace(driver_version=lambda: 0)
+    monkeypatch.setattr(compiled_gpu, "import_module", lambda name: module)
+    assert compiled_gpu.make_backend(platform).unavailable == "no NVIDIA driver is installed"
+    module.driver_version = lambda: 13000
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is not built for NVIDIA's GPUs" in str(compiled_gpu.make_backend(platform).unavailable)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert (
+        compiled_gpu.make_backend(platform).unavailable == "this torch is built for AMD (hip 6.4); its backend is 'hip'"
+    )

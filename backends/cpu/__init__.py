@@ -10,7 +10,7 @@ import torch
 
 from bnb_core.registry import Backend, InstructionSets
 
-from ..native import kernels_of
+from ..native import NativeKernels, kernels_of
 
 
 def _load_kernels() -> ModuleType:
@@ -48,7 +48,7 @@ def _make_backend() -> Backend:
         name="cpu",
         device_types=("cpu",),
         priority=100,
-        kernels=kernels_of(module, stream=lambda device: 0),
+        kernels=kernels_of(NativeKernels(module, stream=lambda device: 0)),
         details=details,
         instruction_sets=InstructionSets(module.isas_available, module.isa, module.set_isa),
     )

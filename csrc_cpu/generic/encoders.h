@@ -231,11 +231,13 @@ class Fp4Encoder {
 
 // The entry nearest 0.0, the lower of two equally near.
 int zero_code(const float* code) {
-  int nearest = 0;
-  for (int i = 1; i < 256; i++) {
-    if (__builtin_fabsf(code[i]) < __builtin_fabsf(code[nearest])) nearest = i;
-  }
-  return nearest;
+  const auto nearness = [](auto magnitude) { return -bits(magnitude); };
+  I32 nearest = nearness(abs(load(code)));
+  for (int i = kLanes; i < 256; i += kLanes) nearest = max(nearest, nearness(abs(load(code + i))));
+  const int32_t found = reduce_max(nearest);
+  int i = 0;
+  while (nearness(abs(splat(code[i])))[0] != found) i++;
+  return i;
 }
 
 // What encoding with a 256-entry codebook needs, found once for a tensor of n elements.

@@ -1,134 +1,22 @@
 // Optimizer steps with 32-bit and with blockwise 8-bit state (docs/SPEC.md section 5).
 //
-// Parameters are updated in blocks of 256, all of it computed in f32. What an optimizer computes stands once,
-// in `advance`; 8-bit state only adds decoding and encoding.
+// Parameters are updated in blocks of 256, all of it computed in f32. What an optimizer computes stands in
+// csrc_shared/optimizer_rules.h; 8-bit state only adds decoding and encoding.
 #pragma once
 
+#include "../../csrc_shared/optimizer_rules.h"
 #include "quantize.h"
 
 namespace bnb::BNB_TARGET {
 namespace {
 
-constexpr int kBlock = 256;
+constexpr int kBlock = kOptimizerBlock;
 constexpr int kPrefetched = kBlock;  // entries ahead of those in work
-constexpr int kStates = 3;           // first moment, ademamix's slow first moment, second moment
 constexpr int64_t kNormBlocks = 64;  // blocks that one partial norm is taken over
 
-constexpr bool is_adam(OptimizerName name) {
-  return name == OptimizerName::adam || name == OptimizerName::lamb;
-}
-constexpr bool has_momentum(OptimizerName name) {
-  return name == OptimizerName::momentum || name == OptimizerName::lars;
-}
-// Whether weight decay goes into the gradient; otherwise it shrinks the parameter.
-constexpr bool couples_decay(OptimizerName name) {
-  return has_momentum(name) || name == OptimizerName::rmsprop || name == OptimizerName::adagrad;
-}
-constexpr bool uses_state(OptimizerName name, int state) {
-  return state == 0 || name == OptimizerName::ademamix || (state == 2 && is_adam(name));
-}
-// Whether the update is divided by this state.
-constexpr bool divides_by(OptimizerName name, int state) {
-  if (name == OptimizerName::rmsprop || name == OptimizerName::adagrad) return state == 0;
-  return state == 2 && uses_state(name, 2);
-}
-
-// What is the same for every entry, rounded to f32.
-struct Coefficients {
-  float gnorm_scale, beta1, beta2, beta3, rest1, rest2, rest3, alpha, eps, c1, c2, weight_decay, decay;
-  float ignored_gradient;  // an entry whose gradient equals it is left alone; NaN: none
-  bool first_step;
-  float unit;  // the update is unit * numerator / denominator
-
-  explicit Coefficients(const OptimizerStep& s)
-      : gnorm_scale(round(s.gnorm_scale)),
-        beta1(round(s.beta1)),
-        beta2(round(s.beta2)),
-        beta3(round(s.beta3)),
-        rest1(round(1 - s.beta1)),
-        rest2(round(1 - s.beta2)),
-        rest3(round(1 - s.beta3)),
-        alpha(round(s.alpha)),
-        eps(round(s.eps)),
-        c1(round(correction1(s))),
-        c2(round(correction2(s))),
-        weight_decay(round(s.weight_decay)),
-        decay(round(1 - s.lr * s.weight_decay)),
-        ignored_gradient(s.skip_zeros ? 0.0f : __builtin_nanf("")),
-        first_step(s.step == 1),
-        unit(1.0f) {
-    if (is_adam(s.name)) {
-      eps = round(s.eps * correction2(s));
-      unit = round(correction2(s) / correction1(s));
-    }
-  }
-
-  static float round(double x) { return static_cast<float>(x); }
-  static double correction1(const OptimizerStep& s) { return 1 - power(s.beta1, s.step); }
-  static double correction2(const OptimizerStep& s) { return __builtin_sqrt(1 - power(s.beta2, s.step)); }
-  static double power(double beta, int64_t step) { return __builtin_pow(beta, static_cast<double>(step)); }
+struct VectorMath {
+  static BNB_INLINE F32 sqrt(F32 x) { return BNB_TARGET::sqrt(x); }
 };
-
-// Moves the state of some entries one step ahead and returns size * numerator / denominator of the update.
-template <OptimizerName name>
-BNB_INLINE F32 advance(const Coefficients& c, float size, F32 g, F32 p, F32 (&state)[kStates]) {
-  if (couples_decay(name)) g += splat(c.weight_decay) * p;
-  F32& m = state[0];
-  F32& slow = state[1];
-  F32& v = state[2];
-  const F32 scale = splat(size);
-  const F32 eps = splat(c.eps);
-  if constexpr (is_adam(name)) {
-    m = splat(c.beta1) * m + splat(c.rest1) * g;
-    v = splat(c.beta2) * v + splat(c.rest2) * g * g;
-    return scale * m / (sqrt(v) + eps);
-  } else if constexpr (name == OptimizerName::ademamix) {
-    m = splat(c.beta1) * m + splat(c.rest1) * g;
-    slow = splat(c.beta3) * slow + splat(c.rest3) * g;
-    v = splat(c.beta2) * v + splat(c.rest2) * g * g;
-    return scale * (m / splat(c.c1) + splat(c.alpha) * slow) / (sqrt(v) / splat(c.c2) + eps);
-  } else if constexpr (has_momentum(name)) {
-    m = c.first_step ? g : splat(c.beta1) * m + g;
-    return scale * m;
-  } else if constexpr (name == OptimizerName::lion) {
-    const F32 direction = splat(c.beta1) * m + splat(c.rest1) * g;
-    m = splat(c.beta2) * m + splat(c.rest2) * g;
-    const F32 positive = select(less(F32{}, direction), scale, F32{});
-    return select(less(direction, F32{}), -scale, positive);
-  } else if constexpr (name == OptimizerName::rmsprop) {
-    m = splat(c.beta1) * m + splat(c.rest1) * g * g;
-    return scale * g / (sqrt(m) + eps);
-  } else {
-    m += g * g;
-    return scale * g / (sqrt(m) + eps);
-  }
-}
-
-template <OptimizerName optimizer>
-struct Rule {
-  static constexpr OptimizerName name = optimizer;
-};
-
-// What a rule applies to: lamb and lars differ from adam and momentum in the size of their update only.
-template <class F>
-void with_rule(OptimizerName name, const F& f) {
-  switch (name) {
-    case OptimizerName::adam:
-    case OptimizerName::lamb:
-      return f(Rule<OptimizerName::adam>());
-    case OptimizerName::ademamix:
-      return f(Rule<OptimizerName::ademamix>());
-    case OptimizerName::momentum:
-    case OptimizerName::lars:
-      return f(Rule<OptimizerName::momentum>());
-    case OptimizerName::lion:
-      return f(Rule<OptimizerName::lion>());
-    case OptimizerName::rmsprop:
-      return f(Rule<OptimizerName::rmsprop>());
-    case OptimizerName::adagrad:
-      return f(Rule<OptimizerName::adagrad>());
-  }
-}
 
 // State in f32, used in place.
 class FloatState {
@@ -276,7 +164,7 @@ struct Parameter {
       for (int s = 0; s < kStates; s++) {
         if (uses_state(name, s)) before[s] = after[s] = block.get(s, i, lanes);
       }
-      const F32 update = advance<name>(c, size, scaled, value, after);
+      const F32 update = advance<name, VectorMath>(c, size, scaled, value, after);
       for (int s = 0; s < kStates; s++) after[s] = select(ignored, before[s], after[s]);
       body(i, lanes, value, update, ignored, after);
     });
@@ -335,13 +223,6 @@ void measure(const P& parameter, const Coefficients& c, double* norms) {
   for (int64_t i = 0; i < 2 * parts; i++) norms[i % 2] += partial.data()[i];
 }
 
-// s of the rules: the update is at most max_unorm times as long as the parameter.
-float trust_ratio(double max_unorm, const double* norms) {
-  if (norms[1] == 0) return 1.0f;
-  const double ratio = max_unorm * __builtin_sqrt(norms[0]) / __builtin_sqrt(norms[1]);
-  return ratio < 1 ? static_cast<float>(ratio) : 1.0f;
-}
-
 template <class State>
 void optimizer_update(const OptimizerStep& step, const void* g, void* p, DType dtype, const State& state,
                       int64_t n, double* norms) {
@@ -355,7 +236,7 @@ void optimizer_update(const OptimizerStep& step, const void* g, void* p, DType d
         measure<name>(parameter, c, norms);
         s = trust_ratio(step.max_unorm, norms);
       }
-      const float size = static_cast<float>(step.lr * s * c.unit);
+      const float size = step_size(step.lr, s, c.unit);
       parallel_for(parameter.blocks(), grain(kBlock), [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; b++) parameter.template update<name>(c, size, b);
       });

@@ -1,0 +1,118 @@
+"""A backend over the GPU kernels compiled for one maker's GPUs, or the reason why it cannot run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnb_core.registry import Backend
+
+from .gpu import GpuKernels
+from .managed_memory import ManagedMemory
+from .native import kernels_of
+
+DEVICE_TYPE = "cuda"
+"""What torch calls the GPUs of NVIDIA and, in its ROCm builds, those of AMD."""
+
+
+MAKERS = {"cuda": "NVIDIA", "hip": "AMD"}
+"""Whose GPUs a build of torch is for, by the field of torch.version that it has set; our backends have these names."""
+
+
+@dataclass(frozen=True)
+class GpuPlatform:
+    """One maker's GPUs, by a name of MAKERS, and what compiles the kernels for them."""
+
+    name: str
+    compiler: str
+
+    @property
+    def maker(self) -> str:
+        return MAKERS[self.name]
+
+
+def make_backend(platform: GpuPlatform) -> Backend:
+    """The backend over ``bnb_core.backends.NAME._kernels``. Making it initializes no GPU."""
+    others = _other_maker(platform)
+    if others is not None:
+        return _unavailable(platform, others)
+    try:
+        module = import_module(f"bnb_core.backends.{platform.name}._kernels")
+    except ImportError as error:
+        return _unavailable(
+            platform,
+            f"its kernels are not built ({error}); BNB_BUILD=cpu,{platform.name} pip install . builds them with "
+            f"{platform.compiler}",
+        )
+    reason = _why_unavailable(platform, module)
+    if reason is not None:
+        return _unavailable(platform, reason)
+    return Backend(
+        name=platform.name,
+        device_types=(DEVICE_TYPE,),
+        priority=100,
+        kernels={
+            name: _on_its_device(kernel) for name, kernel in kernels_of(GpuKernels(module, current_stream)).items()
+        },
+        details=lambda: {
+            "built for": module.archs,
+            "driver": _version(module.driver_version()),
+            "runtime": _version(module.runtime_version()),
+        },
+        paged_memory=ManagedMemory(module, current_stream),
+    )
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the device's current stream."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
+def _unavailable(platform: GpuPlatform, reason: str) -> Backend:
+    return Backend(platform.name, (DEVICE_TYPE,), 100, {}, unavailable=reason)
+
+
+def _other_maker(platform: GpuPlatform) -> str | None:
+    """That torch is built for somebody else's GPUs, which it calls by the same device type."""
+    for name, maker in MAKERS.items():
+        version = getattr(torch.version, name)
+        if name != platform.name and version is not None:
+            return f"this torch is built for {maker} ({name} {version}); its backend is {name!r}"
+    return None
+
+
+def _why_unavailable(platform: GpuPlatform, module: ModuleType) -> str | None:
+    if module.driver_version() == 0:
+        return f"no {platform.maker} driver is installed"
+    if getattr(torch.version, platform.name) is None:
+        return f"this torch ({torch.__version__}) is not built for {platform.maker}'s GPUs; install a torch that is"
+    if torch.cuda.device_count() == 0:
+        return f"torch sees no {platform.maker} GPU"
+    return None
+
+
+def _version(number: int) -> str:
+    """13020 is 13.2."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Run a kernel with the device of its tensors as the current one; where there is one GPU, it always is."""
+    if torch.cuda.device_count() == 1:
+        return kernel
+
+    @wraps(kernel)
+    def call(*arguments: Any, **outputs: Any) -> None:
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        with torch.cuda.device(device):
+            kernel(*arguments, **outputs)
+
+    return call

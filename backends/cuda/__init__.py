@@ -1,0 +1,7 @@
+"""The kernels in csrc_cuda, for tensors on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from ..compiled_gpu import GpuPlatform, make_backend
+
+backend = make_backend(GpuPlatform("cuda", compiler="nvcc 11.8 or newer"))

@@ -1,0 +1,49 @@
+"""The GPU kernels on a CPU, in the simulator of csrc_sim: chosen by name only, to test them where there is no GPU.
+
+BNB_SIM_WARP is the warp's size (32 or 64). The order in which lanes and blocks run stands where other backends have
+their instruction sets: `bnb-core conformance --isa all` runs every one of ORDERS.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+
+import torch
+
+from bnb_core.registry import Backend, InstructionSets
+
+from ..gpu import GpuKernels
+from ..native import kernels_of
+
+ORDERS = ("forward", "reverse", "shuffled:1")
+
+
+def _no_stream(device: torch.device) -> int:
+    return 0
+
+
+def _make_backend(name: str, module_name: str, warp_size: int) -> Backend:
+    try:
+        module = import_module(f"bnb_core.backends.sim.{module_name}")
+        module.set_warp_size(int(os.environ.get("BNB_SIM_WARP", warp_size)))
+    except ImportError as error:
+        reason = (
+            f"its kernels are not built ({error}); BNB_BUILD=cpu,sim pip install . builds them with a C++17 compiler"
+        )
+        return Backend(name, ("cpu",), 0, {}, unavailable=reason, by_name_only=True)
+    except ValueError as error:
+        return Backend(name, ("cpu",), 0, {}, unavailable=f"BNB_SIM_WARP: {error}", by_name_only=True)
+    return Backend(
+        name=name,
+        device_types=("cpu",),
+        priority=0,
+        kernels=kernels_of(GpuKernels(module, _no_stream)),
+        by_name_only=True,
+        details=lambda: {"warp": str(module.warp_size()), "order": module.order(), "threads": str(module.workers())},
+        instruction_sets=InstructionSets(lambda: list(ORDERS), module.order, module.set_order),
+    )
+
+
+cuda_sim = _make_backend("cuda-sim", "_cuda_kernels", warp_size=32)
+hip_sim = _make_backend("hip-sim", "_hip_kernels", warp_size=64)

@@ -1,0 +1,84 @@
+// Neighbouring elements of an array between memory and a thread's registers.
+#pragma once
+
+#include "device.h"
+
+namespace bnb {
+
+constexpr int kAccessBytes = 16;  // the most that a thread moves at once
+
+// What one access moves of `count` elements.
+template <class T, int count>
+using Access = Pack<T, (count * sizeof(T) < kAccessBytes ? count : kAccessBytes / static_cast<int>(sizeof(T)))>;
+
+template <class A>
+__device__ inline bool is_aligned_for(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(A) == 0;
+}
+
+// The `count` elements at p, those from `valid` on as zeros; element by element where p is not aligned.
+template <int count, class T>
+__device__ inline void load(const T* p, int64_t valid, T (&values)[count]) {
+  using A = Access<T, count>;
+  constexpr int width = sizeof(A) / sizeof(T);
+  if (valid >= count && is_aligned_for<A>(p)) {
+#pragma unroll
+    for (int i = 0; i < count; i += width) {
+      const A access = *reinterpret_cast<const A*>(p + i);
+#pragma unroll
+      for (int j = 0; j < width; j++) values[i + j] = access[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; i++) values[i] = i < valid ? p[i] : T();
+  }
+}
+
+// Stores those of the `count` elements that come before `valid`.
+template <int count, class T>
+__device__ inline void store(T* p, int64_t valid, const T (&values)[count]) {
+  using A = Access<T, count>;
+  constexpr int width = sizeof(A) / sizeof(T);
+  if (valid >= count && is_aligned_for<A>(p)) {
+#pragma unroll
+    for (int i = 0; i < count; i += width) {
+      A access;
+#pragma unroll
+      for (int j = 0; j < width; j++) access[j] = values[i + j];
+      *reinterpret_cast<A*>(p + i) = access;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+      if (i < valid) p[i] = values[i];
+    }
+  }
+}
+
+// The same for elements of any dtype as floats, rounded once when they are stored.
+template <int count, class T>
+__device__ inline void load_floats(const T* p, int64_t valid, float (&values)[count]) {
+  T elements[count];
+  load(p, valid, elements);
+#pragma unroll
+  for (int i = 0; i < count; i++) values[i] = to_float(elements[i]);
+}
+template <int count, class T>
+__device__ inline void store_floats(T* p, int64_t valid, const float (&values)[count]) {
+  T elements[count];
+#pragma unroll
+  for (int i = 0; i < count; i++) elements[i] = from_float<T>(values[i]);
+  store(p, valid, elements);
+}
+
+__device__ inline int32_t bits(float x) { return __float_as_int(x); }
+__device__ inline float from_bits(int32_t x) { return __int_as_float(x); }
+
+// |x| as its bits, which order like the magnitudes themselves and put NaN above infinity.
+__device__ inline int32_t magnitude_bits(float x) { return bits(x) & 0x7fffffff; }
+
+constexpr int32_t kSmallestNormal = 0x00800000;
+constexpr int32_t kInfinity = 0x7f800000;
+constexpr int32_t kNan = 0x7fc00000;
+
+}  // namespace bnb

@@ -1,0 +1,329 @@
+// LLM.int8(): quantization of rows and of columns by their absmax, and back (docs/SPEC.md section 4).
+#include <cmath>
+
+#include "elements.h"
+#include "grid.h"
+#include "operations.h"
+#include "workspace.h"
+
+namespace bnb {
+namespace {
+
+constexpr int kItems = 8;  // neighbouring elements of a thread
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+// Entries are multiplied by 127 / absmax, or by 0 where that or absmax is not finite.
+__device__ inline float int8_scale(float absmax) {
+  const float scale = 127.0f / absmax;
+  return bits(scale) < kInfinity && bits(absmax) < kInfinity ? scale : 0.0f;
+}
+
+// The statistic to keep: 0 where 127 / absmax overflows.
+__device__ inline float int8_statistic(float absmax) {
+  if (absmax != absmax) return from_bits(kNan);
+  return bits(127.0f / absmax) == kInfinity ? 0.0f : absmax;
+}
+
+// Where `scale` is 0 the code is 0, whatever x is. The sum's last bits are the nearest integer, ties to even.
+__device__ inline int8_t int8_code(float x, float scale) {
+  const float scaled = scale == 0 ? 0.0f : fminf(fmaxf(x * scale, -127.0f), 127.0f);
+  return static_cast<int8_t>(bits(scaled + 12582912.0f));
+}
+
+// No comparison with the threshold holds where there is none.
+float limit_of(float threshold) { return threshold > 0 ? threshold : NAN; }
+
+// --- rows ---
+
+// A row is held by a power of two of warps, each of which holds kHeld times kItems elements a thread; what is
+// longer is read a second time.
+constexpr int kHeld = 2;
+constexpr int64_t kHeldByWarp = int64_t{kWarp} * kItems * kHeld;
+constexpr int kMostThreads = 1024;
+constexpr int kMostWarps = kMostThreads / kWarp;
+
+template <class T>
+class Row {
+ public:
+  __device__ Row(const T* a, int64_t K, float threshold) : a_(a), K_(K), threshold_(threshold) {}
+
+  __device__ void load_at(int64_t column, T (&values)[kItems]) const { load(a_ + column, K_ - column, values); }
+
+  // Raises `largest` to the largest inlier, and the flags of the columns of outliers.
+  __device__ void measure(int64_t column, const T (&values)[kItems], int32_t& largest, uint8_t* outliers) const {
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+      if (is_outlier(values[i])) {
+        store_relaxed(outliers + column + i, 1);
+      } else {
+        largest = max(largest, magnitude_bits(to_float(values[i])));
+      }
+    }
+  }
+
+  __device__ void quantize(int64_t column, const T (&values)[kItems], float scale, int8_t* q) const {
+    int8_t codes[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+      codes[i] = is_outlier(values[i]) ? int8_t{0} : int8_code(to_float(values[i]), scale);
+    }
+    store(q + column, K_ - column, codes);
+  }
+
+ private:
+  __device__ bool is_outlier(T value) const { return fabsf(to_float(value)) >= threshold_; }
+
+  const T* a_;
+  int64_t K_;
+  float threshold_;
+};
+
+// The largest value of `warps` neighbouring warps, a power of two; called by all threads of the block.
+__device__ int32_t largest_of_warps(int32_t value, int warps, int32_t* shared) {
+  value = warp_max(value);
+  if (warps == 1) return value;
+  __syncthreads();  // the last row's have been read
+  if (lane() == 0) shared[warp()] = value;
+  __syncthreads();
+  const int first = warp() & ~(warps - 1);
+  for (int i = 0; i < warps; i++) value = max(value, shared[first + i]);
+  return value;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMostThreads)
+    quantize_rows_kernel(const T* a, int64_t M, int64_t K, int warps_per_row, float threshold, int8_t* q,
+                         float* row_stats, uint8_t* outliers) {
+  __shared__ int32_t shared[kMostWarps];
+  const int rows = static_cast<int>(blockDim.x) / kWarp / warps_per_row;
+  const int threads = warps_per_row * kWarp;
+  const int index = static_cast<int>(threadIdx.x) & (threads - 1);
+  const int64_t step = int64_t{threads} * kItems;
+  const int64_t begin = int64_t{index} * kItems;
+  for (int64_t first = int64_t{blockIdx.x} * rows; first < M; first += int64_t{gridDim.x} * rows) {
+    const int64_t r = first + warp() / warps_per_row;
+    const Row<T> row(a + r * K, r < M ? K : 0, threshold);
+    const int64_t end = r < M ? K : 0;
+    T held[kHeld][kItems];
+    int32_t largest = 0;
+#pragma unroll
+    for (int c = 0; c < kHeld; c++) row.load_at(begin + c * step, held[c]);
+#pragma unroll
+    for (int c = 0; c < kHeld; c++) row.measure(begin + c * step, held[c], largest, outliers);
+    T other[kItems];
+    for (int64_t column = begin + kHeld * step; column < end; column += step) {
+      row.load_at(column, other);
+      row.measure(column, other, largest, outliers);
+    }
+    const float absmax = from_bits(largest_of_warps(largest, warps_per_row, shared));
+    const float scale = int8_scale(absmax);
+    int8_t* const codes = q + r * K;
+#pragma unroll
+    for (int c = 0; c < kHeld; c++) row.quantize(begin + c * step, held[c], scale, codes);
+    for (int64_t column = begin + kHeld * step; column < end; column += step) {
+      row.load_at(column, other);
+      row.quantize(column, other, scale, codes);
+    }
+    if (index == 0 && r < M) row_stats[r] = int8_statistic(absmax);
+  }
+}
+
+// Zeros in the columns that have an outlier in any row.
+constexpr int64_t kClearedRows = 64;  // by one block of threads, which takes kThreads columns
+
+__global__ void __launch_bounds__(kThreads)
+    clear_columns_kernel(const uint8_t* outliers, int64_t M, int64_t K, int8_t* q) {
+  const int64_t across = ceil_div(K, kThreads);
+  const int64_t items = across * ceil_div(M, kClearedRows);
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const int64_t column = item % across * kThreads + threadIdx.x;
+    if (column >= K || !outliers[column]) continue;
+    const int64_t first = item / across * kClearedRows;
+    const int64_t end = first + kClearedRows < M ? first + kClearedRows : M;
+    for (int64_t r = first; r < end; r++) q[r * K + column] = 0;
+  }
+}
+
+// --- columns ---
+
+// A block of threads takes a patch: each of its warps kItems columns a thread of every kWarps-th row.
+constexpr int64_t kPatchColumns = int64_t{kWarp} * kItems;
+constexpr int kRowsAtOnce = 4;
+constexpr int64_t kPatchRows = int64_t{kWarps} * kRowsAtOnce * 4;
+
+struct Patch {
+  int64_t row, column;  // this thread's first
+  int64_t end_row;
+
+  __device__ Patch(int64_t item, int64_t M, int64_t K) {
+    const int64_t across = ceil_div(K, kPatchColumns);
+    const int64_t first = item / across * kPatchRows;
+    row = first + warp();
+    column = item % across * kPatchColumns + lane() * kItems;
+    end_row = first + kPatchRows < M ? first + kPatchRows : M;
+  }
+
+  // Calls body(row, the values of this thread's columns), several rows loaded at once.
+  template <class T, class Body>
+  __device__ void for_each_row(const T* a, int64_t K, const Body& body) const {
+    for (int64_t r = row; r < end_row; r += kRowsAtOnce * kWarps) {
+      float x[kRowsAtOnce][kItems];
+#pragma unroll
+      for (int u = 0; u < kRowsAtOnce; u++) {
+        const int64_t at = r + u * kWarps;
+        load_floats(a + at * K + column, at < end_row ? K - column : 0, x[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kRowsAtOnce; u++) {
+        if (r + u * kWarps < end_row) body(r + u * kWarps, x[u]);
+      }
+    }
+  }
+};
+
+int64_t patches(int64_t M, int64_t K) {
+  return ceil_div(K, kPatchColumns) * (M > kPatchRows ? ceil_div(M, kPatchRows) : 1);
+}
+
+// largest i32[K] starts as zeros and receives the bits of the absmax of each column's inliers.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    column_absmax_kernel(const T* a, int64_t M, int64_t K, int64_t items, float threshold, int32_t* largest) {
+  __shared__ int32_t of_warps[kWarps][kPatchColumns];
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const Patch patch(item, M, K);
+    int32_t mine[kItems] = {};
+    patch.for_each_row(a, K, [&](int64_t, const float(&x)[kItems]) {
+#pragma unroll
+      for (int i = 0; i < kItems; i++) {
+        if (!(fabsf(x[i]) >= threshold)) mine[i] = max(mine[i], magnitude_bits(x[i]));
+      }
+    });
+    __syncthreads();  // the last patch's have been read
+#pragma unroll
+    for (int i = 0; i < kItems; i++) of_warps[warp()][i * kWarp + lane()] = mine[i];
+    __syncthreads();
+    // Thread i * kWarp + j of kThreads = kPatchColumns has column i of lane j.
+    const int64_t column = patch.column + warp();
+    if (column < K) {
+      int32_t most = 0;
+      for (int w = 0; w < kWarps; w++) most = max(most, of_warps[w][threadIdx.x]);
+      atomicMax(largest + column, most);
+    }
+  }
+}
+static_assert(kPatchColumns == kThreads && kItems == kWarps, "a thread for each column of a patch");
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    quantize_columns_kernel(const T* a, int64_t M, int64_t K, int64_t items, const int32_t* largest,
+                            const uint8_t* outliers, int8_t* q, float* col_stats) {
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const Patch patch(item, M, K);
+    float scales[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+      const int64_t column = patch.column + i;
+      if (column >= K) continue;
+      const float absmax = from_bits(largest[column]);
+      scales[i] = outliers && outliers[column] ? 0.0f : int8_scale(absmax);
+      if (patch.row == 0) col_stats[column] = int8_statistic(absmax);
+    }
+    patch.for_each_row(a, K, [&](int64_t row, const float(&x)[kItems]) {
+      int8_t codes[kItems];
+#pragma unroll
+      for (int i = 0; i < kItems; i++) codes[i] = int8_code(x[i], scales[i]);
+      store(q + row * K + patch.column, K - patch.column, codes);
+    });
+  }
+}
+
+// --- back ---
+
+constexpr int kOutputs = 4;
+constexpr int kUnrolled = 4;
+constexpr int kTile = kThreads * kOutputs * kUnrolled;
+
+__global__ void __launch_bounds__(kThreads)
+    dequantize_rows_kernel(const int8_t* q, const float* stats, int64_t n, int64_t K, float* out) {
+  for (int64_t first = int64_t{blockIdx.x} * kTile; first < n; first += int64_t{gridDim.x} * kTile) {
+    const int64_t first_row = first / K;
+    const int64_t first_column = first - first_row * K;
+    int8_t codes[kUnrolled][kOutputs];
+#pragma unroll
+    for (int u = 0; u < kUnrolled; u++) {
+      const int64_t begin = first + (u * kThreads + static_cast<int>(threadIdx.x)) * kOutputs;
+      load(q + begin, n - begin, codes[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnrolled; u++) {
+      const int offset = (u * kThreads + static_cast<int>(threadIdx.x)) * kOutputs;
+      const int64_t valid = n - first - offset;
+      if (valid <= 0) continue;
+      // Neighbours may lie in different rows.
+      int64_t column = first_column + offset;
+      const int64_t rows = column < K ? 0 : column / K;
+      int64_t row = first_row + rows;
+      column -= rows * K;
+      float y[kOutputs];
+      float scale = stats[row];
+#pragma unroll
+      for (int i = 0; i < kOutputs; i++, column++) {
+        if (column == K && i < valid) {
+          column = 0;
+          scale = stats[++row];
+        }
+        y[i] = static_cast<float>(codes[u][i]) * scale / 127.0f;
+      }
+      store(out + first + offset, valid, y);
+    }
+  }
+}
+
+}  // namespace
+
+void gpu::int8_vectorwise_quant(const void* A, DType dtype, int64_t M, int64_t K, float threshold, int8_t* q,
+                                float* row_stats, uint8_t* outlier_columns, Stream stream) {
+  if (outlier_columns && K > 0) {
+    check(cudaMemsetAsync(outlier_columns, 0, K, static_cast<cudaStream_t>(stream)), "int8_vectorwise_quant");
+  }
+  int warps_per_row = 1;
+  while (warps_per_row < kMostWarps && warps_per_row * kHeldByWarp < K) warps_per_row *= 2;
+  const int threads = std::max(kThreads, warps_per_row * kWarp);
+  const int64_t rows = threads / kWarp / warps_per_row;
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    launch("int8_vectorwise_quant", quantize_rows_kernel<T>, ceil_div(M, rows), threads, stream, 0,
+           static_cast<const T*>(A), M, K, warps_per_row, limit_of(threshold), q, row_stats, outlier_columns);
+  });
+  if (!outlier_columns || M <= 1) return;  // a single row has left its outliers out itself
+  launch("int8_vectorwise_quant: outlier columns", clear_columns_kernel,
+         ceil_div(K, kThreads) * ceil_div(M, kClearedRows), kThreads, stream, 0, outlier_columns, M, K, q);
+}
+
+void gpu::int8_columnwise_quant(const void* A, DType dtype, int64_t M, int64_t K, float threshold, int8_t* q,
+                                float* col_stats, const uint8_t* outlier_columns, Stream stream) {
+  if (K == 0) return;
+  const Workspace workspace(K * sizeof(int32_t), stream);
+  int32_t* const largest = workspace.as<int32_t>();
+  check(cudaMemsetAsync(largest, 0, K * sizeof(int32_t), static_cast<cudaStream_t>(stream)), "int8_columnwise_quant");
+  const int64_t items = patches(M, K);
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* const a = static_cast<const T*>(A);
+    launch("int8_columnwise_quant: absmax", column_absmax_kernel<T>, items, kThreads, stream, 0, a, M, K, items,
+           limit_of(threshold), largest);
+    launch("int8_columnwise_quant", quantize_columns_kernel<T>, items, kThreads, stream, 0, a, M, K, items, largest,
+           outlier_columns, q, col_stats);
+  });
+}
+
+void gpu::int8_vectorwise_dequant(const int8_t* q, const float* stats, int64_t M, int64_t K, float* out,
+                                  Stream stream) {
+  const int64_t n = M * K;
+  launch("int8_vectorwise_dequant", dequantize_rows_kernel, resident_grid(ceil_div(n, kTile), kThreads), kThreads,
+         stream, 0, q, stats, n, K, out);
+}
+
+}  // namespace bnb

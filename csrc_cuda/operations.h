@@ -1,0 +1,36 @@
+// The functions of kernels.h as this kernel set defines them, each in the file of its operation.
+#pragma once
+
+#include <type_traits>
+
+#include "../csrc_shared/kernels.h"
+
+namespace bnb::gpu {
+
+template <class Pointer>
+using Function = std::remove_pointer_t<Pointer>;
+
+// quantize.cu
+extern Function<decltype(Kernels::quantize_blockwise)> quantize_blockwise;
+extern Function<decltype(Kernels::dequantize_blockwise)> dequantize_blockwise;
+extern Function<decltype(Kernels::quantize_4bit)> quantize_4bit;
+extern Function<decltype(Kernels::dequantize_4bit)> dequantize_4bit;
+
+// gemm_4bit.cu
+extern Function<decltype(Kernels::gemm_4bit)> gemm_4bit;
+
+// int8_quantize.cu
+extern Function<decltype(Kernels::int8_vectorwise_quant)> int8_vectorwise_quant;
+extern Function<decltype(Kernels::int8_columnwise_quant)> int8_columnwise_quant;
+extern Function<decltype(Kernels::int8_vectorwise_dequant)> int8_vectorwise_dequant;
+
+// int8_matmul.cu
+extern Function<decltype(Kernels::int8_linear_matmul)> int8_linear_matmul;
+extern Function<decltype(Kernels::int8_mm_dequant)> int8_mm_dequant;
+extern Function<decltype(Kernels::int8_mixed_scaled_mm)> int8_mixed_scaled_mm;
+
+// optimizer.cu
+extern Function<decltype(Kernels::optimizer_update_32bit)> optimizer_update_32bit;
+extern Function<decltype(Kernels::optimizer_update_8bit_blockwise)> optimizer_update_8bit_blockwise;
+
+}  // namespace bnb::gpu

@@ -1,0 +1,209 @@
+// Blockwise quantization to 256-entry and 4-bit codebooks, and back (docs/SPEC.md section 2).
+#include "encode.h"
+#include "grid.h"
+#include "operations.h"
+
+namespace bnb {
+namespace {
+
+// A block of threads takes a tile of elements, a whole number of quantization blocks whatever their size. Each
+// thread holds kChunks times kItems neighbouring elements, so that memory is read once.
+constexpr int kThreads = 256;
+constexpr int kItems = 8;
+constexpr int kChunks = 2;
+constexpr int kTile = kThreads * kItems * kChunks;
+constexpr int kWarpItems = kWarp * kItems;
+constexpr int kSpans = kTile / kWarpItems;
+static_assert(kTile >= 4096, "a tile holds the largest quantization block");
+
+// Where this thread's elements of a chunk begin in the tile, and the span of them that its warp holds.
+__device__ inline int offset_of(int chunk) {
+  return (chunk * kThreads + static_cast<int>(threadIdx.x)) * kItems;
+}
+__device__ inline int span_of(int chunk) { return chunk * (kThreads / kWarp) + warp(); }
+
+// Makes of each thread's largest magnitudes those of the quantization blocks that its chunks are in.
+__device__ void reduce_to_blocks(int blocksize, int32_t (&largest)[kChunks], int32_t* spans) {
+  const int lanes = min(blocksize / kItems, kWarp);
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) largest[c] = max(largest[c], shuffle_xor(largest[c], distance));
+  }
+  if (blocksize <= kWarpItems) return;
+  __syncthreads();  // the last tile's have been read
+#pragma unroll
+  for (int c = 0; c < kChunks; c++) {
+    if (lane() == 0) spans[span_of(c)] = largest[c];
+  }
+  __syncthreads();
+  const int count = blocksize / kWarpItems;
+#pragma unroll
+  for (int c = 0; c < kChunks; c++) {
+    const int first = span_of(c) & ~(count - 1);
+    for (int s = 0; s < count; s++) largest[c] = max(largest[c], spans[first + s]);
+  }
+}
+
+__device__ inline void store_codes(uint8_t* out, int64_t offset, int64_t valid, const int (&codes)[kItems],
+                                   std::integral_constant<int, 8>) {
+  uint8_t bytes[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; i++) bytes[i] = static_cast<uint8_t>(codes[i]);
+  store(out + offset, valid, bytes);
+}
+// The first of two in the high nibble.
+__device__ inline void store_codes(uint8_t* out, int64_t offset, int64_t valid, const int (&codes)[kItems],
+                                   std::integral_constant<int, 4>) {
+  uint8_t bytes[kItems / 2];
+#pragma unroll
+  for (int i = 0; i < kItems / 2; i++) bytes[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
+  store(out + offset / 2, (valid + 1) / 2, bytes);
+}
+
+template <class Encoder, class T>
+__global__ void __launch_bounds__(kThreads)
+    quantize_kernel(const T* a, int64_t n, int blocksize, int blocksize_log2, typename Encoder::Source source,
+                    uint8_t* out, float* absmax) {
+  __shared__ typename Encoder::Tables tables;
+  __shared__ int32_t spans[kSpans];
+  Encoder::prepare(tables, source);
+  __syncthreads();
+  for (int64_t first = int64_t{blockIdx.x} * kTile; first < n; first += int64_t{gridDim.x} * kTile) {
+    float x[kChunks][kItems];
+    int32_t largest[kChunks];
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) {
+      const int64_t begin = first + offset_of(c);
+      load_floats(a + begin, n - begin, x[c]);
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) {
+      largest[c] = 0;
+#pragma unroll
+      for (int i = 0; i < kItems; i++) largest[c] = max(largest[c], magnitude_bits(x[c][i]));
+    }
+    reduce_to_blocks(blocksize, largest, spans);
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) {
+      const int64_t begin = first + offset_of(c);
+      if (begin >= n) continue;
+      int codes[kItems];
+      encode_scaled<Encoder>(tables, largest[c], x[c], codes);
+      store_codes(out, begin, n - begin, codes, std::integral_constant<int, Encoder::kBits>());
+      if ((begin & (blocksize - 1)) == 0) absmax[begin >> blocksize_log2] = stored_absmax(largest[c]);
+    }
+  }
+}
+
+// A thread makes several times 16 bytes of output, all their codes loaded first.
+template <class T>
+constexpr int kOutputs = kAccessBytes / sizeof(T);
+constexpr int kUnrolled = 4;
+
+struct LongCodebook {
+  static constexpr int kBits = 8;
+  const float* values;
+  __device__ float operator[](int i) const { return values[i]; }
+};
+struct ShortCodebook {
+  static constexpr int kBits = 4;
+  float values[16];
+  __device__ float operator[](int i) const { return values[i]; }
+};
+
+template <class Codebook, class T>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const uint8_t* codes, const float* absmax, Codebook codebook, int64_t n, int blocksize_log2,
+                      T* out) {
+  constexpr int bits = Codebook::kBits;
+  constexpr int items = kOutputs<T>;
+  constexpr int bytes = items * bits / 8;
+  constexpr int64_t tile = kThreads * items * kUnrolled;
+  __shared__ float values[1 << bits];
+  if (threadIdx.x < 1 << bits) values[threadIdx.x] = codebook[static_cast<int>(threadIdx.x)];
+  __syncthreads();
+  for (int64_t first = blockIdx.x * tile; first < n; first += gridDim.x * tile) {
+    uint8_t packed[kUnrolled][bytes];
+    float scales[kUnrolled];
+#pragma unroll
+    for (int u = 0; u < kUnrolled; u++) {
+      const int64_t begin = first + (u * kThreads + static_cast<int>(threadIdx.x)) * items;
+      const int64_t valid = n - begin;
+      load(codes + begin * bits / 8, (valid * bits + 7) / 8, packed[u]);
+      scales[u] = valid > 0 ? absmax[begin >> blocksize_log2] : 0.0f;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnrolled; u++) {
+      const int64_t begin = first + (u * kThreads + static_cast<int>(threadIdx.x)) * items;
+      float y[items];
+#pragma unroll
+      for (int i = 0; i < items; i++) {
+        const int code = bits == 8 ? packed[u][i] : packed[u][i / 2] >> (i % 2 ? 0 : 4) & 15;
+        y[i] = values[code] * scales[u];
+      }
+      store_floats(out + begin, n - begin, y);
+    }
+  }
+}
+
+int log2_of(int64_t power_of_two) {
+  int result = 0;
+  while (int64_t{1} << result < power_of_two) result++;
+  return result;
+}
+
+template <class Encoder>
+void quantize(const char* name, const void* A, DType dtype, int64_t n, typename Encoder::Source source,
+              int64_t blocksize, uint8_t* out, float* absmax, Stream stream) {
+  if (n == 0) return;
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    launch(name, quantize_kernel<Encoder, T>, resident_grid(ceil_div(n, kTile), kThreads), kThreads, stream, 0,
+           static_cast<const T*>(A), n, blocksize, log2_of(blocksize), source, out, absmax);
+  });
+}
+
+template <class Codebook>
+void dequantize(const char* name, const uint8_t* codes, const float* absmax, const Codebook& codebook, int64_t n,
+                int64_t blocksize, void* out, DType dtype, Stream stream) {
+  if (n == 0) return;
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const int64_t tiles = ceil_div(n, kThreads * kOutputs<T> * kUnrolled);
+    launch(name, dequantize_kernel<Codebook, T>, resident_grid(tiles, kThreads), kThreads, stream, 0, codes, absmax,
+           codebook, n, log2_of(blocksize), static_cast<T*>(out));
+  });
+}
+
+}  // namespace
+
+void gpu::quantize_blockwise(const void* A, DType dtype, int64_t n, const float* code, int64_t blocksize, uint8_t* q,
+                             float* absmax, Stream stream) {
+  quantize<CellEncoder>("quantize_blockwise", A, dtype, n, code, blocksize, q, absmax, stream);
+}
+
+void gpu::dequantize_blockwise(const uint8_t* q, const float* absmax, const float* code, int64_t n,
+                               int64_t blocksize, void* out, DType dtype, Stream stream) {
+  dequantize("dequantize_blockwise", q, absmax, LongCodebook{code}, n, blocksize, out, dtype, stream);
+}
+
+void gpu::quantize_4bit(const void* A, DType dtype, int64_t n, int64_t blocksize, QuantType quant_type,
+                        uint8_t* packed, float* absmax, Stream stream) {
+  if (quant_type == QuantType::nf4) {
+    using Encoder = ShortEncoder<QuantType::nf4>;
+    quantize<Encoder>("quantize_4bit", A, dtype, n, Encoder::source(), blocksize, packed, absmax, stream);
+  } else {
+    using Encoder = ShortEncoder<QuantType::fp4>;
+    quantize<Encoder>("quantize_4bit", A, dtype, n, Encoder::source(), blocksize, packed, absmax, stream);
+  }
+}
+
+void gpu::dequantize_4bit(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize,
+                          QuantType quant_type, void* out, DType dtype, Stream stream) {
+  ShortCodebook codebook;
+  const float* const values = quant_type == QuantType::nf4 ? kNf4Code : kFp4Code;
+  for (int i = 0; i < 16; i++) codebook.values[i] = values[i];
+  dequantize("dequantize_4bit", packed, absmax, codebook, n, blocksize, out, dtype, stream);
+}
+
+}  // namespace bnb

@@ -1,0 +1,65 @@
+// Where NVIDIA's and AMD's runtimes differ by more than names: the one file that knows both. hipify leaves it
+// alone.
+#pragma once
+
+#if defined(__HIP_PLATFORM_AMD__)
+#include <hip/hip_runtime.h>
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <cstdint>
+
+namespace bnb {
+
+// The value of the lane of the same `width` lanes whose index differs by `lane_mask`; all of them call it.
+template <int width, class T>
+__device__ inline T shuffle_xor_lanes(T value, int lane_mask) {
+#if defined(__HIP_PLATFORM_AMD__)
+  return __shfl_xor(value, lane_mask, width);
+#else
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask, width);
+#endif
+}
+
+// The value of lane `source` of the same `width` lanes; all of them call it.
+template <int width, class T>
+__device__ inline T shuffle_lanes(T value, int source) {
+#if defined(__HIP_PLATFORM_AMD__)
+  return __shfl(value, source, width);
+#else
+  return __shfl_sync(0xffffffffu, value, source, width);
+#endif
+}
+
+// A store that other threads may be making of the same value.
+__device__ inline void store_relaxed(uint8_t* address, uint8_t value) {
+#if defined(__CUDA_ARCH__)
+  *static_cast<volatile uint8_t*>(address) = value;
+#else
+  __atomic_store_n(address, value, __ATOMIC_RELAXED);
+#endif
+}
+
+#if defined(__HIP_PLATFORM_AMD__)
+using GpuError = hipError_t;
+using GpuStream = hipStream_t;
+#else
+using GpuError = cudaError_t;
+using GpuStream = cudaStream_t;
+#endif
+
+// Starts to move managed memory to a device, or to the host. CUDA 13 names places otherwise than before.
+inline GpuError prefetch_pages(const void* address, size_t bytes, bool to_host, int device,
+                               GpuStream stream) {
+#if defined(__HIP_PLATFORM_AMD__)
+  return hipMemPrefetchAsync(address, bytes, to_host ? hipCpuDeviceId : device, stream);
+#elif CUDART_VERSION >= 13000
+  const cudaMemLocationType type = to_host ? cudaMemLocationTypeHost : cudaMemLocationTypeDevice;
+  return cudaMemPrefetchAsync(address, bytes, cudaMemLocation{type, to_host ? 0 : device}, 0, stream);
+#else
+  return cudaMemPrefetchAsync(address, bytes, to_host ? cudaCpuDeviceId : device, stream);
+#endif
+}
+
+}  // namespace bnb

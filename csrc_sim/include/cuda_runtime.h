@@ -1,0 +1,9 @@
+// CUDA's runtime, simulated on the host.
+#pragma once
+
+#include "../device/language.h"
+#include "../device/launch.h"
+#include "../device/memory_access.h"
+#include "../device/numbers.h"
+#include "../device/synchronization.h"
+#include "../runtime.h"
