@@ -65,7 +65,7 @@ class KernelExtension(Extension):
 
 
 def bindings(module: str) -> dict[str, list[str]]:
-    return {"csrc_shared/bindings.cpp": [f"-DBNB_MODULE_NAME={module}"]}
+    return {"csrc_shared/bindings.cpp": [f"-DBNB_MODULE_NAME={module}"], "csrc_shared/c_api.cpp": []}
 
 
 def sources(*patterns: str) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from bnb_core.registry import Backend
 
 from .gpu import GpuKernels
 from .managed_memory import ManagedMemory
-from .native import kernels_of
+from .native import kernels_of, module_file
 
 DEVICE_TYPE = "cuda"
 """What torch calls the GPUs of NVIDIA and, in its ROCm builds, those of AMD."""
@@ -67,6 +67,7 @@ def make_backend(platform: GpuPlatform) -> Backend:
             "runtime": _version(module.runtime_version()),
         },
         paged_memory=ManagedMemory(module, current_stream),
+        library=module_file(module),
     )
 
 

@@ -1,31 +1,48 @@
-"""What a GPU's compiled kernels leave to torch: products large enough for its dense matmul.
+"""What a GPU's kernels leave to torch: products large enough for its dense matmul.
 
-CUDA, HIP and the simulator of both share it; each only says where its module and its streams are.
+All GPU backends share it, compiled and Triton's; those over csrc_cuda only say where their module and streams are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import dequantized
 from .native import NativeKernels
 
 FUSED_ROWS = 64
 """Up to so many rows of A the fused kernel multiplies; above, the weight is dequantized for torch's matmul, which reads
 it from the cache as often as it needs. Not measured on hardware yet."""
 
+DENSE_COLUMNS = 64
+"""From so many columns on, the weight may be rounded to A's dtype, as torch needs it: over fewer, the roundings do not
+average out to what docs/SPEC.md section 3 allows."""
+
 INT_MM_ROWS = 17
 INT_MM_MULTIPLE = 8
 """What torch._int_mm takes on a GPU: at least 17 rows, and multiples of 8 in the other two sizes."""
 
 
-class GpuKernels(NativeKernels):
-    """The primitives over a module of csrc_cuda, with torch's matmuls where they are faster."""
+class LargeProducts:
+    """The primitives of a GPU, with torch's matmuls where they are faster.
+
+    Args:
+        fused: the kernels for everything else, a function for each primitive as NativeKernels has them.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        self.fused = fused
+
+    def __getattr__(self, primitive: str) -> Any:
+        return getattr(self.fused, primitive)
 
     def gemm_4bit(
         self,
@@ -44,28 +61,40 @@ class GpuKernels(NativeKernels):
     ) -> None:
         scales = (nested_absmax, nested_code, offset, nested_blocksize)
         if not _is_large(A, math.prod(A.shape[:-1])):
-            super().gemm_4bit(A, B, shape, absmax, blocksize, quant_type, bias, *scales, out)
+            self.fused.gemm_4bit(A, B, shape, absmax, blocksize, quant_type, bias, *scales, out)
             return
-        if nested_absmax is not None:
-            absmax = self._decoded_scales(absmax, nested_absmax, nested_code, offset, nested_blocksize)
         weight = torch.empty(tuple(shape), dtype=A.dtype, device=A.device)
-        self.dequantize_4bit(B, absmax, blocksize, quant_type, shape, A.dtype, weight)
+        dequantized.dequantize_weight(self, B, absmax, blocksize, quant_type, *scales, weight)
         with full_precision_accumulation(A.dtype):
             _multiply(A, weight, bias, out)
 
-    def _decoded_scales(
-        self, codes: Tensor, nested_absmax: Tensor, nested_code: Any, offset: Any, nested_blocksize: int
-    ) -> Tensor:
-        """The f32 scales from double-quantized ones."""
-        scales = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-        self.dequantize_blockwise(codes, nested_absmax, nested_code, nested_blocksize, torch.float32, scales)
-        return scales.add_(offset)
+    def gemm_4bit_backward(
+        self,
+        dY: Tensor,
+        B: Tensor,
+        shape: Sequence[int],
+        absmax: Tensor,
+        blocksize: int,
+        quant_type: str,
+        nested_absmax: Tensor | None,
+        nested_code: Tensor | None,
+        offset: Tensor | None,
+        nested_blocksize: int,
+        out: Tensor,
+    ) -> None:
+        nested = (nested_absmax, nested_code, offset, nested_blocksize)
+
+        def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            return torch.empty(tuple(shape), dtype=dtype, device=dY.device)
+
+        with full_precision_accumulation(dY.dtype):
+            dequantized.gemm_4bit_backward(self, dY, B, shape, absmax, blocksize, quant_type, *nested, out, empty)
 
     def int8_linear_matmul(self, A: Tensor, B: Tensor, out: Tensor) -> None:
         if _int_mm_takes(A, B):
             torch._int_mm(A.view(-1, A.shape[-1]), B.t(), out=out.view(-1, B.shape[0]))
         else:
-            super().int8_linear_matmul(A, B, out)
+            self.fused.int8_linear_matmul(A, B, out)
 
     def int8_scaled_mm(
         self,
@@ -78,18 +107,29 @@ class GpuKernels(NativeKernels):
         out: Tensor,
     ) -> None:
         if not _int_mm_takes(A, B):
-            super().int8_scaled_mm(A, B, row_stats, col_stats, bias, dtype, out)
+            self.fused.int8_scaled_mm(A, B, row_stats, col_stats, bias, dtype, out)
             return
         product = torch._int_mm(A.view(-1, A.shape[-1]), B.t())
         self.int8_mm_dequant(product, row_stats, col_stats, bias, dtype, out)
 
 
+class GpuKernels(LargeProducts):
+    """The primitives over a module of csrc_cuda.
+
+    Args:
+        module, stream: as for NativeKernels.
+    """
+
+    def __init__(self, module: ModuleType, stream: Callable[[torch.device], int]) -> None:
+        super().__init__(NativeKernels(module, stream))
+
+
 def _is_large(A: Tensor, rows: int) -> bool:
-    """Whether the product is for torch's matmul: there are many rows, and torch computes them as exactly as we do.
+    """Whether the product is for torch's matmul: it is large, and torch computes it as exactly as we do.
 
     In f32 torch may be told to use TF32, whose products are wrong by more than docs/SPEC.md section 3 allows.
     """
-    if rows <= FUSED_ROWS:
+    if rows <= FUSED_ROWS or A.shape[-1] < DENSE_COLUMNS:
         return False
     return A.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
 
@@ -97,7 +137,14 @@ def _is_large(A: Tensor, rows: int) -> bool:
 def _int_mm_takes(A: Tensor, B: Tensor) -> bool:
     N, K = B.shape
     rows = math.prod(A.shape[:-1])
-    return rows >= INT_MM_ROWS and N % INT_MM_MULTIPLE == 0 and K % INT_MM_MULTIPLE == 0 and N > 0 and K > 0
+    fits = rows >= INT_MM_ROWS and N % INT_MM_MULTIPLE == 0 and K % INT_MM_MULTIPLE == 0 and N > 0 and K > 0
+    return fits and _has_int_mm(A.device.type)
+
+
+@cache
+def _has_int_mm(device_type: str) -> bool:
+    """Whether this torch multiplies int8 there: for Intel's GPUs older ones do not."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_int_mm", device_type.upper())
 
 
 @contextmanager

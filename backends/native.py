@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import signature
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,19 @@ Outputs = tuple[Tensor, ...]
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def scale_pointers(
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+) -> tuple[int, ...]:
+    """The scales of a 4-bit weight in the order of kernels.h's BlockScales."""
+    if nested_absmax is None:
+        return absmax.data_ptr(), 0, 0, 0, 0, nested_blocksize
+    return 0, *map(_pointer, (absmax, nested_absmax, nested_code, offset)), nested_blocksize
 
 
 class NativeKernels:
@@ -97,11 +111,10 @@ class NativeKernels:
         out: Tensor,
     ) -> None:
         N, K = shape
-        scales, scale_codes = (absmax, None) if nested_absmax is None else (None, absmax)
+        scales = scale_pointers(absmax, nested_absmax, nested_code, offset, nested_blocksize)
         self.module.gemm_4bit(
-            A.data_ptr(), DTYPE_CODES[A.dtype], out.numel() // N if N else 0, N, K, B.data_ptr(), _pointer(scales),
-            _pointer(scale_codes), _pointer(nested_absmax), _pointer(nested_code), _pointer(offset), nested_blocksize,
-            blocksize, QUANT_TYPE_CODES[quant_type], _pointer(bias), out.data_ptr(), self.stream(A.device),
+            A.data_ptr(), DTYPE_CODES[A.dtype], out.numel() // N if N else 0, N, K, B.data_ptr(), *scales, blocksize,
+            QUANT_TYPE_CODES[quant_type], _pointer(bias), out.data_ptr(), self.stream(A.device),
         )  # fmt: skip
 
     def int8_vectorwise_quant(self, A: Tensor, threshold: float, out: Outputs) -> None:
@@ -308,6 +321,7 @@ FILLING = (
     "quantize_4bit",
     "dequantize_4bit",
     "gemm_4bit",
+    "gemm_4bit_backward",
     "int8_vectorwise_quant",
     "int8_double_quant",
     "int8_vectorwise_dequant",
@@ -320,8 +334,14 @@ IN_PLACE = ("optimizer_update_32bit", "optimizer_update_8bit_blockwise")
 CHANGED_IN_PLACE = {"p", "state1", "state2", "absmax1", "absmax2"}
 
 
-def kernels_of(kernels: NativeKernels) -> dict[str, Callable[..., None]]:
-    """The table of kernels of a compiled module, for a Backend."""
+def module_file(module: ModuleType) -> Path:
+    """Where a compiled module lies; it also exports the C symbols of csrc_shared/c_api.cpp."""
+    assert module.__file__ is not None
+    return Path(module.__file__)
+
+
+def kernels_of(kernels: Any) -> dict[str, Callable[..., None]]:
+    """The table for a Backend: a function for each primitive, over contiguous tensors as NativeKernels takes them."""
     return {
         **{name: _filling_outputs(getattr(kernels, name)) for name in FILLING},
         **{name: _updating_in_place(getattr(kernels, name)) for name in IN_PLACE},

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,29 +18,6 @@ def _sum_to_bias(dY: Tensor) -> Tensor:
     return dY.reshape(-1, dY.shape[-1]).sum(0)
 
 
-class _Workspace(threading.local):
-    """Where a thread's backward passes dequantize the weight that they multiply by, one after the other.
-
-    It is kept, because the page faults of a fresh tensor take longer than dequantizing into it; torch's allocators
-    for other devices keep their memory themselves.
-    """
-
-    def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, shape: Sequence[int], like: Tensor) -> Tensor | None:
-        """Memory of this shape in ``like``'s dtype; None where a fresh tensor must do: a graph may keep it."""
-        if like.device.type != "cpu" or torch.is_grad_enabled() or goes_to_dispatcher(like):
-            return None
-        size = math.prod(shape) * like.element_size()
-        if self.buffer.numel() < size:
-            self.buffer = torch.empty(size, dtype=torch.uint8)
-        return self.buffer[:size].view(like.dtype).view(*shape)
-
-
-_workspace = _Workspace()
-
-
 def _gemm_4bit_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     (_, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, _, nested_absmax, nested_code, offset, nested) = inputs
     ctx.nested_blocksize = nested
@@ -56,20 +30,22 @@ def _gemm_4bit_backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     dA = dbias = None
     if ctx.needs_input_grad[0]:
         with registry.carry(ctx.backend_choice):
-            dA = dY @ _dequantized_weight(ctx, dY)
+            dA = _gradient_of_input(ctx, dY)
     if ctx.needs_input_grad[6]:
         dbias = _sum_to_bias(dY)
     return dA, None, None, None, None, None, dbias, None, None, None, None
 
 
-def _dequantized_weight(ctx: Any, dY: Tensor) -> Tensor:
-    """W [N, K] in dY's dtype."""
+def _gradient_of_input(ctx: Any, dY: Tensor) -> Tensor:
+    """``dY @ W``, by torch where that is to be differentiated in turn."""
     B, absmax, nested_absmax, nested_code, offset = ctx.saved_tensors
+    scales = (nested_absmax, nested_code, offset, ctx.nested_blocksize)
+    if not torch.is_grad_enabled():
+        return primitives.gemm_4bit_backward(dY, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, *scales)
     if nested_absmax is not None:
-        scales = (nested_absmax, nested_code, ctx.nested_blocksize, torch.float32)
-        absmax = primitives.dequantize_blockwise(absmax, *scales) + offset
-    workspace = _workspace.take(ctx.shape, dY)
-    return primitives.dequantize_4bit(B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype, out=workspace)
+        nested = (nested_absmax, nested_code, ctx.nested_blocksize, torch.float32)
+        absmax = primitives.dequantize_blockwise(absmax, *nested) + offset
+    return dY @ primitives.dequantize_4bit(B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype)
 
 
 torch.library.register_autograd(f"{NAMESPACE}::gemm_4bit", _gemm_4bit_backward, setup_context=_gemm_4bit_context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "gemv_4bit",
     "get_4bit_type",
     "get_paged",
+    "get_ptr",
     "igemm",
     "int8_double_quant",
     "int8_linear_matmul",
@@ -464,6 +466,20 @@ def optimizer_update_8bit_blockwise(
         optimizer_name, g, p, state1, state2, qmap1, qmap2, absmax1, absmax2, unorm_vec, beta1, beta2, beta3, alpha,
         eps, step, lr, weight_decay, gnorm_scale, max_unorm, skip_zeros,
     )  # fmt: skip
+
+
+def get_ptr(A: Tensor | None) -> ctypes.c_void_p | None:
+    """Where a tensor's data begins, for the C symbols of ``lib``; None for None."""
+    return None if A is None else ctypes.c_void_p(A.data_ptr())
+
+
+def __getattr__(name: str) -> Any:
+    """``lib`` is loaded when it is first asked for: hardly anybody does."""
+    if name == "lib":
+        from bnb_core.compat.c_library import lib
+
+        return lib
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:

@@ -192,15 +192,30 @@ def gemm_4bit(
             and one f32; otherwise None.
     """
     check_float("A", A)
+    N, K = _check_weight(B, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, nested_blocksize)
+    _check_columns("A", A, K, shape)
+    if bias is not None:
+        check_dtype("bias", bias, (A.dtype,))
+        check_shape("bias", bias, (N,))
+    return Out((*A.shape[:-1], N), A.dtype)
+
+
+def _check_weight(
+    B: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+) -> tuple[int, int]:
+    """(N, K) of a packed weight and its scales."""
     if len(shape) != 2:
         raise ValueError(f"shape: expected (N, K), got {tuple(shape)}")
     N, K = shape
     _check_packed("B", B, N * K, blocksize, quant_type)
-    if A.dim() == 0 or A.shape[-1] != K:
-        raise ValueError(f"A: expected a last dimension of {K} for a weight of shape {(N, K)}, got {tuple(A.shape)}")
-    if bias is not None:
-        check_dtype("bias", bias, (A.dtype,))
-        check_shape("bias", bias, (N,))
     blocks = block_count(N * K, blocksize)
     check_dtype("absmax", absmax, (torch.float32,) if nested_absmax is None else (torch.uint8,))
     check_numel("absmax", absmax, blocks)
@@ -211,7 +226,42 @@ def gemm_4bit(
         check_code("nested_code", nested_code)  # type: ignore[arg-type]
         check_dtype("offset", offset, (torch.float32,))  # type: ignore[arg-type]
         check_numel("offset", offset, 1)  # type: ignore[arg-type]
-    return Out((*A.shape[:-1], N), A.dtype)
+    return N, K
+
+
+def _check_columns(name: str, A: Tensor, columns: int, shape: Sequence[int]) -> None:
+    if A.dim() == 0 or A.shape[-1] != columns:
+        raise ValueError(
+            f"{name}: expected a last dimension of {columns} for a weight of shape {tuple(shape)}, got {tuple(A.shape)}"
+        )
+
+
+@primitive(
+    "(Tensor dY, Tensor B, SymInt[] shape, Tensor absmax, int blocksize, str quant_type, Tensor? nested_absmax, "
+    "Tensor? nested_code, Tensor? offset, int nested_blocksize) -> Tensor"
+)
+def gemm_4bit_backward(
+    dY: Tensor,
+    B: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+) -> Out:
+    """The gradient of :data:`gemm_4bit`'s A: ``dY @ dequantized(B)`` in dY's dtype, accumulated in f32 or wider.
+
+    Args:
+        dY: [..., N], f32, f16 or bf16.
+        B, shape, absmax, ...: the weight [N, K], as in :data:`gemm_4bit`.
+    """
+    check_float("dY", dY)
+    N, K = _check_weight(B, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, nested_blocksize)
+    _check_columns("dY", dY, N, shape)
+    return Out((*dY.shape[:-1], K), dY.dtype)
 
 
 def _check_rows(name: str, A: Tensor) -> tuple[int, int]:

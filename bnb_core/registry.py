@@ -88,6 +88,7 @@ class Backend:
         instruction_sets: where there are several, how to choose among them.
         paged_memory: for paged optimizer state, where the device has it.
         expected_failures: a JSON file of the conformance cases that are known to fail (conformance/runner.py).
+        library: the file of its compiled module, where that exports the C symbols of csrc_shared/c_api.cpp.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Backend:
     instruction_sets: InstructionSets | None = None
     paged_memory: PagedMemory | None = None
     expected_failures: Path | None = None
+    library: Path | None = None
 
     def __post_init__(self) -> None:
         """Raise TypeError for a field of the wrong type, here rather than where somebody looks for a backend."""
@@ -244,6 +246,19 @@ def paged_memory(device_type: str) -> PagedMemory:
     raise BackendError(f"device: no backend has paged memory on {device_type}. Not available: {reasons or 'none'}")
 
 
+def library_backend() -> Backend | None:
+    """The backend whose compiled module answers calls of C symbols: the one named for every primitive, if one is.
+
+    Otherwise that of highest priority, one for GPUs before one for CPUs; None where none has such a module.
+    """
+    name = _override_in_force().get(EVERY_PRIMITIVE)
+    if name is not None:
+        backend = available_backend(name)
+        return backend if backend.library is not None else None
+    usable = [b for b in backends().values() if b.available and b.library is not None and not b.by_name_only]
+    return min(usable, key=lambda backend: backend.serves("cpu"), default=None)
+
+
 def delegated_to(name: str) -> dict[str, Kernel]:
     """The kernels of another backend, for a backend that wants them to stand in where it has none of its own.
 
@@ -297,13 +312,19 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choice() -> Mapping[str, str] | None:
-    """What :func:`use_backend` has chosen here, to be carried to where its context does not reach."""
-    return _override.get()
+    """What :func:`use_backend` has chosen here, to be carried to where its context does not reach.
+
+    None while torch compiles: a compiled graph asks when it runs.
+    """
+    return None if torch.compiler.is_compiling() else _override.get()
 
 
 @contextmanager
 def carry(choice: Mapping[str, str] | None) -> Iterator[None]:
-    """Have another context's choice hold in this one: autograd runs backward passes in threads of its own."""
+    """Have another context's choice, if any, hold in this one: autograd runs backward passes in threads of its own."""
+    if choice is None:
+        yield
+        return
     token = _override.set(choice)
     try:
         yield

@@ -70,16 +70,17 @@ struct Isa {
   const char* name;
   bool (*available)();
   const Kernels* kernels;
+  const FusedBackward* fused_gemm_4bit_backward;
 };
 
 // Ascending: the last one available is the default.
 const Isa kIsas[] = {
-    {"portable", always, &portable_kernels},
+    {"portable", always, &portable_kernels, nullptr},
 #if defined(__x86_64__)
-    {"avx2", has_avx2, &avx2_kernels},
-    {"avx512", has_avx512, &avx512_kernels},
-    {"avx512_vnni", has_avx512_vnni, &avx512_vnni_kernels},
-    {"amx", has_amx, &amx_kernels},
+    {"avx2", has_avx2, &avx2_kernels, nullptr},
+    {"avx512", has_avx512, &avx512_kernels, nullptr},
+    {"avx512_vnni", has_avx512_vnni, &avx512_vnni_kernels, nullptr},
+    {"amx", has_amx, &amx_kernels, &amx_gemm_4bit_backward},
 #endif
 };
 
@@ -125,5 +126,9 @@ void choose_isa() {
 }
 
 const Kernels& kernels() { return *chosen->kernels; }
+
+FusedBackward fused_gemm_4bit_backward() {
+  return chosen->fused_gemm_4bit_backward ? *chosen->fused_gemm_4bit_backward : nullptr;
+}
 
 }  // namespace bnb

@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "targets/targets.h"
+
 namespace bnb {
 
 std::vector<std::string> isas_built();      // ascending
@@ -12,6 +14,9 @@ std::string isa();                          // the one that serves
 
 // Throws std::invalid_argument, listing what is available, for any other name.
 void set_isa(const std::string& name);
+
+// That of the instruction set that serves, null where it has none.
+FusedBackward fused_gemm_4bit_backward();
 
 // The most capable one, or the one that BNB_CPU_ISA names.
 void choose_isa();

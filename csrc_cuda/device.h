@@ -50,6 +50,13 @@ template <int width = kWarp, class T>
 __device__ inline T warp_max(T value) {
   return warp_reduce<width>(value, [](T a, T b) { return a > b ? a : b; });
 }
+__device__ inline int32_t warp_max(int32_t value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, value);
+#else
+  return warp_max<kWarp>(value);
+#endif
+}
 
 // Shared memory whose size the launch gives.
 template <class T>

@@ -9,19 +9,24 @@ constexpr int kAccessBytes = 16;  // the most that a thread moves at once
 
 // What one access moves of `count` elements.
 template <class T, int count>
-using Access = Pack<T, (count * sizeof(T) < kAccessBytes ? count : kAccessBytes / static_cast<int>(sizeof(T)))>;
+using Access =
+    Pack<T, (count * sizeof(T) < kAccessBytes ? count : kAccessBytes / static_cast<int>(sizeof(T)))>;
 
-template <class A>
-__device__ inline bool is_aligned_for(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % sizeof(A) == 0;
+inline bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Whether `count` elements at each of these addresses can be moved in whole accesses.
+template <int count, class... T>
+BNB_HOST_DEVICE inline bool are_aligned(const T*... p) {
+  return ((reinterpret_cast<uintptr_t>(p) % sizeof(Access<T, count>) == 0) && ...);
 }
 
-// The `count` elements at p, those from `valid` on as zeros; element by element where p is not aligned.
+// Loads `count` elements: in whole accesses if `whole` says that the array is aligned and has so many,
+// otherwise one by one, with zeros for those from `valid` on.
 template <int count, class T>
-__device__ inline void load(const T* p, int64_t valid, T (&values)[count]) {
+__device__ inline void load(const T* p, bool whole, int64_t valid, T (&values)[count]) {
   using A = Access<T, count>;
   constexpr int width = sizeof(A) / sizeof(T);
-  if (valid >= count && is_aligned_for<A>(p)) {
+  if (whole) {
 #pragma unroll
     for (int i = 0; i < count; i += width) {
       const A access = *reinterpret_cast<const A*>(p + i);
@@ -34,12 +39,12 @@ __device__ inline void load(const T* p, int64_t valid, T (&values)[count]) {
   }
 }
 
-// Stores those of the `count` elements that come before `valid`.
+// Stores those of the elements that come before `valid`, in whole accesses if `whole` is true.
 template <int count, class T>
-__device__ inline void store(T* p, int64_t valid, const T (&values)[count]) {
+__device__ inline void store(T* p, bool whole, int64_t valid, const T (&values)[count]) {
   using A = Access<T, count>;
   constexpr int width = sizeof(A) / sizeof(T);
-  if (valid >= count && is_aligned_for<A>(p)) {
+  if (whole) {
 #pragma unroll
     for (int i = 0; i < count; i += width) {
       A access;
@@ -57,18 +62,22 @@ __device__ inline void store(T* p, int64_t valid, const T (&values)[count]) {
 
 // The same for elements of any dtype as floats, rounded once when they are stored.
 template <int count, class T>
-__device__ inline void load_floats(const T* p, int64_t valid, float (&values)[count]) {
+__device__ inline void load_floats(const T* p, bool whole, int64_t valid, float (&values)[count]) {
   T elements[count];
-  load(p, valid, elements);
+  load(p, whole, valid, elements);
 #pragma unroll
   for (int i = 0; i < count; i++) values[i] = to_float(elements[i]);
 }
 template <int count, class T>
-__device__ inline void store_floats(T* p, int64_t valid, const float (&values)[count]) {
+__device__ inline void load_floats(const T* p, int64_t valid, float (&values)[count]) {
+  load_floats(p, valid >= count && are_aligned<count>(p), valid, values);
+}
+template <int count, class T>
+__device__ inline void store_floats(T* p, bool whole, int64_t valid, const float (&values)[count]) {
   T elements[count];
 #pragma unroll
   for (int i = 0; i < count; i++) elements[i] = from_float<T>(values[i]);
-  store(p, valid, elements);
+  store(p, whole, valid, elements);
 }
 
 __device__ inline int32_t bits(float x) { return __float_as_int(x); }

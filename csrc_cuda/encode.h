@@ -1,82 +1,99 @@
 // Turns values scaled to [-1, 1] into codes: the number of thresholds below them, where a threshold lies
 // midway between neighbouring entries of the codebook (docs/SPEC.md section 2).
 //
-// An encoder has a Source, which the host gives, and Tables in shared memory, which the threads of a block make
-// from it; `encode` wants them complete, and so comes after a barrier.
+// An encoder has a Source, which the host gives, and Tables in shared memory, which the threads of a block
+// make from it; `encode` wants them complete, and so comes after a barrier.
 #pragma once
+
+#include <cstring>
 
 #include "../csrc_shared/codebooks.h"
 #include "elements.h"
 
 namespace bnb {
 
-// For 256 entries in any ascending order. A table tells how many thresholds lie below the cell of a value: the
-// values whose sign, exponent and first seven mantissa bits agree. Those in the cell are compared with, of
-// which there is one at most for every map in use.
+// For 256 entries in any ascending order, in blocks of 256 threads. A table tells how many thresholds lie
+// below the cell of a value: the values whose sign, exponent and first seven mantissa bits agree. Those in
+// the cell are compared with; every map in use has one of them at most.
 class CellEncoder {
  public:
   using Source = const float*;  // f32[256]
   static constexpr int kBits = 8;
+  static constexpr int kThreads = 256;
 
+ private:
+  static constexpr int kThresholds = 255;
+  static constexpr int kFirst = (127 - 24) << 7;  // the cell from 2^-24 on, in which are all smaller values
+  static constexpr int kCells = (127 << 7) - kFirst + 1;  // of one sign: the last one begins with 1
+  static constexpr int kRun = (2 * kCells + kThreads - 1) / kThreads;
+
+ public:
   struct Tables {
-    float thresholds[256];  // the last one is above all values
-    uint8_t below[2 * (24 << 7)];
+    float thresholds[kThreads];  // the last one is above all values
+    uint8_t below[2 * kCells];   // positive cells from the smallest magnitude on, then negative ones
+    int16_t orders[kThreads];    // of the thresholds' cells
     int most_in_cell;
-    int zero;  // the code of 0.0
+    int zero;              // the code of 0.0
+    float least_positive;  // what it takes to get another code than that
   };
 
   // Called by all threads of a block; has a barrier inside, and needs one behind.
   static __device__ void prepare(Tables& tables, Source code) {
-    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-    for (int j = thread; j < 256; j += threads) {
-      tables.thresholds[j] = j < kThresholds ? midpoint(code, j) : from_bits(kInfinity);
-    }
+    const int thread = static_cast<int>(threadIdx.x);
+    const bool is_threshold = thread < kThresholds;
+    const float threshold = is_threshold ? midpoint(code, thread) : from_bits(kInfinity);
+    tables.thresholds[thread] = threshold;
+    tables.orders[thread] =
+        is_threshold ? order_of(cell_of(fminf(fmaxf(threshold, -1.0f), 1.0f))) : INT16_MAX;
     if (thread == 0) tables.most_in_cell = 0;
     __syncthreads();
-    for (int j = thread; j < 256; j += threads) {
-      const bool above_last = j == 0 || tables.thresholds[j - 1] < 0;
-      if (above_last && tables.thresholds[j] >= 0) tables.zero = j;
+    if (threshold >= 0 && (thread == 0 || tables.thresholds[thread - 1] < 0)) {
+      tables.zero = thread;
+      tables.least_positive = from_bits(bits(fabsf(threshold)) + 1);
     }
-    const int run = kCells / threads;
-    int most = 0;
-    int below = thresholds_below_cell(tables, thread * run);
-    for (int cell = thread * run; cell < (thread + 1) * run; cell++) {
-      tables.below[cell] = static_cast<uint8_t>(below);
-      const int before = below;
-      while (below < kThresholds && cell_of(tables.thresholds[below]) <= cell) below++;
-      most = max(most, below - before);
-    }
-    atomicMax(&tables.most_in_cell, most);
+    fill_cells(tables, thread * kRun - kCells, min((thread + 1) * kRun, 2 * kCells) - kCells);
   }
 
+  static __device__ int zero(const Tables& tables) { return tables.zero; }
+
+  // For values from -1 to 1, or as much beyond as rounding brings them. The code of a NaN is undefined.
   template <int count>
   static __device__ void encode(const Tables& tables, const float (&x)[count], int (&codes)[count]) {
 #pragma unroll
-    for (int i = 0; i < count; i++) codes[i] = tables.below[cell_of(x[i])];
+    for (int i = 0; i < count; i++) {
+      const int below = tables.below[cell_of(x[i])];
+      codes[i] = tables.thresholds[below] < x[i] ? below + 1 : below;
+    }
 #pragma unroll 1
-    for (int k = tables.most_in_cell; k > 0; k--) {
+    for (int k = tables.most_in_cell; k > 1; k--) {
 #pragma unroll
       for (int i = 0; i < count; i++) codes[i] += tables.thresholds[codes[i]] < x[i];
     }
   }
 
  private:
-  static constexpr int kThresholds = 255;
-  static constexpr int kHalf = 24 << 7;  // cells of one sign: magnitudes from 2^-24, smaller ones in the first
-  static constexpr int kCells = 2 * kHalf;
-  static constexpr int kEnd = 127 << 7;  // the cell of 1.0
-
   static __device__ int cell_of(float x) {
-    const int32_t magnitude = min(max(magnitude_bits(x) >> 16, kEnd - kHalf), kEnd - 1) - (kEnd - kHalf);
-    return kHalf + (magnitude ^ (bits(x) >> 31));
+    const uint32_t magnitude = bits(fmaxf(fabsf(x), 0x1p-24f));
+    return static_cast<int>((magnitude >> 16) - kFirst + (static_cast<uint32_t>(bits(x)) >> 31) * kCells);
   }
 
-  static __device__ int thresholds_below_cell(const Tables& tables, int cell) {
+  // Cells by ascending values: from -kCells to kCells - 1.
+  static __device__ int order_of(int cell) { return cell < kCells ? cell : kCells - 1 - cell; }
+  static __device__ int cell_at(int order) { return order >= 0 ? order : kCells - 1 - order; }
+
+  static __device__ void fill_cells(Tables& tables, int begin, int end) {
     int below = 0;
     for (int step = 128; step > 0; step /= 2) {
-      if (cell_of(tables.thresholds[below + step - 1]) < cell) below += step;
+      if (tables.orders[below + step - 1] < begin) below += step;
     }
-    return below;
+    int most = 0;
+    for (int order = begin; order < end; order++) {
+      tables.below[cell_at(order)] = static_cast<uint8_t>(below);
+      const int before = below;
+      while (tables.orders[below] <= order) below++;
+      most = max(most, below - before);
+    }
+    atomicMax(&tables.most_in_cell, most);
   }
 };
 
@@ -108,7 +125,8 @@ struct UniformCells {
  private:
   static constexpr int kCells = 31;
   static constexpr float kScale = kCells / 2;
-  static constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the sum ends in the integer nearest to x * kScale
+  static constexpr float kShift =
+      12582912.0f;  // 1.5 * 2^23: the sum ends in the integer nearest to x * kScale
 
   static int centred(float x) { return static_cast<int>(x * kScale + kShift - kShift); }
 };
@@ -121,7 +139,8 @@ class ShortEncoder {
   static constexpr int kBits = 4;
 
   static Source source() {
-    return quant_type == QuantType::nf4 ? UniformCells::of(kNf4Code) : UniformCells::of(kFp4AscendingMagnitudes);
+    return quant_type == QuantType::nf4 ? UniformCells::of(kNf4Code)
+                                        : UniformCells::of(kFp4AscendingMagnitudes);
   }
 
   // Called by all threads of a block; needs a barrier behind.
@@ -131,6 +150,8 @@ class ShortEncoder {
     tables.thresholds[thread] = cells.thresholds[thread];
     tables.below[thread] = cells.below[thread];
   }
+
+  static __device__ int zero(const Tables&) { return quant_type == QuantType::nf4 ? kNf4Zero : kFp4Zero; }
 
   template <int count>
   static __device__ void encode(const Tables& tables, const float (&x)[count], int (&codes)[count]) {
@@ -146,7 +167,9 @@ class ShortEncoder {
 };
 
 // Whether a block whose largest magnitude is that, as bits, can be scaled by it: neither zero nor non-finite.
-__device__ inline bool is_scalable(int32_t largest) { return largest >= kSmallestNormal && largest < kInfinity; }
+__device__ inline bool is_scalable(int32_t largest) {
+  return largest >= kSmallestNormal && largest < kInfinity;
+}
 
 // What a block stores as its absmax.
 __device__ inline float stored_absmax(int32_t largest) {
@@ -155,15 +178,39 @@ __device__ inline float stored_absmax(int32_t largest) {
 }
 
 // The codes of values of a block with that largest magnitude: all that of 0.0 where it cannot be scaled.
-template <class Encoder, int count>
-__device__ inline void encode_scaled(const typename Encoder::Tables& tables, int32_t largest,
-                                     const float (&values)[count], int (&codes)[count]) {
+// Codes of 4 bits go two to a byte, the first in the high nibble.
+//
+// With `raises`, a positive value takes the smallest positive code rather than that of 0.0.
+template <class Encoder, bool raises = false, int count>
+__device__ inline void encode_block(const typename Encoder::Tables& tables, int32_t largest,
+                                    const float (&values)[count],
+                                    uint8_t (&bytes)[count * Encoder::kBits / 8]) {
+  constexpr int bits = Encoder::kBits, each = 32 / bits;
+  float least_positive = 0;
+  if constexpr (raises) least_positive = tables.least_positive;
   const bool scalable = is_scalable(largest);
-  const float inverse = 1.0f / from_bits(largest);
+  const float inverse = scalable ? 1.0f / from_bits(largest) : 0.0f;
   float scaled[count];
 #pragma unroll
-  for (int i = 0; i < count; i++) scaled[i] = scalable ? values[i] * inverse : 0.0f;
+  for (int i = 0; i < count; i++) {
+    scaled[i] = values[i] * inverse;
+    if (raises) scaled[i] = fmaxf(scaled[i], values[i] > 0 ? least_positive : scaled[i]);
+  }
+  int codes[count];
   Encoder::encode(tables, scaled, codes);
+  // Whole words, so that the choice costs one instruction for each.
+  const uint32_t zeros = Encoder::zero(tables) * (bits == 8 ? 0x01010101u : 0x11111111u);
+  uint32_t words[count / each];
+#pragma unroll
+  for (int w = 0; w < count / each; w++) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < each; i++) {
+      word |= static_cast<uint32_t>(codes[w * each + i]) << (bits == 8 ? 8 * i : 4 * (i ^ 1));
+    }
+    words[w] = scalable ? word : zeros;
+  }
+  memcpy(bytes, words, sizeof bytes);
 }
 
 }  // namespace bnb

@@ -10,7 +10,8 @@ namespace bnb {
 inline int64_t resident_grid(int64_t work, int threads) {
   int device = 0, multiprocessors = 0, threads_each = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&threads_each, cudaDevAttrMaxThreadsPerMultiProcessor, device),
         "cudaDeviceGetAttribute");
   return std::min<int64_t>(work, int64_t{multiprocessors} * (threads_each / threads));

@@ -34,8 +34,6 @@ __device__ inline int8_t int8_code(float x, float scale) {
 // No comparison with the threshold holds where there is none.
 float limit_of(float threshold) { return threshold > 0 ? threshold : NAN; }
 
-// --- rows ---
-
 // A row is held by a power of two of warps, each of which holds kHeld times kItems elements a thread; what is
 // longer is read a second time.
 constexpr int kHeld = 2;
@@ -46,12 +44,16 @@ constexpr int kMostWarps = kMostThreads / kWarp;
 template <class T>
 class Row {
  public:
-  __device__ Row(const T* a, int64_t K, float threshold) : a_(a), K_(K), threshold_(threshold) {}
+  __device__ Row(const T* a, int8_t* q, int64_t length, float threshold)
+      : a_(a), q_(q), length_(length), threshold_(threshold), aligned_(are_aligned<kItems>(a, q)) {}
 
-  __device__ void load_at(int64_t column, T (&values)[kItems]) const { load(a_ + column, K_ - column, values); }
+  __device__ void load(int64_t column, T (&values)[kItems]) const {
+    bnb::load(a_ + column, is_whole(column), length_ - column, values);
+  }
 
   // Raises `largest` to the largest inlier, and the flags of the columns of outliers.
-  __device__ void measure(int64_t column, const T (&values)[kItems], int32_t& largest, uint8_t* outliers) const {
+  __device__ void measure(int64_t column, const T (&values)[kItems], int32_t& largest,
+                          uint8_t* outliers) const {
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
       if (is_outlier(values[i])) {
@@ -62,21 +64,24 @@ class Row {
     }
   }
 
-  __device__ void quantize(int64_t column, const T (&values)[kItems], float scale, int8_t* q) const {
+  __device__ void quantize(int64_t column, const T (&values)[kItems], float scale) const {
     int8_t codes[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
       codes[i] = is_outlier(values[i]) ? int8_t{0} : int8_code(to_float(values[i]), scale);
     }
-    store(q + column, K_ - column, codes);
+    store(q_ + column, is_whole(column), length_ - column, codes);
   }
 
  private:
+  __device__ bool is_whole(int64_t column) const { return aligned_ && length_ - column >= kItems; }
   __device__ bool is_outlier(T value) const { return fabsf(to_float(value)) >= threshold_; }
 
   const T* a_;
-  int64_t K_;
+  int8_t* q_;
+  int64_t length_;
   float threshold_;
+  bool aligned_;
 };
 
 // The largest value of `warps` neighbouring warps, a power of two; called by all threads of the block.
@@ -103,33 +108,32 @@ __global__ void __launch_bounds__(kMostThreads)
   const int64_t begin = int64_t{index} * kItems;
   for (int64_t first = int64_t{blockIdx.x} * rows; first < M; first += int64_t{gridDim.x} * rows) {
     const int64_t r = first + warp() / warps_per_row;
-    const Row<T> row(a + r * K, r < M ? K : 0, threshold);
-    const int64_t end = r < M ? K : 0;
+    const int64_t length = r < M ? K : 0;
+    const Row<T> row(a + r * K, q + r * K, length, threshold);
     T held[kHeld][kItems];
     int32_t largest = 0;
 #pragma unroll
-    for (int c = 0; c < kHeld; c++) row.load_at(begin + c * step, held[c]);
+    for (int c = 0; c < kHeld; c++) row.load(begin + c * step, held[c]);
 #pragma unroll
     for (int c = 0; c < kHeld; c++) row.measure(begin + c * step, held[c], largest, outliers);
     T other[kItems];
-    for (int64_t column = begin + kHeld * step; column < end; column += step) {
-      row.load_at(column, other);
+    for (int64_t column = begin + kHeld * step; column < length; column += step) {
+      row.load(column, other);
       row.measure(column, other, largest, outliers);
     }
     const float absmax = from_bits(largest_of_warps(largest, warps_per_row, shared));
     const float scale = int8_scale(absmax);
-    int8_t* const codes = q + r * K;
 #pragma unroll
-    for (int c = 0; c < kHeld; c++) row.quantize(begin + c * step, held[c], scale, codes);
-    for (int64_t column = begin + kHeld * step; column < end; column += step) {
-      row.load_at(column, other);
-      row.quantize(column, other, scale, codes);
+    for (int c = 0; c < kHeld; c++) row.quantize(begin + c * step, held[c], scale);
+    for (int64_t column = begin + kHeld * step; column < length; column += step) {
+      row.load(column, other);
+      row.quantize(column, other, scale);
     }
     if (index == 0 && r < M) row_stats[r] = int8_statistic(absmax);
   }
 }
 
-// Zeros in the columns that have an outlier in any row.
+// Writes zeros to the columns that have an outlier in any row.
 constexpr int64_t kClearedRows = 64;  // by one block of threads, which takes kThreads columns
 
 __global__ void __launch_bounds__(kThreads)
@@ -145,8 +149,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// --- columns ---
-
 // A block of threads takes a patch: each of its warps kItems columns a thread of every kWarps-th row.
 constexpr int64_t kPatchColumns = int64_t{kWarp} * kItems;
 constexpr int kRowsAtOnce = 4;
@@ -155,6 +157,7 @@ constexpr int64_t kPatchRows = int64_t{kWarps} * kRowsAtOnce * 4;
 struct Patch {
   int64_t row, column;  // this thread's first
   int64_t end_row;
+  int64_t columns;  // from its first on
 
   __device__ Patch(int64_t item, int64_t M, int64_t K) {
     const int64_t across = ceil_div(K, kPatchColumns);
@@ -162,23 +165,32 @@ struct Patch {
     row = first + warp();
     column = item % across * kPatchColumns + lane() * kItems;
     end_row = first + kPatchRows < M ? first + kPatchRows : M;
+    columns = K - column;
   }
 
   // Calls body(row, the values of this thread's columns), several rows loaded at once.
   template <class T, class Body>
   __device__ void for_each_row(const T* a, int64_t K, const Body& body) const {
+    const bool whole = has_whole_rows(a, K);
     for (int64_t r = row; r < end_row; r += kRowsAtOnce * kWarps) {
       float x[kRowsAtOnce][kItems];
 #pragma unroll
       for (int u = 0; u < kRowsAtOnce; u++) {
         const int64_t at = r + u * kWarps;
-        load_floats(a + at * K + column, at < end_row ? K - column : 0, x[u]);
+        const bool valid = at < end_row;
+        load_floats(a + at * K + column, whole && valid, valid ? columns : 0, x[u]);
       }
 #pragma unroll
       for (int u = 0; u < kRowsAtOnce; u++) {
         if (r + u * kWarps < end_row) body(r + u * kWarps, x[u]);
       }
     }
+  }
+
+  // Whether this thread's columns of every row can be moved in whole accesses.
+  template <class T>
+  __device__ bool has_whole_rows(const T* a, int64_t K) const {
+    return columns >= kItems && are_aligned<kItems>(a) && K % kItems == 0;
   }
 };
 
@@ -221,11 +233,13 @@ __global__ void __launch_bounds__(kThreads)
                             const uint8_t* outliers, int8_t* q, float* col_stats) {
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const Patch patch(item, M, K);
+    const bool whole = patch.has_whole_rows(q, K);
     float scales[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
       const int64_t column = patch.column + i;
-      if (column >= K) continue;
+      scales[i] = 0;
+      if (i >= patch.columns) continue;
       const float absmax = from_bits(largest[column]);
       scales[i] = outliers && outliers[column] ? 0.0f : int8_scale(absmax);
       if (patch.row == 0) col_stats[column] = int8_statistic(absmax);
@@ -234,12 +248,10 @@ __global__ void __launch_bounds__(kThreads)
       int8_t codes[kItems];
 #pragma unroll
       for (int i = 0; i < kItems; i++) codes[i] = int8_code(x[i], scales[i]);
-      store(q + row * K + patch.column, K - patch.column, codes);
+      store(q + row * K + patch.column, whole, patch.columns, codes);
     });
   }
 }
-
-// --- back ---
 
 constexpr int kOutputs = 4;
 constexpr int kUnrolled = 4;
@@ -247,27 +259,30 @@ constexpr int kTile = kThreads * kOutputs * kUnrolled;
 
 __global__ void __launch_bounds__(kThreads)
     dequantize_rows_kernel(const int8_t* q, const float* stats, int64_t n, int64_t K, float* out) {
+  const bool aligned = are_aligned<kOutputs>(q, out);
   for (int64_t first = int64_t{blockIdx.x} * kTile; first < n; first += int64_t{gridDim.x} * kTile) {
     const int64_t first_row = first / K;
     const int64_t first_column = first - first_row * K;
+    const bool whole = aligned && n - first >= kTile;
     int8_t codes[kUnrolled][kOutputs];
 #pragma unroll
     for (int u = 0; u < kUnrolled; u++) {
       const int64_t begin = first + (u * kThreads + static_cast<int>(threadIdx.x)) * kOutputs;
-      load(q + begin, n - begin, codes[u]);
+      load(q + begin, whole, n - begin, codes[u]);
     }
 #pragma unroll
     for (int u = 0; u < kUnrolled; u++) {
       const int offset = (u * kThreads + static_cast<int>(threadIdx.x)) * kOutputs;
       const int64_t valid = n - first - offset;
       if (valid <= 0) continue;
-      // Neighbours may lie in different rows.
+      // Only small numbers are divided here.
       int64_t column = first_column + offset;
-      const int64_t rows = column < K ? 0 : column / K;
+      const int64_t rows = K < kTile ? static_cast<int>(column) / static_cast<int>(K) : column >= K;
       int64_t row = first_row + rows;
       column -= rows * K;
       float y[kOutputs];
       float scale = stats[row];
+      // Neighbours may lie in different rows.
 #pragma unroll
       for (int i = 0; i < kOutputs; i++, column++) {
         if (column == K && i < valid) {
@@ -276,7 +291,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         y[i] = static_cast<float>(codes[u][i]) * scale / 127.0f;
       }
-      store(out + first + offset, valid, y);
+      store(out + first + offset, whole, valid, y);
     }
   }
 }
@@ -307,23 +322,24 @@ void gpu::int8_columnwise_quant(const void* A, DType dtype, int64_t M, int64_t K
   if (K == 0) return;
   const Workspace workspace(K * sizeof(int32_t), stream);
   int32_t* const largest = workspace.as<int32_t>();
-  check(cudaMemsetAsync(largest, 0, K * sizeof(int32_t), static_cast<cudaStream_t>(stream)), "int8_columnwise_quant");
+  check(cudaMemsetAsync(largest, 0, K * sizeof(int32_t), static_cast<cudaStream_t>(stream)),
+        "int8_columnwise_quant");
   const int64_t items = patches(M, K);
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const T* const a = static_cast<const T*>(A);
-    launch("int8_columnwise_quant: absmax", column_absmax_kernel<T>, items, kThreads, stream, 0, a, M, K, items,
-           limit_of(threshold), largest);
-    launch("int8_columnwise_quant", quantize_columns_kernel<T>, items, kThreads, stream, 0, a, M, K, items, largest,
-           outlier_columns, q, col_stats);
+    launch("int8_columnwise_quant: absmax", column_absmax_kernel<T>, items, kThreads, stream, 0, a, M, K,
+           items, limit_of(threshold), largest);
+    launch("int8_columnwise_quant", quantize_columns_kernel<T>, items, kThreads, stream, 0, a, M, K, items,
+           largest, outlier_columns, q, col_stats);
   });
 }
 
 void gpu::int8_vectorwise_dequant(const int8_t* q, const float* stats, int64_t M, int64_t K, float* out,
                                   Stream stream) {
   const int64_t n = M * K;
-  launch("int8_vectorwise_dequant", dequantize_rows_kernel, resident_grid(ceil_div(n, kTile), kThreads), kThreads,
-         stream, 0, q, stats, n, K, out);
+  launch("int8_vectorwise_dequant", dequantize_rows_kernel, resident_grid(ceil_div(n, kTile), kThreads),
+         kThreads, stream, 0, q, stats, n, K, out);
 }
 
 }  // namespace bnb

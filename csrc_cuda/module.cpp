@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "check.h"
-#include "managed_memory.h"
+#include "managed_memory_bindings.h"
 
 namespace bnb {
 namespace {
@@ -26,15 +26,7 @@ void bind_extras(pybind11::module_& m) {
   m.def("driver_version", &driver_version, "The version of the driver's API; 0 without a driver.");
   m.def("runtime_version", &runtime_version, "The version of the runtime in this module.");
   m.attr("archs") = BNB_GPU_ARCHS;
-  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  m.def("allocate_managed", &allocate_managed, no_gil);
-  m.def("free_managed", &free_managed, no_gil);
-  m.def(
-      "prefetch_managed",
-      [](uintptr_t address, size_t bytes, bool to_host, uintptr_t stream) {
-        prefetch_managed(address, bytes, to_host, reinterpret_cast<Stream>(stream));
-      },
-      no_gil);
+  bind_managed_memory(m);
 }
 
 }  // namespace bnb

@@ -1,7 +1,7 @@
 // The state of an optimizer, in f32 or in blockwise 8 bits, as a warp reads and writes that of one block.
 //
-// Tables<name> is what the threads of a block of threads prepare in shared memory, before a barrier; `run` is how
-// many neighbouring entries a thread should take for accesses of 16 bytes.
+// Tables<name> is what the threads of a block of threads prepare in shared memory, before a barrier; `run` is
+// how many neighbouring entries a thread should take for accesses of 16 bytes.
 #pragma once
 
 #include "../csrc_shared/optimizer_rules.h"
@@ -9,8 +9,8 @@
 
 namespace bnb {
 
-// Of a block of entries each thread of a warp owns a few: runs of neighbours that move in one access, with the
-// other threads' runs between them.
+// Of a block of entries each thread of a warp owns a few: runs of neighbours that move in one access, with
+// the other threads' runs between them.
 constexpr int kOwned = kOptimizerBlock / kWarp;
 
 // Where the i-th entry that this thread owns is in the block.
@@ -19,31 +19,58 @@ __device__ inline int owned_index(int i) {
   return i / run * run * kWarp + lane() * run + i % run;
 }
 
-// The owned entries of the block at p, which has `valid` entries; those past its end are zeros.
+// A block of entries: the i-th of an array, with `valid` entries, and `whole` if those are all and every
+// array is aligned.
+struct Block {
+  int64_t index;
+  int64_t valid;
+  bool whole;
+
+  template <class T>
+  __device__ T* of(T* array) const {
+    return array + index * kOptimizerBlock;
+  }
+};
+
+// The owned entries of a block of an array; those past its end are zeros.
 template <int run, class T>
-__device__ inline void load_owned(const T* p, int64_t valid, T (&values)[kOwned]) {
+__device__ inline void load_owned(const T* array, const Block& block, T (&values)[kOwned]) {
 #pragma unroll
   for (int i = 0; i < kOwned; i += run) {
     const int index = owned_index<run>(i);
     T part[run];
-    load(p + index, valid - index, part);
+    load(block.of(array) + index, block.whole, block.valid - index, part);
 #pragma unroll
     for (int j = 0; j < run; j++) values[i + j] = part[j];
   }
 }
 template <int run, class T>
-__device__ inline void store_owned(T* p, int64_t valid, const T (&values)[kOwned]) {
+__device__ inline void store_owned(T* array, const Block& block, const T (&values)[kOwned]) {
 #pragma unroll
   for (int i = 0; i < kOwned; i += run) {
     const int index = owned_index<run>(i);
     T part[run];
 #pragma unroll
     for (int j = 0; j < run; j++) part[j] = values[i + j];
-    store(p + index, valid - index, part);
+    store(block.of(array) + index, block.whole, block.valid - index, part);
   }
 }
 
-using OwnedState = float[kStates][kOwned];
+// The same for entries of any dtype as floats, rounded once when they are stored.
+template <int run, class T>
+__device__ inline void load_floats_owned(const T* array, const Block& block, float (&values)[kOwned]) {
+  T entries[kOwned];
+  load_owned<run>(array, block, entries);
+#pragma unroll
+  for (int i = 0; i < kOwned; i++) values[i] = to_float(entries[i]);
+}
+template <int run, class T>
+__device__ inline void store_floats_owned(T* array, const Block& block, const float (&values)[kOwned]) {
+  T entries[kOwned];
+#pragma unroll
+  for (int i = 0; i < kOwned; i++) entries[i] = from_float<T>(values[i]);
+  store_owned<run>(array, block, entries);
+}
 
 struct FloatState {
   float* values[kStates];
@@ -56,19 +83,18 @@ struct FloatState {
     __device__ void prepare(const FloatState&) {}
   };
 
-  template <OptimizerName name, int run>
-  __device__ void load(const Tables<name>&, int64_t block, int64_t valid, OwnedState& owned) const {
-#pragma unroll
-    for (int s = 0; s < kStates; s++) {
-      if (uses_state(name, s)) load_owned<run>(values[s] + block * kOptimizerBlock, valid, owned[s]);
-    }
+  template <int run>
+  bool is_aligned() const {
+    return are_aligned<run>(values[0], values[1], values[2]);
   }
-  template <OptimizerName name, int run>
-  __device__ void store(const Tables<name>&, int64_t block, int64_t valid, OwnedState& owned) const {
-#pragma unroll
-    for (int s = 0; s < kStates; s++) {
-      if (uses_state(name, s)) store_owned<run>(values[s] + block * kOptimizerBlock, valid, owned[s]);
-    }
+
+  template <int run, class Tables>
+  __device__ void load(int s, const Tables&, const Block& block, float (&owned)[kOwned]) const {
+    load_owned<run>(values[s], block, owned);
+  }
+  template <int run, class Tables>
+  __device__ void store(int s, const Tables&, const Block& block, bool, const float (&owned)[kOwned]) const {
+    store_owned<run>(values[s], block, owned);
   }
 };
 
@@ -90,54 +116,47 @@ struct ByteState {
 #pragma unroll
       for (int m = 0; m < kMaps; m++) {
         CellEncoder::prepare(encoding[m], state.maps[m]);
-        for (int i = static_cast<int>(threadIdx.x); i < 256; i += static_cast<int>(blockDim.x)) {
-          code[m][i] = state.maps[m][i];
-        }
+        code[m][threadIdx.x] = state.maps[m][threadIdx.x];
       }
     }
   };
 
-  template <OptimizerName name, int run>
-  __device__ void load(const Tables<name>& tables, int64_t block, int64_t valid, OwnedState& owned) const {
-#pragma unroll
-    for (int s = 0; s < kStates; s++) {
-      if (!uses_state(name, s)) continue;
-      uint8_t bytes[kOwned];
-      load_owned<run>(codes[s] + block * kOptimizerBlock, valid, bytes);
-      const float scale = absmax[s][block];
-#pragma unroll
-      for (int i = 0; i < kOwned; i++) owned[s][i] = tables.code[map_of(s)][bytes[i]] * scale;
-    }
+  template <int run>
+  bool is_aligned() const {
+    return are_aligned<run>(codes[0], codes[1], codes[2]);
   }
 
-  template <OptimizerName name, int run>
-  __device__ void store(const Tables<name>& tables, int64_t block, int64_t valid, OwnedState& owned) const {
+  template <int run, class Tables>
+  __device__ void load(int s, const Tables& tables, const Block& block, float (&owned)[kOwned]) const {
+    uint8_t bytes[kOwned];
+    load_owned<run>(codes[s], block, bytes);
+    const float scale = absmax[s][block.index];
 #pragma unroll
-    for (int s = 0; s < kStates; s++) {
-      if (!uses_state(name, s)) continue;
-      float(&values)[kOwned] = owned[s];
-      if (valid < kOptimizerBlock) {
+    for (int i = 0; i < kOwned; i++) owned[i] = tables.code[map_of(s)][bytes[i]] * scale;
+  }
+
+  // Where the update is divided by the state, a positive value takes the smallest positive code rather than
+  // that of zero. Values past the end of the block are overwritten.
+  template <int run, class Tables>
+  __device__ void store(int s, const Tables& tables, const Block& block, bool is_divisor,
+                        float (&owned)[kOwned]) const {
+    if (!block.whole) {
 #pragma unroll
-        for (int i = 0; i < kOwned; i++) values[i] = owned_index<run>(i) < valid ? values[i] : 0.0f;
-      }
-      int32_t largest = 0;
-#pragma unroll
-      for (int i = 0; i < kOwned; i++) largest = max(largest, magnitude_bits(values[i]));
-      largest = warp_max(largest);
-      const CellEncoder::Tables& encoding = tables.encoding[map_of(s)];
-      int found[kOwned];
-      encode_scaled<CellEncoder>(encoding, largest, values, found);
-      const bool raises = divides_by(name, s) && is_scalable(largest);
-      uint8_t bytes[kOwned];
-#pragma unroll
-      for (int i = 0; i < kOwned; i++) {
-        // A positive value takes the smallest positive code rather than that of zero: it will be divided by.
-        const bool raised = raises && found[i] == encoding.zero && values[i] > 0;
-        bytes[i] = static_cast<uint8_t>(found[i] + raised);
-      }
-      store_owned<run>(codes[s] + block * kOptimizerBlock, valid, bytes);
-      if (lane() == 0) absmax[s][block] = stored_absmax(largest);
+      for (int i = 0; i < kOwned; i++) owned[i] = owned_index<run>(i) < block.valid ? owned[i] : 0.0f;
     }
+    int32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < kOwned; i++) largest = max(largest, magnitude_bits(owned[i]));
+    largest = warp_max(largest);
+    const CellEncoder::Tables& encoding = tables.encoding[map_of(s)];
+    uint8_t bytes[kOwned];
+    if (is_divisor) {
+      encode_block<CellEncoder, true>(encoding, largest, owned, bytes);
+    } else {
+      encode_block<CellEncoder>(encoding, largest, owned, bytes);
+    }
+    store_owned<run>(codes[s], block, bytes);
+    if (lane() == 0) absmax[s][block.index] = stored_absmax(largest);
   }
 
  private:

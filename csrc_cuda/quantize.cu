@@ -6,91 +6,84 @@
 namespace bnb {
 namespace {
 
-// A block of threads takes a tile of elements, a whole number of quantization blocks whatever their size. Each
-// thread holds kChunks times kItems neighbouring elements, so that memory is read once.
-constexpr int kThreads = 256;
-constexpr int kItems = 8;
-constexpr int kChunks = 2;
-constexpr int kTile = kThreads * kItems * kChunks;
-constexpr int kWarpItems = kWarp * kItems;
-constexpr int kSpans = kTile / kWarpItems;
-static_assert(kTile >= 4096, "a tile holds the largest quantization block");
+constexpr int kThreads = CellEncoder::kThreads;
 
-// Where this thread's elements of a chunk begin in the tile, and the span of them that its warp holds.
-__device__ inline int offset_of(int chunk) {
-  return (chunk * kThreads + static_cast<int>(threadIdx.x)) * kItems;
-}
-__device__ inline int span_of(int chunk) { return chunk * (kThreads / kWarp) + warp(); }
+// How a tile of elements is spread over a block of threads. It is a whole number of quantization blocks,
+// whatever their size. A thread holds neighbours, in kChunks places, so that memory is read once.
+template <class T>
+struct Tile {
+  static constexpr int kItems = 2 * kAccessBytes / sizeof(T);
+  static constexpr int kChunks = 16 / kItems;
+  static constexpr int kSize = kThreads * kItems * kChunks;
+  static constexpr int kSpan = kWarp * kItems;  // of a chunk in a warp
+  static constexpr int kSpans = kSize / kSpan;
+  static_assert(kSize % 4096 == 0, "the largest quantization block");
 
-// Makes of each thread's largest magnitudes those of the quantization blocks that its chunks are in.
-__device__ void reduce_to_blocks(int blocksize, int32_t (&largest)[kChunks], int32_t* spans) {
-  const int lanes = min(blocksize / kItems, kWarp);
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
-#pragma unroll
-    for (int c = 0; c < kChunks; c++) largest[c] = max(largest[c], shuffle_xor(largest[c], distance));
+  // Where this thread's elements of a chunk begin, and the span that they are in.
+  static __device__ int offset_of(int chunk) {
+    return (chunk * kThreads + static_cast<int>(threadIdx.x)) * kItems;
   }
-  if (blocksize <= kWarpItems) return;
-  __syncthreads();  // the last tile's have been read
-#pragma unroll
-  for (int c = 0; c < kChunks; c++) {
-    if (lane() == 0) spans[span_of(c)] = largest[c];
-  }
-  __syncthreads();
-  const int count = blocksize / kWarpItems;
-#pragma unroll
-  for (int c = 0; c < kChunks; c++) {
-    const int first = span_of(c) & ~(count - 1);
-    for (int s = 0; s < count; s++) largest[c] = max(largest[c], spans[first + s]);
-  }
-}
+  static __device__ int span_of(int chunk) { return chunk * (kThreads / kWarp) + warp(); }
 
-__device__ inline void store_codes(uint8_t* out, int64_t offset, int64_t valid, const int (&codes)[kItems],
-                                   std::integral_constant<int, 8>) {
-  uint8_t bytes[kItems];
+  // Makes of each thread's largest magnitudes those of the quantization blocks that its chunks are in.
+  static __device__ void reduce_to_blocks(int blocksize, int32_t (&largest)[kChunks], int32_t* spans) {
+    const int lanes = min(blocksize / kItems, kWarp);
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
 #pragma unroll
-  for (int i = 0; i < kItems; i++) bytes[i] = static_cast<uint8_t>(codes[i]);
-  store(out + offset, valid, bytes);
-}
-// The first of two in the high nibble.
-__device__ inline void store_codes(uint8_t* out, int64_t offset, int64_t valid, const int (&codes)[kItems],
-                                   std::integral_constant<int, 4>) {
-  uint8_t bytes[kItems / 2];
+      for (int c = 0; c < kChunks; c++) largest[c] = max(largest[c], shuffle_xor(largest[c], distance));
+    }
+    if (blocksize <= kSpan) return;
+    __syncthreads();  // the last tile's have been read
 #pragma unroll
-  for (int i = 0; i < kItems / 2; i++) bytes[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
-  store(out + offset / 2, (valid + 1) / 2, bytes);
-}
+    for (int c = 0; c < kChunks; c++) {
+      if (lane() == 0) spans[span_of(c)] = largest[c];
+    }
+    __syncthreads();
+    const int count = blocksize / kSpan;
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) {
+      const int first = span_of(c) & ~(count - 1);
+      for (int s = 0; s < count; s++) largest[c] = max(largest[c], spans[first + s]);
+    }
+  }
+};
 
 template <class Encoder, class T>
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const T* a, int64_t n, int blocksize, int blocksize_log2, typename Encoder::Source source,
                     uint8_t* out, float* absmax) {
+  using Tile = Tile<T>;
+  constexpr int chunks = Tile::kChunks, items = Tile::kItems, each = 8 / Encoder::kBits;
   __shared__ typename Encoder::Tables tables;
-  __shared__ int32_t spans[kSpans];
+  __shared__ int32_t spans[Tile::kSpans];
   Encoder::prepare(tables, source);
   __syncthreads();
-  for (int64_t first = int64_t{blockIdx.x} * kTile; first < n; first += int64_t{gridDim.x} * kTile) {
-    float x[kChunks][kItems];
-    int32_t largest[kChunks];
+  const bool aligned = are_aligned<items>(a) && are_aligned<items / each>(out);
+  for (int64_t first = int64_t{blockIdx.x} * Tile::kSize; first < n;
+       first += int64_t{gridDim.x} * Tile::kSize) {
+    const bool whole = aligned && n - first >= Tile::kSize;
+    float x[chunks][items];
+    int32_t largest[chunks] = {};
 #pragma unroll
-    for (int c = 0; c < kChunks; c++) {
-      const int64_t begin = first + offset_of(c);
-      load_floats(a + begin, n - begin, x[c]);
+    for (int c = 0; c < chunks; c++) {
+      const int64_t begin = first + Tile::offset_of(c);
+      load_floats(a + begin, whole, n - begin, x[c]);
     }
 #pragma unroll
-    for (int c = 0; c < kChunks; c++) {
-      largest[c] = 0;
+    for (int c = 0; c < chunks; c++) {
 #pragma unroll
-      for (int i = 0; i < kItems; i++) largest[c] = max(largest[c], magnitude_bits(x[c][i]));
+      for (int i = 0; i < items; i++) largest[c] = max(largest[c], magnitude_bits(x[c][i]));
     }
-    reduce_to_blocks(blocksize, largest, spans);
+    Tile::reduce_to_blocks(blocksize, largest, spans);
 #pragma unroll
-    for (int c = 0; c < kChunks; c++) {
-      const int64_t begin = first + offset_of(c);
-      if (begin >= n) continue;
-      int codes[kItems];
-      encode_scaled<Encoder>(tables, largest[c], x[c], codes);
-      store_codes(out, begin, n - begin, codes, std::integral_constant<int, Encoder::kBits>());
-      if ((begin & (blocksize - 1)) == 0) absmax[begin >> blocksize_log2] = stored_absmax(largest[c]);
+    for (int c = 0; c < chunks; c++) {
+      const int64_t begin = first + Tile::offset_of(c);
+      uint8_t bytes[items / each];
+      encode_block<Encoder>(tables, largest[c], x[c], bytes);
+      store(out + begin / each, whole, (n - begin + each - 1) / each, bytes);
+      if (begin < n && (begin & (blocksize - 1)) == 0) {
+        absmax[begin >> blocksize_log2] = stored_absmax(largest[c]);
+      }
     }
   }
 }
@@ -113,8 +106,8 @@ struct ShortCodebook {
 
 template <class Codebook, class T>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const uint8_t* codes, const float* absmax, Codebook codebook, int64_t n, int blocksize_log2,
-                      T* out) {
+    dequantize_kernel(const uint8_t* codes, const float* absmax, Codebook codebook, int64_t n,
+                      int blocksize_log2, T* out) {
   constexpr int bits = Codebook::kBits;
   constexpr int items = kOutputs<T>;
   constexpr int bytes = items * bits / 8;
@@ -122,15 +115,17 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float values[1 << bits];
   if (threadIdx.x < 1 << bits) values[threadIdx.x] = codebook[static_cast<int>(threadIdx.x)];
   __syncthreads();
+  const bool aligned = are_aligned<bytes>(codes) && are_aligned<items>(out);
   for (int64_t first = blockIdx.x * tile; first < n; first += gridDim.x * tile) {
+    const bool whole = aligned && n - first >= tile;
     uint8_t packed[kUnrolled][bytes];
     float scales[kUnrolled];
 #pragma unroll
     for (int u = 0; u < kUnrolled; u++) {
       const int64_t begin = first + (u * kThreads + static_cast<int>(threadIdx.x)) * items;
       const int64_t valid = n - begin;
-      load(codes + begin * bits / 8, (valid * bits + 7) / 8, packed[u]);
-      scales[u] = valid > 0 ? absmax[begin >> blocksize_log2] : 0.0f;
+      load(codes + begin * bits / 8, whole, (valid * bits + 7) / 8, packed[u]);
+      scales[u] = whole || valid > 0 ? absmax[begin >> blocksize_log2] : 0.0f;
     }
 #pragma unroll
     for (int u = 0; u < kUnrolled; u++) {
@@ -141,7 +136,7 @@ __global__ void __launch_bounds__(kThreads)
         const int code = bits == 8 ? packed[u][i] : packed[u][i / 2] >> (i % 2 ? 0 : 4) & 15;
         y[i] = values[code] * scales[u];
       }
-      store_floats(out + begin, n - begin, y);
+      store_floats(out + begin, whole, n - begin, y);
     }
   }
 }
@@ -158,27 +153,27 @@ void quantize(const char* name, const void* A, DType dtype, int64_t n, typename 
   if (n == 0) return;
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(name, quantize_kernel<Encoder, T>, resident_grid(ceil_div(n, kTile), kThreads), kThreads, stream, 0,
-           static_cast<const T*>(A), n, blocksize, log2_of(blocksize), source, out, absmax);
+    launch(name, quantize_kernel<Encoder, T>, resident_grid(ceil_div(n, Tile<T>::kSize), kThreads), kThreads,
+           stream, 0, static_cast<const T*>(A), n, blocksize, log2_of(blocksize), source, out, absmax);
   });
 }
 
 template <class Codebook>
-void dequantize(const char* name, const uint8_t* codes, const float* absmax, const Codebook& codebook, int64_t n,
-                int64_t blocksize, void* out, DType dtype, Stream stream) {
+void dequantize(const char* name, const uint8_t* codes, const float* absmax, const Codebook& codebook,
+                int64_t n, int64_t blocksize, void* out, DType dtype, Stream stream) {
   if (n == 0) return;
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t tiles = ceil_div(n, kThreads * kOutputs<T> * kUnrolled);
-    launch(name, dequantize_kernel<Codebook, T>, resident_grid(tiles, kThreads), kThreads, stream, 0, codes, absmax,
-           codebook, n, log2_of(blocksize), static_cast<T*>(out));
+    launch(name, dequantize_kernel<Codebook, T>, resident_grid(tiles, kThreads), kThreads, stream, 0, codes,
+           absmax, codebook, n, log2_of(blocksize), static_cast<T*>(out));
   });
 }
 
 }  // namespace
 
-void gpu::quantize_blockwise(const void* A, DType dtype, int64_t n, const float* code, int64_t blocksize, uint8_t* q,
-                             float* absmax, Stream stream) {
+void gpu::quantize_blockwise(const void* A, DType dtype, int64_t n, const float* code, int64_t blocksize,
+                             uint8_t* q, float* absmax, Stream stream) {
   quantize<CellEncoder>("quantize_blockwise", A, dtype, n, code, blocksize, q, absmax, stream);
 }
 

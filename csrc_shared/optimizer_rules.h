@@ -1,5 +1,5 @@
-// What the optimizers compute (docs/SPEC.md section 5), once for vectors of floats on CPUs and for single ones on
-// GPUs.
+// What the optimizers compute (docs/SPEC.md section 5), once for vectors of floats on CPUs and for single
+// ones on GPUs.
 //
 // All of it has internal linkage: sources compiled for different instruction sets must not share a function.
 #pragma once
@@ -72,7 +72,8 @@ struct Coefficients {
 //
 // V is a float or a vector of them, and Math::sqrt its square root.
 template <OptimizerName name, class Math, class V>
-BNB_HOST_DEVICE BNB_ALWAYS_INLINE V advance(const Coefficients& c, float size, V g, V p, V (&state)[kStates]) {
+BNB_HOST_DEVICE BNB_ALWAYS_INLINE V advance(const Coefficients& c, float size, V g, V p,
+                                            V (&state)[kStates]) {
   if constexpr (couples_decay(name)) g += c.weight_decay * p;
   V& m = state[0];
   V& slow = state[1];

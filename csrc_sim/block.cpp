@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <exception>
-#include <stdexcept>
 
 #include "sanitizers.h"
 
@@ -31,7 +30,7 @@ Block::Block() = default;
 void Block::prepare(const Launch& launch) {
   launch_ = launch;
   warp_size_ = warp_size();
-  shared_.resize(launch.shared_bytes);
+  shared_.prepare(launch.kernel, launch.shared_bytes);
   const auto count = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
   threads_.resize(static_cast<size_t>(count));
   for (int rank = 0; rank < count; ++rank) {
@@ -39,6 +38,8 @@ void Block::prepare(const Launch& launch) {
     threads_[rank].index = index_in(static_cast<uint64_t>(rank), launch.block);
   }
   warps_.resize(static_cast<size_t>((count + warp_size_ - 1) / warp_size_));
+  // A fiber that a thread creates would be ordered after it.
+  while (kThreadSanitizer && fibers_.size() < threads_.size()) new_fiber();
 }
 
 void Block::begin(uint64_t index) {
@@ -67,7 +68,7 @@ void Block::begin(uint64_t index) {
   fault_.clear();
 }
 
-void Block::run(uint64_t index) {
+std::string Block::run(uint64_t index) {
   begin(index);
   release(&start_order_);
   while (live_ > 0 && fault_.empty()) {
@@ -79,8 +80,8 @@ void Block::run(uint64_t index) {
   }
   if (!fault_.empty()) abandon();
   acquire(&end_order_);
-  if (fault_.empty()) return;
-  throw std::runtime_error(fault_);
+  shared_.look();
+  return fault_;
 }
 
 void Block::run_threads(void* self) {
@@ -146,14 +147,15 @@ void Block::make_ready(const std::vector<Thread*>& threads) {
   for (Thread* thread : threads) thread->state = Thread::State::ready;
 }
 
+Fiber& Block::new_fiber() {
+  fibers_.push_back(std::make_unique<Fiber>(&Block::run_threads, this));
+  return *fibers_.back();
+}
+
 // The thread sanitizer takes what one fiber does for ordered: there each thread has its own.
 Fiber& Block::idle_fiber(const Thread& thread) {
-  const auto own = static_cast<size_t>(thread.rank);
-  while (kThreadSanitizer ? fibers_.size() <= own : idle_.empty()) {
-    fibers_.push_back(std::make_unique<Fiber>(&Block::run_threads, this));
-    if (!kThreadSanitizer) idle_.push_back(fibers_.back().get());
-  }
-  if (kThreadSanitizer) return *fibers_[own];
+  if (kThreadSanitizer) return *fibers_[static_cast<size_t>(thread.rank)];
+  if (idle_.empty()) return new_fiber();
   Fiber& fiber = *idle_.back();
   idle_.pop_back();
   return fiber;
@@ -172,7 +174,7 @@ int Block::barrier(const char* name, Site site, bool predicate) {
   if (at_barrier_ == 0) {
     first_at_barrier_ = &self;
     predicates_ = 0;
-  } else if (site.line != first_at_barrier_->site.line || site.file != first_at_barrier_->site.file) {
+  } else if (!(site == first_at_barrier_->site)) {
     fail("waits at another barrier than others do:" + waiting_threads({first_at_barrier_, &self}));
   }
   self.state = Thread::State::at_barrier;

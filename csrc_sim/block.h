@@ -1,7 +1,7 @@
 // The threads of one block, on fibers of one OS thread.
 //
-// A thread runs until it must wait; then the next one that can go on does. A fiber whose thread has ended runs
-// the next thread that has not started, so that a kernel without barriers and shuffles is a plain loop.
+// A thread runs until it must wait; then the next one that can go on does. A fiber whose thread has ended
+// runs the next thread that has not started, so that a kernel without barriers and shuffles is a plain loop.
 #pragma once
 
 #include <memory>
@@ -28,6 +28,7 @@ struct Thread {
   Site site;
   WarpRequest* request;
   uint64_t result;
+  char* order;  // for the thread sanitizer: of the operation it was in
 };
 
 // Neighbouring threads that exchange values.
@@ -35,7 +36,8 @@ struct Warp {
   uint64_t live;     // lanes that have not returned
   uint64_t waiting;  // lanes in an operation of the warp
   unsigned operations;
-  char order[2];  // for the thread sanitizer, of even and odd operations
+  // For the thread sanitizer: what comes before an operation, and what each of the latest ones hands on.
+  char arrivals, departures[8];
 };
 
 class Block {
@@ -44,8 +46,8 @@ class Block {
 
   // Makes ready for the blocks of a launch.
   void prepare(const Launch& launch);
-  // Runs one of them. Throws std::runtime_error for a fault of the kernel.
-  void run(uint64_t index);
+  // Runs one of them; returns what its kernel did wrong, empty for nothing.
+  std::string run(uint64_t index);
 
   // Called by the running thread, on its fiber.
   int barrier(const char* name, Site site, bool predicate);
@@ -63,6 +65,7 @@ class Block {
   void go_on_with(Thread* next, Fiber& from);
   void wait();
   void make_ready(const std::vector<Thread*>& threads);
+  Fiber& new_fiber();
   Fiber& idle_fiber(const Thread& thread);
   void abandon();
 

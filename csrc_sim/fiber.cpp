@@ -15,9 +15,9 @@
 #endif
 
 // bnb_switch_stack(void** from, void* to): pushes what a call must preserve, stores the stack pointer, and
-// returns to where the other stack was left. Most often that is the same place of the same functions, which the
-// processor therefore predicts.
-// bnb_start_stack: where a fresh stack begins; calls the function in one preserved register with another.
+// returns to where the other stack was left. Most often that is the same place of the same functions, which
+// the processor therefore predicts. bnb_start_stack: where a fresh stack begins; calls the function in one
+// preserved register with another.
 extern "C" {
 void bnb_switch_stack(void** from, void* to) __attribute__((visibility("hidden")));
 void bnb_start_stack() __attribute__((visibility("hidden")));

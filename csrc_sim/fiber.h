@@ -28,8 +28,8 @@ class Fiber {
   char* mapping_ = nullptr;  // guard page and stack, null for an OS thread
   char* stack_ = nullptr;
   size_t stack_bytes_ = 0;
-  void* sanitizer_fiber_ = nullptr;
-  void* fake_stack_ = nullptr;
+  [[maybe_unused]] void* sanitizer_fiber_ = nullptr;
+  [[maybe_unused]] void* fake_stack_ = nullptr;
 };
 
 }  // namespace bnb::simulator

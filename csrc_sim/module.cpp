@@ -1,13 +1,16 @@
 // What a simulated kernel module has besides the kernels: the settings of the simulator.
 #include <pybind11/pybind11.h>
 
+#include "../csrc_cuda/managed_memory_bindings.h"
 #include "settings.h"
 
 namespace bnb {
 
 void bind_extras(pybind11::module_& m) {
   namespace py = pybind11;
-  m.def("set_warp_size", &simulator::set_warp_size, py::arg("lanes"), "32 or 64; ValueError for another number.");
+  bind_managed_memory(m);
+  m.def("set_warp_size", &simulator::set_warp_size, py::arg("lanes"),
+        "32 or 64; ValueError for another number.");
   m.def("warp_size", &simulator::warp_size, "The lanes of a warp.");
   m.def("set_order", &simulator::set_order, py::arg("order"),
         "The order of lanes and blocks: forward, reverse or shuffled:SEED; ValueError for another.");

@@ -9,7 +9,8 @@ namespace bnb::simulator {
 namespace {
 
 std::string in_words(const uint3& index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
+         ")";
 }
 
 // "3, 5-31" of ascending ranks.
@@ -39,7 +40,8 @@ std::string Block::waiting_threads(const std::vector<const Thread*>& threads) co
   for (const Thread* thread : threads) places[place_of(*thread)].push_back(thread->rank);
   std::string words;
   for (const auto& [place, ranks] : places)
-    words += std::string("\n  ") + (ranks.size() == 1 ? "thread " : "threads ") + ranges(ranks) + ": " + place;
+    words +=
+        std::string("\n  ") + (ranks.size() == 1 ? "thread " : "threads ") + ranges(ranks) + ": " + place;
   return words;
 }
 

@@ -34,7 +34,8 @@ constexpr ErrorText kErrors[] = {
     {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
-    {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources", "too many resources requested for launch"},
+    {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources",
+     "too many resources requested for launch"},
 };
 
 const ErrorText* find_error(cudaError_t error) {
@@ -85,6 +86,8 @@ int attribute_value(cudaDeviceAttr attribute) {
       return 1;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       return kMostSharedBytes;
+    case simulatedAttributeSharedBytesOfAmd:
+      return kSharedBytesOfAmd;
   }
   return -1;
 }

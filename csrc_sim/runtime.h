@@ -41,6 +41,7 @@ enum cudaDeviceAttr {
   cudaDevAttrConcurrentManagedAccess = 89,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
   cudaDevAttrMemoryPoolsSupported = 115,
+  simulatedAttributeSharedBytesOfAmd = 1000,  // under HIP's names for it
 };
 
 enum cudaFuncAttribute {
@@ -164,8 +165,9 @@ cudaError_t keep_error(cudaError_t error);
 
 // What a launch may use, as on the device that the attributes describe.
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kSharedBytes = 48 * 1024;        // without asking
+constexpr size_t kSharedBytes = 48 * 1024;       // without asking
 constexpr size_t kMostSharedBytes = 227 * 1024;  // after cudaFuncSetAttribute
+constexpr size_t kSharedBytesOfAmd = 64 * 1024;  // for whoever uses HIP's names
 
 cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t blocks_per_multiprocessor(int* blocks, int threads, size_t shared_bytes);

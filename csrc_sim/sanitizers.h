@@ -1,4 +1,5 @@
-// What the address and thread sanitizers are told of fibers, and of what orders them; nothing in other builds.
+// What the address and thread sanitizers are told of fibers, and of what orders them; nothing in other
+// builds.
 #pragma once
 
 #include <cstddef>

@@ -49,8 +49,8 @@ void set_order(const std::string& order) {
     return;
   }
   const std::string number = order.substr(std::min(order.size(), prefix.size()));
-  const bool digits = !number.empty() && number.size() <= 18 &&
-                      number.find_first_not_of("0123456789") == std::string::npos;
+  const bool digits =
+      !number.empty() && number.size() <= 18 && number.find_first_not_of("0123456789") == std::string::npos;
   if (order.compare(0, prefix.size(), prefix) != 0 || !digits)
     throw std::invalid_argument("the order is forward, reverse or shuffled:SEED, not '" + order + "'");
   kind = Turns::Kind::shuffled;

@@ -11,8 +11,8 @@ namespace bnb::simulator {
 void set_warp_size(int lanes);
 int warp_size();
 
-// The order in which blocks, and the threads of a block that can go on, take their turns: "forward", "reverse"
-// or "shuffled:SEED" with a whole number; throws std::invalid_argument for anything else.
+// The order in which blocks, and the threads of a block that can go on, take their turns: "forward",
+// "reverse" or "shuffled:SEED" with a whole number; throws std::invalid_argument for anything else.
 void set_order(const std::string& order);
 std::string order();
 

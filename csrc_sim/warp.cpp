@@ -1,4 +1,5 @@
 // What the lanes of a warp do together.
+#include <iterator>
 #include <string>
 
 #include "block.h"
@@ -8,7 +9,7 @@ namespace bnb::simulator {
 namespace {
 
 bool same_operation(const WarpRequest& a, const WarpRequest& b) {
-  return a.site.line == b.site.line && a.site.file == b.site.file && a.name == b.name && a.width == b.width;
+  return a.site == b.site && a.exchange == b.exchange && a.width == b.width && a.bytes == b.bytes;
 }
 
 // The lane that a shuffle reads: in the lane's own group of `width`, or the lane itself beyond its ends.
@@ -42,8 +43,7 @@ void Block::check_request(const WarpRequest& request, int lane) {
   if (request.mask_bits && !(request.mask >> lane & 1))
     refuse("is called by lane " + std::to_string(lane) + ", which is not in its mask");
   const int width = request.width;
-  const bool shuffles = request.exchange != Exchange::none && request.exchange != Exchange::vote;
-  if (shuffles && (width < 1 || width > warp_size_ || (width & (width - 1))))
+  if (request.exchange != Exchange::vote && (width < 1 || width > warp_size_ || (width & (width - 1))))
     refuse("has a width of " + std::to_string(width) + ", not a power of two up to the warp's");
 }
 
@@ -65,12 +65,11 @@ uint64_t Block::exchange(WarpRequest& request) {
   check_request(request, lane);
   self.state = Thread::State::in_warp;
   warp.waiting |= uint64_t{1} << lane;
-  char* order = &warp.order[warp.operations & 1];
-  release(order);
+  release(&warp.arrivals);
   const uint64_t lanes = participants(request, warp, lane);
   if ((lanes & ~warp.waiting) == 0) complete(index, lanes);
   wait();
-  acquire(order);
+  acquire(self.order);
   return self.result;
 }
 
@@ -84,10 +83,13 @@ bool Block::complete(int index, uint64_t lanes) {
     const int lane = __builtin_ctzll(left);
     Thread& thread = lane_of(index, lane);
     const WarpRequest& request = *thread.request;
-    if (!same_operation(request, *first.request) || participants(request, warp, lane) != lanes) {
-      find_fault("the lanes of a warp meet in different operations, or with different masks" +
-                     waiting_threads({&first, &thread}),
+    if (!same_operation(request, *first.request)) {
+      find_fault("lanes of its warp are in different operations" + waiting_threads({&first, &thread}),
                  &thread);
+      return false;
+    }
+    if (participants(request, warp, lane) != lanes) {
+      find_fault("lanes of its warp have different masks" + waiting_threads({&thread}), &thread);
       return false;
     }
     votes |= (request.value & 1) << lane;
@@ -103,14 +105,17 @@ bool Block::complete(int index, uint64_t lanes) {
     } else {
       const bool returned = !(warp.live >> source & 1);
       find_fault(std::string(thread->request->name) + " of lane " + std::to_string(lane) + " reads lane " +
-                     std::to_string(source) + ", which " + (returned ? "has returned" : "does not take part") +
-                     waiting_threads({thread}),
+                     std::to_string(source) + ", which " +
+                     (returned ? "has returned" : "does not take part") + waiting_threads({thread}),
                  thread);
       return false;
     }
   }
+  char* order = &warp.departures[warp.operations++ % std::size(warp.departures)];
+  acquire(&warp.arrivals);
+  release(order);
+  for (Thread* thread : released_) thread->order = order;
   warp.waiting &= ~lanes;
-  ++warp.operations;
   make_ready(released_);
   return true;
 }

@@ -4,8 +4,9 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
-#include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -36,11 +37,12 @@ class Worker {
     changed_.notify_all();
   }
 
-  // Returns what its part of the job threw.
-  std::exception_ptr finish() {
+  // Returns what went wrong in its part of the job, empty for nothing. (Words, as an exception shared between
+  // OS threads is counted by code that the thread sanitizer does not see.)
+  std::string finish() {
     std::unique_lock<std::mutex> lock(mutex_);
     changed_.wait(lock, [this] { return !job_; });
-    return std::exchange(error_, nullptr);
+    return fault_;
   }
 
  private:
@@ -54,35 +56,36 @@ class Worker {
         job = job_;
       }
       enter_simulator();
-      std::exception_ptr error;
-      try {
-        run_part(block, *job);
-      } catch (...) {
-        error = std::current_exception();
-        job->failed.store(true, std::memory_order_relaxed);
-      }
+      std::string fault = run_part(block, *job);
       leave_simulator();
       const std::lock_guard<std::mutex> lock(mutex_);
-      error_ = error;
+      fault_ = std::move(fault);
       job_ = nullptr;
       changed_.notify_all();
     }
   }
 
-  void run_part(Block& block, const Job& job) {
-    block.prepare(job.launch);
-    const Turns turns(~uint64_t{0});
-    for (uint64_t i = index_; i < job.blocks; i += job.workers) {
-      if (job.failed.load(std::memory_order_relaxed)) return;
-      block.run(turns.pick(i, job.blocks));
+  std::string run_part(Block& block, Job& job) {
+    std::string fault;
+    try {
+      block.prepare(job.launch);
+      const Turns turns(~uint64_t{0});
+      for (uint64_t i = index_; i < job.blocks && fault.empty(); i += job.workers) {
+        if (job.failed.load(std::memory_order_relaxed)) break;
+        fault = block.run(turns.pick(i, job.blocks));
+      }
+    } catch (const std::exception& error) {
+      fault = std::string(job.launch.name) + ": " + error.what();
     }
+    if (!fault.empty()) job.failed.store(true, std::memory_order_relaxed);
+    return fault;
   }
 
   const uint64_t index_;
   std::mutex mutex_;
   std::condition_variable changed_;
   Job* job_ = nullptr;
-  std::exception_ptr error_;
+  std::string fault_;
   std::thread thread_;
 };
 
@@ -116,8 +119,9 @@ cudaError_t check_launch(const Launch& launch) {
     return cudaErrorInvalidConfiguration;
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
-  if (launch.shared_bytes > dynamic_shared_limit(launch.kernel)) return cudaErrorInvalidValue;
-  return cudaSuccess;
+  const size_t shared_limit =
+      launch.maker == Maker::amd ? kSharedBytesOfAmd : dynamic_shared_limit(launch.kernel);
+  return launch.shared_bytes > shared_limit ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 }  // namespace
@@ -131,12 +135,12 @@ void run(const Launch& launch) {
   start_workers(count);
   Job job{launch, blocks, count};
   for (uint64_t i = 0; i < count; ++i) (*all_workers)[i]->start(job);
-  std::exception_ptr error;
+  std::string fault;
   for (uint64_t i = 0; i < count; ++i) {
-    const std::exception_ptr found = (*all_workers)[i]->finish();
-    if (found && !error) error = found;
+    const std::string found = (*all_workers)[i]->finish();
+    if (fault.empty()) fault = found;
   }
-  if (error) std::rethrow_exception(error);
+  if (!fault.empty()) throw std::runtime_error(fault);
 }
 
 }  // namespace bnb::simulator

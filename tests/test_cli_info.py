@@ -43,6 +43,12 @@ def test_tables_show_backends_and_primitives():
         assert name in output
 
 
+def test_tables_show_the_whole_reason_why_a_backend_is_unavailable():
+    reason = "pip install bnb_core[extra]"
+    with registry.registered(registry.Backend("absent", (), 0, {}, unavailable=reason)):
+        assert reason in CliRunner().invoke(group, ["info"], env={"COLUMNS": "200"}).output
+
+
 def test_unknown_backend_in_the_environment_is_one_line_and_exit_code_2():
     command = [sys.executable, "-m", "bnb_core", "info"]
     environment = os.environ | {"BNB_BACKEND": "nonesuch"}

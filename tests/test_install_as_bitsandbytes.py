@@ -1,50 +1,187 @@
-"""In one process bnb_core answers to the name bitsandbytes, unless something else does already."""
+"""bnb_core answers to the name bitsandbytes, in a process or an environment, unless something else does already."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from packaging.version import Version
 from test_registry import run_python
 
-SAME_OBJECTS = """
-import bnb_core
-bnb_core.install_as_bitsandbytes()
-bnb_core.install_as_bitsandbytes()
-import importlib.util
-import bitsandbytes as bnb
-import bitsandbytes.functional as F
-from bitsandbytes.nn import Linear4bit, Params4bit
-from bitsandbytes.nn.parametrize import replace_parameter_4bit
-from bitsandbytes.optim import AdamW8bit
-from bitsandbytes.utils import replace_linear
-assert bnb is bnb_core and F is bnb_core.functional and Linear4bit is bnb_core.nn.Linear4bit
-assert AdamW8bit is bnb_core.optim.AdamW8bit and replace_linear is bnb_core.utils.replace_linear
-assert replace_parameter_4bit is bnb_core.nn.parametrize.replace_parameter_4bit
-assert importlib.util.find_spec("bitsandbytes") is not None
-import torch
-layer = bnb.nn.Linear4bit(64, 8, quant_type="nf4").to("cpu")
-print(tuple(layer(torch.ones(2, 64)).shape), type(layer.weight).__name__)
-"""
+from bnb_core import optim
+from bnb_core.compat.names import MODULES, VERSION
 
-OTHER_LIBRARY = """
-import sys, types
-sys.modules["bitsandbytes"] = types.ModuleType("bitsandbytes")
-import bnb_core
+COMPAT = Path(__file__).parents[1] / "compat"
+
+INSTALL = "import bnb_core; bnb_core.install_as_bitsandbytes()"
+
+# In the order in which programs ask: is it there, which version, then the imports.
+FACTS = """
+import importlib, importlib.metadata, importlib.util, json, pickle
+facts = {
+    "found": importlib.util.find_spec("bitsandbytes") is not None,
+    "version": importlib.metadata.version("bitsandbytes"),
+    "name": importlib.metadata.metadata("bitsandbytes")["Name"],
+    "distributions": sorted(set(importlib.metadata.packages_distributions()["bitsandbytes"])),
+    "answers": len(list(importlib.metadata.distributions(name="bitsandbytes"))),
+}
+import bitsandbytes, bitsandbytes.nn.modules as nn_modules, bnb_core
+from bitsandbytes.cextension import lib
+bnb_core.install_as_bitsandbytes()
+facts["__version__"] = bitsandbytes.__version__
+facts["modules"] = {}
+for name in MODULES:
+    module = importlib.import_module(f"bitsandbytes.{name}")
+    attribute = bitsandbytes
+    for part in name.split("."):
+        attribute = getattr(attribute, part)
+    facts["modules"][name] = module.__name__ if attribute is module else "another object"
+facts["optimizers"] = {name: str(getattr(bitsandbytes.optim, name)) for name in bnb_core.optim.__all__}
+classes = [getattr(bnb_core.optim, name) for name in bnb_core.optim.__all__]
+facts["unpickled"] = all(pickle.loads(pickle.dumps(optimizer)) is optimizer for optimizer in classes)
+facts["same"] = (
+    bitsandbytes.nn.Linear4bit is bnb_core.nn.Linear4bit is nn_modules.Linear4bit
+    and nn_modules.QuantState is bitsandbytes.functional.QuantState
+    and bitsandbytes.autograd._functions.matmul_4bit is bnb_core.matmul_4bit is bitsandbytes.matmul_4bit
+    and bitsandbytes.functional.lib is lib
+)
 try:
-    bnb_core.install_as_bitsandbytes()
-except RuntimeError as error:
-    print(error)
+    import bitsandbytes.research
+except ModuleNotFoundError as error:
+    facts["unknown"] = str(error)
+import torch
+layer = bitsandbytes.nn.Linear4bit(64, 8, quant_type="nf4").to("cpu")
+facts["output"] = list(layer(torch.ones(2, 64)).shape)
+print(json.dumps(facts))
 """
 
 
-def test_the_modules_are_the_same_objects_under_both_names():
-    result = run_python(SAME_OBJECTS)
+def run_with(folders: list[Path], code: str) -> subprocess.CompletedProcess[str]:
+    return run_python(code, PYTHONPATH=os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]))
+
+
+def real_version() -> str | None:
+    try:
+        found = version("bitsandbytes")
+    except PackageNotFoundError:
+        return None
+    return None if found == VERSION else found
+
+
+@pytest.fixture(scope="session")
+def compat_folder(tmp_path_factory) -> Path:
+    """The distribution in compat/, installed into a folder of its own."""
+    folder = tmp_path_factory.mktemp("compat")
+    source = shutil.copytree(COMPAT, folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(folder)], cwd=source, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "installed")]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    return folder / "installed"
+
+
+@pytest.fixture(scope="session", params=["in one process", "in the environment"])
+def facts(request) -> dict:
+    """What a program finds out about bitsandbytes, with either way of giving it bnb_core."""
+    code = f"MODULES = {list(MODULES)}\n{FACTS}"
+    if request.param == "in one process":
+        result = run_python(f"{INSTALL}\nbnb_core.install_as_bitsandbytes()\n{code}")
+    elif real_version():
+        pytest.skip(f"bitsandbytes {real_version()} is installed here, beside which the distribution refuses to work")
+    else:
+        result = run_with([request.getfixturevalue("compat_folder")], code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "(2, 8) Params4bit"
+    return json.loads(result.stdout)
 
 
-def test_another_bitsandbytes_is_not_replaced():
-    assert "already imported" in run_python(OTHER_LIBRARY).stdout
+def test_who_asks_for_the_distribution_is_told_a_version_that_serves_them(facts):
+    assert facts["found"] and facts["name"] == "bitsandbytes" and facts["distributions"] == ["bitsandbytes"]
+    assert facts["version"] == facts["__version__"] == VERSION and Version(facts["version"]) >= Version("0.48")
+    assert facts["answers"] == (2 if real_version() else 1)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_is_imported_under_the_other_name(facts, name):
+    assert facts["modules"][name] == MODULES[name]
+
+
+def test_classes_and_functions_are_the_same_objects_under_both_names(facts):
+    assert facts["same"] and facts["output"] == [2, 8]
+
+
+@pytest.mark.parametrize("name", [name for name in optim.__all__ if name != "GlobalOptimManager"])
+def test_optimizers_name_a_module_of_bitsandbytes(facts, name):
+    assert "'bitsandbytes.optim." in facts["optimizers"][name]
+
+
+def test_classes_of_optimizers_can_be_pickled(facts):
+    assert facts["unpickled"]
+
+
+def test_a_module_that_is_not_offered_is_not_found(facts):
+    assert facts["unknown"] == "No module named 'bitsandbytes.research'"
 
 
 def test_importing_bnb_core_alone_claims_no_name():
     code = "import sys, bnb_core; print([m for m in sys.modules if m.startswith('bitsandbytes')])"
     assert run_python(code).stdout.strip() == "[]"
+
+
+@pytest.fixture
+def real(tmp_path) -> SimpleNamespace:
+    """Folders with what a real bitsandbytes leaves behind: all of it, and its metadata alone."""
+    package, metadata = tmp_path / "package", tmp_path / "metadata"
+    for folder in (package, metadata):
+        (folder / "bitsandbytes-0.50.2.dist-info").mkdir(parents=True)
+        (folder / "bitsandbytes-0.50.2.dist-info" / "METADATA").write_text("Name: bitsandbytes\nVersion: 0.50.2\n")
+    (package / "bitsandbytes").mkdir()
+    (package / "bitsandbytes" / "__init__.py").write_text("__version__ = '0.50.2'\n")
+    return SimpleNamespace(package=package, metadata=metadata)
+
+
+def test_a_real_bitsandbytes_works_beside_bnb_core_and_is_not_replaced(real):
+    code = f"import bitsandbytes\ntry:\n    {INSTALL}\nexcept RuntimeError as error:\n    print(error)\n"
+    result = run_with([real.package], f"{code}print(bitsandbytes.__version__, bnb_core.nn.__name__)")
+    error, names = result.stdout.splitlines()
+    assert "already imported from" in error and str(real.package) in error
+    assert names == "0.50.2 bnb_core.nn"
+
+
+def test_one_process_can_take_the_name_where_a_real_bitsandbytes_is_installed(real):
+    code = "import bitsandbytes, importlib.metadata; print(importlib.metadata.version('bitsandbytes'))"
+    result = run_with([real.package], f"{INSTALL}\n{code}\nprint(bitsandbytes.__version__)")
+    assert result.stdout.split() == [VERSION, VERSION], result.stderr
+
+
+def test_a_real_bitsandbytes_that_comes_first_on_the_path_is_imported(real, compat_folder):
+    result = run_with([real.package, compat_folder], "import bnb_core, bitsandbytes; print(bitsandbytes.__version__)")
+    assert result.stdout.strip() == "0.50.2"
+
+
+def test_the_distribution_beside_a_real_one_is_an_error_that_names_both(real, compat_folder):
+    result = run_with([compat_folder, real.metadata], "import bitsandbytes")
+    assert "ImportError: bitsandbytes is installed twice" in result.stderr
+    assert VERSION in result.stderr and f"0.50.2 in {real.metadata}" in result.stderr
+
+
+REFUSE = """
+import sys, sysconfig
+sysconfig.get_path = lambda name: sys.argv[1]
+import refusing_backend
+refusing_backend.build_wheel(sys.argv[2])
+"""
+
+
+def test_the_distribution_is_not_built_where_it_would_replace_a_real_one(real, tmp_path):
+    command = [sys.executable, "-c", REFUSE, str(real.metadata), str(tmp_path)]
+    result = subprocess.run(command, cwd=COMPAT, capture_output=True, text=True)
+    assert result.returncode == 1 and not list(tmp_path.glob("*.whl"))
+    assert f"bitsandbytes 0.50.2 is installed in {real.metadata}" in result.stderr

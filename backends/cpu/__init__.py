@@ -10,7 +10,8 @@ import torch
 
 from bnb_core.registry import Backend, InstructionSets
 
-from ..native import NativeKernels, kernels_of
+from ..native import kernels_of, module_file
+from .kernels import CpuKernels
 
 
 def _load_kernels() -> ModuleType:
@@ -48,9 +49,10 @@ def _make_backend() -> Backend:
         name="cpu",
         device_types=("cpu",),
         priority=100,
-        kernels=kernels_of(NativeKernels(module, stream=lambda device: 0)),
+        kernels=kernels_of(CpuKernels(module, stream=lambda device: 0)),
         details=details,
         instruction_sets=InstructionSets(module.isas_available, module.isa, module.set_isa),
+        library=module_file(module),
     )
 
 

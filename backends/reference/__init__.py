@@ -31,6 +31,7 @@ _RETURNING = (
     quantize.quantize_4bit,
     quantize.dequantize_4bit,
     gemm_4bit.gemm_4bit,
+    gemm_4bit.gemm_4bit_backward,
     int8.int8_vectorwise_quant,
     int8.int8_double_quant,
     int8.int8_vectorwise_dequant,

@@ -23,10 +23,41 @@ def gemm_4bit(
     offset: Tensor | None,
     nested_blocksize: int,
 ) -> Tensor:
-    if nested_absmax is not None and nested_code is not None and offset is not None:
-        absmax = dequantize_blockwise(absmax, nested_absmax, nested_code, nested_blocksize, torch.float32) + offset
-    weight = dequantize_4bit(B, absmax, blocksize, quant_type, shape, torch.float32)
+    weight = _weight(B, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, nested_blocksize)
     out = A.float() @ weight.t()
     if bias is not None:
         out = out + bias.float()
     return out.to(A.dtype)
+
+
+def gemm_4bit_backward(
+    dY: Tensor,
+    B: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+) -> Tensor:
+    weight = _weight(B, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, nested_blocksize)
+    return (dY.float() @ weight).to(dY.dtype)
+
+
+def _weight(
+    B: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+) -> Tensor:
+    """W in f32."""
+    if nested_absmax is not None and nested_code is not None and offset is not None:
+        absmax = dequantize_blockwise(absmax, nested_absmax, nested_code, nested_blocksize, torch.float32) + offset
+    return dequantize_4bit(B, absmax, blocksize, quant_type, shape, torch.float32)

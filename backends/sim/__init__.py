@@ -14,7 +14,7 @@ import torch
 from bnb_core.registry import Backend, InstructionSets
 
 from ..gpu import GpuKernels
-from ..native import kernels_of
+from ..native import kernels_of, module_file
 
 ORDERS = ("forward", "reverse", "shuffled:1")
 
@@ -42,6 +42,7 @@ def _make_backend(name: str, module_name: str, warp_size: int) -> Backend:
         by_name_only=True,
         details=lambda: {"warp": str(module.warp_size()), "order": module.order(), "threads": str(module.workers())},
         instruction_sets=InstructionSets(lambda: list(ORDERS), module.order, module.set_order),
+        library=module_file(module),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import bnb_core
@@ -112,7 +113,7 @@ def show(facts: dict[str, Any]) -> None:
     for name, backend in facts["backends"].items():
         details = backend["unavailable because"] or lines(backend["details"])
         available = "[green]yes[/]" if backend["available"] else "[red]no[/]"
-        backends.add_row(name, available, ", ".join(backend["devices"]), details)
+        backends.add_row(name, available, ", ".join(backend["devices"]), escape(details))
     console.print(backends)
 
     devices: dict[str, str] = next(iter(facts["serving"].values()), {})

@@ -1,28 +1,79 @@
-"""The face that callers of ``bitsandbytes`` see."""
+"""The face that callers of ``bitsandbytes`` see, without a change to their code.
+
+:func:`install_as_bitsandbytes` gives the name to bnb_core in one process. The distribution in the folder ``compat`` of
+the source tree does so for every program in an environment. Both give the same modules and the same metadata.
+"""
 
 from __future__ import annotations
 
 import sys
-from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
-NAME = "bitsandbytes"
-_MODULES = ("autograd", "functional", "nn", "nn.parametrize", "optim", "utils")
+import torch
+
+__all__ = ["install_as_bitsandbytes", "serve_installed_package"]
 
 
 def install_as_bitsandbytes() -> None:
-    """Make ``import bitsandbytes`` in this process give bnb_core.
+    """Make ``import bitsandbytes`` in this process give bnb_core, and importlib.metadata know that distribution.
+
+    Call it before libraries that look for bitsandbytes when they are imported (transformers, peft, diffusers). A real
+    bitsandbytes stays as it is on the disk, for other processes. The classes of optimizers are told that their modules
+    are ``bitsandbytes.optim...``, as Trainer asks their names.
 
     Raises:
         RuntimeError: another bitsandbytes is imported already.
     """
-    import bnb_core
+    from bnb_core.compat import metadata, names
 
-    present = sys.modules.get(NAME)
-    if present is not None and present is not bnb_core:
+    present = sys.modules.get(names.NAME)
+    if present is None:
+        _give_the_name()
+    elif getattr(present, "__version__", None) != names.VERSION:
         raise RuntimeError(
-            f"{NAME} is already imported from {getattr(present, '__file__', 'an unknown place')}; "
-            "call install_as_bitsandbytes() before anything imports it"
+            f"{names.NAME} is already imported from {getattr(present, '__file__', 'an unknown place')}; "
+            "call install_as_bitsandbytes() before anything imports it, or use both under their own names"
         )
-    sys.modules[NAME] = bnb_core
-    for name in _MODULES:
-        sys.modules[f"{NAME}.{name}"] = import_module(f"bnb_core.{name}")
+    if _version_of(names.NAME) != names.VERSION:
+        sys.meta_path.insert(0, metadata.FaceFinder())
+
+
+def serve_installed_package() -> None:
+    """What the package ``bitsandbytes`` of the distribution in ``compat`` calls when it is imported, in its own place.
+
+    Raises:
+        ImportError: another distribution called bitsandbytes is installed, too.
+    """
+    from bnb_core.compat import metadata, names
+
+    others = metadata.other_distributions()
+    if others:
+        raise ImportError(
+            f"{names.NAME} is installed twice: {names.VERSION}, which is bnb_core, and {', '.join(others)}; uninstall "
+            "one of them. To compare them in one process, keep the other, and import bnb_core under its own name",
+            name=names.NAME,
+        )
+    del sys.modules[names.NAME]
+    _give_the_name()
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _give_the_name() -> None:
+    from bnb_core import optim
+    from bnb_core.compat import names
+
+    modules = names.modules()
+    sys.modules.update(modules)
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        if parent and not hasattr(modules[parent], child):
+            setattr(modules[parent], child, module)
+    for optimizer in (getattr(optim, name) for name in optim.__all__):
+        if issubclass(optimizer, torch.optim.Optimizer):
+            optimizer.__module__ = optimizer.__module__.replace("bnb_core", names.NAME, 1)

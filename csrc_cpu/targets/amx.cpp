@@ -1,7 +1,7 @@
 #define BNB_TARGET amx
 #include "../simd/avx512.h"
 
-#include "../amx/gemm_4bit.h"
+#include "../amx/gemm_4bit_backward.h"
 #include "../amx/int8.h"
 #include "../generic/table.h"
 
@@ -18,3 +18,4 @@ constexpr bnb::Kernels with_tiles() {
 }  // namespace
 
 const bnb::Kernels bnb::amx_kernels = with_tiles();
+const bnb::FusedBackward bnb::amx_gemm_4bit_backward = bnb::amx::gemm_4bit_backward_amx;

@@ -5,12 +5,19 @@
 
 namespace bnb {
 
+// dA[M, K] = dY[M, N] @ dequantized(packed)[N, K], both in `dtype`; false, with nothing done, for what it
+// does not serve.
+using FusedBackward = bool (*)(const void* dY, DType dtype, int64_t M, int64_t N, int64_t K,
+                               const uint8_t* packed, const BlockScales& scales, int64_t blocksize,
+                               QuantType quant_type, void* dA);
+
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512_vnni_kernels;
 extern const Kernels amx_kernels;
+extern const FusedBackward amx_gemm_4bit_backward;
 #endif
 
 }  // namespace bnb

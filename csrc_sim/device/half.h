@@ -68,65 +68,63 @@ inline float bfloat16_value(uint16_t bits) { return float_of(static_cast<uint32_
 }  // namespace bnb::simulator
 
 // A type of 16 bits with its pair and raw type, the conversions named in CUDA's headers, and arithmetic.
-// from_float(float) and to_float(bits) are the functions above; half and half2, bfloat16 and bfloat162 complete
-// the names of conversions.
-#define BNB_SIMULATOR_FLOAT16(Type, Type2, RawType, short_name, short_name2, from_float, to_float)              \
-  struct RawType {                                                                                              \
-    unsigned short x;                                                                                           \
-  };                                                                                                            \
-  struct alignas(2) Type {                                                                                      \
-    unsigned short bits;                                                                                        \
-    Type() = default;                                                                                           \
-    Type(RawType raw) : bits(raw.x) {}                                                                          \
-    Type(float value) : bits(from_float(value)) {}                                                              \
-    Type(double value) : bits(from_float(bnb::simulator::round_to_odd(value))) {}                               \
-    Type(int value) : Type(static_cast<double>(value)) {}                                                       \
-    operator float() const { return to_float(bits); }                                                           \
-    operator RawType() const { return {bits}; }                                                                 \
-  };                                                                                                            \
-  struct alignas(4) Type2 {                                                                                     \
-    Type x, y;                                                                                                  \
-  };                                                                                                            \
-  inline float __##short_name##2float(Type value) { return value; }                                             \
-  inline Type __float2##short_name(float value) { return value; }                                               \
-  inline Type __float2##short_name##_rn(float value) { return value; }                                          \
-  inline Type __double2##short_name(double value) { return value; }                                             \
-  inline unsigned short __##short_name##_as_ushort(Type value) { return value.bits; }                           \
-  inline Type __ushort_as_##short_name(unsigned short bits) { return RawType{bits}; }                           \
-  inline short __##short_name##_as_short(Type value) { return static_cast<short>(value.bits); }                 \
-  inline Type __short_as_##short_name(short bits) { return RawType{static_cast<unsigned short>(bits)}; }        \
-  inline Type2 make_##short_name2(Type x, Type y) { return {x, y}; }                                            \
-  inline Type2 __##short_name##s2##short_name2(Type x, Type y) { return {x, y}; }                               \
-  inline Type2 __##short_name##2##short_name2(Type value) { return {value, value}; }                            \
-  inline float2 __##short_name2##2float2(Type2 pair) { return {pair.x, pair.y}; }                               \
-  inline Type2 __float22##short_name2##_rn(float2 pair) { return {Type(pair.x), Type(pair.y)}; }                \
-  inline Type2 __floats2##short_name2##_rn(float x, float y) { return {Type(x), Type(y)}; }                     \
-  inline Type2 __float2##short_name2##_rn(float value) { return {Type(value), Type(value)}; }                   \
-  inline Type __low2##short_name(Type2 pair) { return pair.x; }                                                 \
-  inline Type __high2##short_name(Type2 pair) { return pair.y; }                                                \
-  inline float __low2float(Type2 pair) { return pair.x; }                                                       \
-  inline float __high2float(Type2 pair) { return pair.y; }                                                      \
-  inline Type operator+(Type a, Type b) { return static_cast<float>(a) + static_cast<float>(b); }               \
-  inline Type operator-(Type a, Type b) { return static_cast<float>(a) - static_cast<float>(b); }               \
-  inline Type operator*(Type a, Type b) { return static_cast<float>(a) * static_cast<float>(b); }               \
-  inline Type operator/(Type a, Type b) { return static_cast<float>(a) / static_cast<float>(b); }               \
-  inline Type operator-(Type a) {                                                                               \
-    return RawType{static_cast<unsigned short>(a.bits ^ 0x8000u)};                                              \
-  }                                                                                                             \
-  inline bool operator==(Type a, Type b) { return static_cast<float>(a) == static_cast<float>(b); }             \
-  inline bool operator!=(Type a, Type b) { return static_cast<float>(a) != static_cast<float>(b); }             \
-  inline bool operator<(Type a, Type b) { return static_cast<float>(a) < static_cast<float>(b); }               \
-  inline bool operator>(Type a, Type b) { return static_cast<float>(a) > static_cast<float>(b); }               \
-  inline bool operator<=(Type a, Type b) { return static_cast<float>(a) <= static_cast<float>(b); }             \
-  inline bool operator>=(Type a, Type b) { return static_cast<float>(a) >= static_cast<float>(b); }             \
-  inline Type __hadd(Type a, Type b) { return a + b; }                                                          \
-  inline Type __hsub(Type a, Type b) { return a - b; }                                                          \
-  inline Type __hmul(Type a, Type b) { return a * b; }                                                          \
-  inline Type __hdiv(Type a, Type b) { return a / b; }                                                          \
-  inline Type __hneg(Type a) { return -a; }                                                                     \
-  inline Type __habs(Type a) { return RawType{static_cast<unsigned short>(a.bits & 0x7fffu)}; }                 \
-  inline bool __hisnan(Type a) { return std::isnan(static_cast<float>(a)); }                                    \
-  inline bool __hgt(Type a, Type b) { return a > b; }                                                           \
+// from_float(float) and to_float(bits) are the functions above; half and half2, bfloat16 and bfloat162
+// complete the names of conversions.
+#define BNB_SIMULATOR_FLOAT16(Type, Type2, RawType, short_name, short_name2, from_float, to_float)       \
+  struct RawType {                                                                                       \
+    unsigned short x;                                                                                    \
+  };                                                                                                     \
+  struct alignas(2) Type {                                                                               \
+    unsigned short bits;                                                                                 \
+    Type() = default;                                                                                    \
+    Type(RawType raw) : bits(raw.x) {}                                                                   \
+    Type(float value) : bits(from_float(value)) {}                                                       \
+    Type(double value) : bits(from_float(bnb::simulator::round_to_odd(value))) {}                        \
+    Type(int value) : Type(static_cast<double>(value)) {}                                                \
+    operator float() const { return to_float(bits); }                                                    \
+    operator RawType() const { return {bits}; }                                                          \
+  };                                                                                                     \
+  struct alignas(4) Type2 {                                                                              \
+    Type x, y;                                                                                           \
+  };                                                                                                     \
+  inline float __##short_name##2float(Type value) { return value; }                                      \
+  inline Type __float2##short_name(float value) { return value; }                                        \
+  inline Type __float2##short_name##_rn(float value) { return value; }                                   \
+  inline Type __double2##short_name(double value) { return value; }                                      \
+  inline unsigned short __##short_name##_as_ushort(Type value) { return value.bits; }                    \
+  inline Type __ushort_as_##short_name(unsigned short bits) { return RawType{bits}; }                    \
+  inline short __##short_name##_as_short(Type value) { return static_cast<short>(value.bits); }          \
+  inline Type __short_as_##short_name(short bits) { return RawType{static_cast<unsigned short>(bits)}; } \
+  inline Type2 make_##short_name2(Type x, Type y) { return {x, y}; }                                     \
+  inline Type2 __##short_name##s2##short_name2(Type x, Type y) { return {x, y}; }                        \
+  inline Type2 __##short_name##2##short_name2(Type value) { return {value, value}; }                     \
+  inline float2 __##short_name2##2float2(Type2 pair) { return {pair.x, pair.y}; }                        \
+  inline Type2 __float22##short_name2##_rn(float2 pair) { return {Type(pair.x), Type(pair.y)}; }         \
+  inline Type2 __floats2##short_name2##_rn(float x, float y) { return {Type(x), Type(y)}; }              \
+  inline Type2 __float2##short_name2##_rn(float value) { return {Type(value), Type(value)}; }            \
+  inline Type __low2##short_name(Type2 pair) { return pair.x; }                                          \
+  inline Type __high2##short_name(Type2 pair) { return pair.y; }                                         \
+  inline float __low2float(Type2 pair) { return pair.x; }                                                \
+  inline float __high2float(Type2 pair) { return pair.y; }                                               \
+  inline Type operator+(Type a, Type b) { return static_cast<float>(a) + static_cast<float>(b); }        \
+  inline Type operator-(Type a, Type b) { return static_cast<float>(a) - static_cast<float>(b); }        \
+  inline Type operator*(Type a, Type b) { return static_cast<float>(a) * static_cast<float>(b); }        \
+  inline Type operator/(Type a, Type b) { return static_cast<float>(a) / static_cast<float>(b); }        \
+  inline Type operator-(Type a) { return RawType{static_cast<unsigned short>(a.bits ^ 0x8000u)}; }       \
+  inline bool operator==(Type a, Type b) { return static_cast<float>(a) == static_cast<float>(b); }      \
+  inline bool operator!=(Type a, Type b) { return static_cast<float>(a) != static_cast<float>(b); }      \
+  inline bool operator<(Type a, Type b) { return static_cast<float>(a) < static_cast<float>(b); }        \
+  inline bool operator>(Type a, Type b) { return static_cast<float>(a) > static_cast<float>(b); }        \
+  inline bool operator<=(Type a, Type b) { return static_cast<float>(a) <= static_cast<float>(b); }      \
+  inline bool operator>=(Type a, Type b) { return static_cast<float>(a) >= static_cast<float>(b); }      \
+  inline Type __hadd(Type a, Type b) { return a + b; }                                                   \
+  inline Type __hsub(Type a, Type b) { return a - b; }                                                   \
+  inline Type __hmul(Type a, Type b) { return a * b; }                                                   \
+  inline Type __hdiv(Type a, Type b) { return a / b; }                                                   \
+  inline Type __hneg(Type a) { return -a; }                                                              \
+  inline Type __habs(Type a) { return RawType{static_cast<unsigned short>(a.bits & 0x7fffu)}; }          \
+  inline bool __hisnan(Type a) { return std::isnan(static_cast<float>(a)); }                             \
+  inline bool __hgt(Type a, Type b) { return a > b; }                                                    \
   inline bool __hlt(Type a, Type b) { return a < b; }
 
 namespace bnb::simulator {

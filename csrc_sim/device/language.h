@@ -16,23 +16,16 @@
 // One copy for each OS thread, as an OS thread runs one block at a time; refilled before each block.
 #define __shared__ static thread_local
 
-// name2, name3, name4 of an element type, and make_name2 ...; loads and stores of them are aligned to `bytes4`.
-#define BNB_SIMULATOR_VECTORS(T, name, alignment2, alignment4)                                            \
-  struct name##1 {                                                                                        \
-    T x;                                                                                                  \
-  };                                                                                                      \
-  struct alignas(alignment2) name##2 {                                                                    \
-    T x, y;                                                                                               \
-  };                                                                                                      \
-  struct name##3 {                                                                                        \
-    T x, y, z;                                                                                            \
-  };                                                                                                      \
-  struct alignas(alignment4) name##4 {                                                                    \
-    T x, y, z, w;                                                                                         \
-  };                                                                                                      \
-  inline name##1 make_##name##1(T x) { return {x}; }                                                      \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                              \
-  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                                      \
+// name1 to name4 of an element type, and make_name1 to make_name4; pairs and fours are aligned for one
+// access.
+#define BNB_SIMULATOR_VECTORS(T, name, alignment2, alignment4)       \
+  struct name##1 { T x; };                                           \
+  struct alignas(alignment2) name##2 { T x, y; };                    \
+  struct name##3 { T x, y, z; };                                     \
+  struct alignas(alignment4) name##4 { T x, y, z, w; };              \
+  inline name##1 make_##name##1(T x) { return {x}; }                 \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }         \
+  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 BNB_SIMULATOR_VECTORS(signed char, char, 2, 4)

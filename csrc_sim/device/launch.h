@@ -7,7 +7,15 @@
 namespace bnb {
 namespace simulator {
 
+enum class Maker { nvidia, amd };
+#if defined(__HIP_PLATFORM_AMD__)
+constexpr Maker kMaker = Maker::amd;
+#else
+constexpr Maker kMaker = Maker::nvidia;
+#endif
+
 struct Launch {
+  Maker maker;  // of the device that the kernel's source is for
   const char* name;
   const void* kernel;
   dim3 grid, block;
@@ -30,14 +38,13 @@ struct Same {
 };
 
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...); returns when the kernel has ended.
-template <class... Parameters>
+template <simulator::Maker maker = simulator::kMaker, class... Parameters>
 void simulate(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
               cudaStream_t, typename Same<Parameters>::type... arguments) {
   const auto call = [&] { kernel(arguments...); };
-  const auto run_thread = [](const void* call_address) {
-    (*static_cast<decltype(&call)>(call_address))();
-  };
-  simulator::run({name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, run_thread, &call});
+  const auto run_thread = [](const void* call_address) { (*static_cast<decltype(&call)>(call_address))(); };
+  simulator::run(
+      {maker, name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, run_thread, &call});
 }
 
 }  // namespace bnb

@@ -6,15 +6,15 @@
 #include "language.h"
 #include "numbers.h"
 
-#define BNB_SIMULATOR_LOAD(name)   \
-  template <class T>               \
-  T name(const T* address) {       \
-    return *address;               \
+#define BNB_SIMULATOR_LOAD(name) \
+  template <class T>             \
+  T name(const T* address) {     \
+    return *address;             \
   }
-#define BNB_SIMULATOR_STORE(name)        \
-  template <class T>                     \
-  void name(T* address, T value) {       \
-    *address = value;                    \
+#define BNB_SIMULATOR_STORE(name)  \
+  template <class T>               \
+  void name(T* address, T value) { \
+    *address = value;              \
   }
 
 BNB_SIMULATOR_LOAD(__ldg)
@@ -51,18 +51,19 @@ T atomic_update(T* address, T value, Combine combine) {
 
 }  // namespace bnb::simulator
 
-#define BNB_SIMULATOR_ATOMIC(name, expression)                                                                  \
-  template <class T>                                                                                            \
-  T name(T* address, typename bnb::simulator::Operand<T>::type value) {                                         \
-    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "32 or 64 bits");              \
-    return bnb::simulator::atomic_update(address, value, [](T a, T b) { return static_cast<T>(expression); });  \
+#define BNB_SIMULATOR_ATOMIC(name, expression)                                                     \
+  template <class T>                                                                               \
+  T name(T* address, typename bnb::simulator::Operand<T>::type value) {                            \
+    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "32 or 64 bits"); \
+    return bnb::simulator::atomic_update(address, value,                                           \
+                                         [](T a, T b) { return static_cast<T>(expression); });     \
   }
 
 BNB_SIMULATOR_ATOMIC(atomicAdd, a + b)
 BNB_SIMULATOR_ATOMIC(atomicSub, a - b)
 BNB_SIMULATOR_ATOMIC(atomicMin, b < a ? b : a)
 BNB_SIMULATOR_ATOMIC(atomicMax, a < b ? b : a)
-BNB_SIMULATOR_ATOMIC(atomicAnd, a & b)
+BNB_SIMULATOR_ATOMIC(atomicAnd, a& b)
 BNB_SIMULATOR_ATOMIC(atomicOr, a | b)
 BNB_SIMULATOR_ATOMIC(atomicXor, a ^ b)
 BNB_SIMULATOR_ATOMIC(atomicExch, (static_cast<void>(a), b))

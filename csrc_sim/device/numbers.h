@@ -34,19 +34,19 @@ Integer saturate(Float value) {
 }  // namespace bnb::simulator
 
 // Float to integer, rounded to nearest even, toward zero, down and up.
-#define BNB_SIMULATOR_TO_INTEGER(Float, float_name, Integer, integer_name)                                  \
-  inline Integer __##float_name##2##integer_name##_rn(Float value) {                                        \
-    return bnb::simulator::saturate<Integer>(rint(value));                                                  \
-  }                                                                                                         \
-  inline Integer __##float_name##2##integer_name##_rz(Float value) {                                        \
-    return bnb::simulator::saturate<Integer>(trunc(value));                                                 \
-  }                                                                                                         \
-  inline Integer __##float_name##2##integer_name##_rd(Float value) {                                        \
-    return bnb::simulator::saturate<Integer>(floor(value));                                                 \
-  }                                                                                                         \
-  inline Integer __##float_name##2##integer_name##_ru(Float value) {                                        \
-    return bnb::simulator::saturate<Integer>(ceil(value));                                                  \
-  }                                                                                                         \
+#define BNB_SIMULATOR_TO_INTEGER(Float, float_name, Integer, integer_name) \
+  inline Integer __##float_name##2##integer_name##_rn(Float value) {       \
+    return bnb::simulator::saturate<Integer>(rint(value));                 \
+  }                                                                        \
+  inline Integer __##float_name##2##integer_name##_rz(Float value) {       \
+    return bnb::simulator::saturate<Integer>(trunc(value));                \
+  }                                                                        \
+  inline Integer __##float_name##2##integer_name##_rd(Float value) {       \
+    return bnb::simulator::saturate<Integer>(floor(value));                \
+  }                                                                        \
+  inline Integer __##float_name##2##integer_name##_ru(Float value) {       \
+    return bnb::simulator::saturate<Integer>(ceil(value));                 \
+  }                                                                        \
   inline Float __##integer_name##2##float_name##_rn(Integer value) { return static_cast<Float>(value); }
 
 BNB_SIMULATOR_TO_INTEGER(float, float, int, int)
@@ -118,7 +118,8 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }
 
-// Four bytes of the eight of y:x; each nibble of the selector picks one, or its sign with the nibble's top bit.
+// Four bytes of the eight of y:x; each nibble of the selector picks one, or its sign with the nibble's top
+// bit.
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
   unsigned result = 0;
@@ -143,7 +144,7 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
   return sum;
 }
 
-#define BNB_SIMULATOR_MIN_MAX(T)                 \
+#define BNB_SIMULATOR_MIN_MAX(T)                   \
   inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace bnb {
 namespace simulator {
@@ -15,11 +16,14 @@ struct Site {
     return {file, line};
   }
 };
+inline bool operator==(const Site& a, const Site& b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
 
 // Waits for every thread of the block; returns how many gave a true predicate.
 int barrier(const char* name, Site site, bool predicate = true);
 
-enum class Exchange { none, vote, index, up, down, exclusive_or };
+enum class Exchange { vote, index, up, down, exclusive_or };
 
 // What a lane brings to an operation of its warp.
 struct WarpRequest {
@@ -30,6 +34,7 @@ struct WarpRequest {
   uint64_t mask;   // the lanes that take part; without a mask, the `width` neighbouring ones
   int width;       // lanes in a group of a shuffle, 0 for the whole warp
   uint64_t value;  // a vote's predicate or a shuffle's value
+  int bytes;       // of the value
   int operand;     // the shuffle's source lane, distance or lane mask
 };
 

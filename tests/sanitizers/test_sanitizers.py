@@ -1,6 +1,7 @@
-"""The CPU kernels under the address and undefined-behaviour sanitizers, held to the conformance suite.
+"""The kernels of the CPU, and those of GPUs in the simulator, under sanitizers, held to the conformance suite.
 
-Kernels that read a vector at a time are checked where it matters: at the ends of buffers.
+Kernels that read a vector at a time are checked where it matters: at the ends of buffers. The thread sanitizer sees
+the threads of a GPU's block as threads, and blocks on two of the machine's.
 """
 
 from __future__ import annotations
@@ -9,60 +10,88 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SANITIZERS = "-fsanitize=address,undefined"
+MEMORY = "address,undefined"
+THREADS = "thread"
+# The runtimes that must be loaded before the interpreter's own libraries.
+RUNTIMES = {MEMORY: ("libasan.so", "libubsan.so"), THREADS: ("libtsan.so",)}
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
 
-
-def _library(name: str) -> str:
-    """The path of one of the compiler's runtime libraries."""
-    command = ["gcc", f"-print-file-name={name}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc and its sanitizer runtimes")
 
 
 @pytest.fixture(scope="session")
-def sanitized(tmp_path_factory) -> Path:
-    """A folder with the package whose kernels are built with the sanitizers."""
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc and its sanitizer runtimes are needed")
-    folder = tmp_path_factory.mktemp("sanitized")
-    source = folder / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.so", "__pycache__"))
-    flags = f"{SANITIZERS} -fno-sanitize-recover=undefined"
-    options = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": SANITIZERS}
-    environment = {**os.environ, "CC": "gcc", "CXX": "g++", **options}
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "package")]
-    subprocess.run([*command, str(source)], env=environment, check=True, timeout=1200)
-    return folder / "package"
+def package(tmp_path_factory):
+    """Gives the folder of the package whose kernels are built with a sanitizer."""
+
+    @cache
+    def build(sanitizer: str) -> Path:
+        folder = tmp_path_factory.mktemp("sanitized")
+        source = folder / "source"
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.so", "__pycache__"))
+        flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=undefined"
+        options = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": f"-fsanitize={sanitizer}"}
+        sets = {"BNB_BUILD": "cpu,sim" if sanitizer == MEMORY else "sim"}
+        environment = {**os.environ, "CC": "gcc", "CXX": "g++", **options, **sets}
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*command, "--target", str(folder / "package"), str(source)], env=environment, check=True)
+        return folder / "package"
+
+    return build
 
 
-def _run(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(folder: Path, sanitizer: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    find = ["gcc", "-print-file-name="]
+    libraries = [
+        subprocess.run([find[0], find[1] + name], capture_output=True, text=True, check=True).stdout.strip()
+        for name in RUNTIMES[sanitizer]
+    ]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(package),
-        "LD_PRELOAD": f"{_library('libasan.so')} {_library('libubsan.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
+        **OPTIONS,
+        "PYTHONPATH": str(folder),
+        "LD_PRELOAD": " ".join(libraries),
+        **variables,
     }
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True, timeout=1800)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=1800)
 
 
-def test_a_read_beyond_a_buffer_is_found(sanitized):
+@pytest.mark.parametrize("module", ["cpu._kernels", "sim._cuda_kernels", "sim._hip_kernels"])
+def test_a_read_beyond_a_buffer_is_found(package, module):
     """Of the absmax of dequantize_4bit, two scales short."""
     code = (
-        "import torch; from bnb_core.backends.cpu import _kernels as k\n"
+        f"import torch, importlib; k = importlib.import_module('bnb_core.backends.{module}')\n"
         "packed, out = torch.zeros(512, dtype=torch.uint8), torch.zeros(1024)\n"
         "absmax = torch.zeros(14)\n"
         "k.dequantize_4bit(packed.data_ptr(), absmax.data_ptr(), 1024, 64, 1, out.data_ptr(), 0, 0)\n"
     )
-    run = _run(sanitized, "-c", code)
+    run = _run(package(MEMORY), MEMORY, "-c", code)
     assert run.returncode != 0
     assert "heap-buffer-overflow" in run.stderr
 
 
-def test_the_conformance_suite_passes_at_every_instruction_set(sanitized):
-    run = _run(sanitized, "-m", "bnb_core", "conformance", "--backend", "cpu", "--isa", "all")
+# One order of lanes is enough here: it does not change which addresses are touched, or what is ordered.
+CONFORMANCE = [
+    ("cpu", MEMORY, ["--isa", "all"], {}),
+    ("cuda-sim", MEMORY, [], {}),
+    ("hip-sim", MEMORY, [], {"BNB_SIM_WARP": "64"}),
+    ("cuda-sim", THREADS, [], {}),
+    ("hip-sim", THREADS, [], {"BNB_SIM_WARP": "64"}),
+]
+
+
+@pytest.mark.parametrize(("backend", "sanitizer", "options", "variables"), CONFORMANCE)
+def test_the_conformance_suite_passes(package, backend, sanitizer, options, variables):
+    arguments = ["-m", "bnb_core", "conformance", "--backend", backend, *options]
+    run = _run(package(sanitizer), sanitizer, *arguments, **variables)
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
+    assert "ThreadSanitizer" not in run.stderr

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from csrc_hip import toolchain  # noqa: E402
 
-CUDA_NAMES = r"\bcuda\w*\b|\bCUDA\w*|__CUDA\w*|\bCUDART\w*|\b__nv_\w+|\bnv_bfloat\w*|\bcublas\w*|<<<"
+# __CUDA_ARCH__ fences what is NVIDIA's alone: it is never defined here.
+CUDA_NAMES = r"\bcuda\w*\b|\bCUDA\w*|__CUDA(?!_ARCH__)\w*|\bCUDART\w*|\b__nv_\w+|\bnv_bfloat\w*|\bcublas\w*|<<<"
 DEVICE_LIBRARIES = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")
 HIPCC_ARCHS = ("gfx90a", "gfx1030")
 # With the number by which AMD's device library knows the instruction set.

@@ -46,6 +46,10 @@ def valid_arguments(primitive: str) -> dict[str, Any]:
             }  # fmt: skip
             weight = {"absmax": scales.to(torch.uint8), "blocksize": 64, "quant_type": "nf4"}
             return {"A": A, "B": packed, "shape": (N, K), **weight, "bias": bias, **nested}
+        case "gemm_4bit_backward":
+            forward = valid_arguments("gemm_4bit")
+            del forward["A"], forward["bias"]
+            return {"dY": torch.ones(M, N), **forward}
         case "int8_vectorwise_quant" | "int8_double_quant":
             return {"A": A, "threshold": 6.0}
         case "int8_vectorwise_dequant":
@@ -112,6 +116,18 @@ PARTICULAR: dict[str, list[Bad]] = {
         Bad("offset", {"offset": None}, TypeError),
         Bad("nested_blocksize", {"nested_blocksize": 100}),
         Bad("bias", {"bias": torch.zeros(6, dtype=torch.float16)}, TypeError),
+    ],
+    "gemm_4bit_backward": [
+        *BLOCKSIZES,
+        *QUANT_TYPES,
+        Bad("shape", {"shape": (6, 64, 1)}),
+        Bad("B", {"shape": (7, 64)}),
+        Bad("dY", {"shape": (64, 6)}),
+        Bad("dY", {"dY": torch.ones(())}),
+        Bad("absmax", {"nested_absmax": None}, TypeError),
+        Bad("nested_code", {"nested_code": None}, TypeError),
+        Bad("offset", {"offset": None}, TypeError),
+        Bad("nested_blocksize", {"nested_blocksize": 100}),
     ],
     "int8_vectorwise_quant": [
         Bad("threshold", {"threshold": -1.0}),

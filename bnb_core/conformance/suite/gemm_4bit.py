@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -45,6 +45,9 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "no rows": ((0,), 16, 64),
     "no rows in a batch": ((2, 0), 16, 64),
     "K long": ((1,), 8, 8200),
+    "N long": ((40,), 600, 128),
+    "N long, K no multiple of 256": ((70,), 131, 320),
+    "N long, K odd": ((3,), 200, 67),
 }
 
 
@@ -114,7 +117,16 @@ class Sample:
         return Weight(stored_packed, arguments, values.reshape(N, K).astype(np.float64))
 
     def activations(self, generator: torch.Generator) -> Tensor:
+        """A [..., K]."""
         batch, _, K = SHAPES[self.shape]
+        return self._rows(batch, K, generator)
+
+    def gradients(self, generator: torch.Generator) -> Tensor:
+        """dY [..., N]."""
+        batch, N, _ = SHAPES[self.shape]
+        return self._rows(batch, N, generator)
+
+    def _rows(self, batch: tuple[int, ...], K: int, generator: torch.Generator) -> Tensor:
         A = torch.randn((*batch, K), generator=generator)
         if self.values == "cancelling":
             # Large terms that nearly cancel: a product in half precision, or an f32 input in bf16, shows.
@@ -143,6 +155,21 @@ def _check(context: Context, sample: Sample) -> None:
             _check_first_row_alone(got, expected)
             return
         bound = matmul_bound(sample.dtype, a.shape[-1], magnitude, expected)
+    within("result", got.double().numpy(), expected, bound)
+
+
+def _check_backward(context: Context, sample: Sample) -> None:
+    generator = context.generator(sample.name)
+    weight, dY = sample.weight(generator), sample.gradients(generator)
+    without_bias = (*weight.arguments[:4], *weight.arguments[5:])
+    (got,) = context.call(primitives.gemm_4bit_backward, dY, weight.packed, *without_bias)
+    y, w = dY.double().numpy(), weight.values
+    with np.errstate(all="ignore"):
+        expected = y @ w
+        if sample.values in ("nan row", "inf row"):
+            _check_first_row_alone(got, expected)
+            return
+        bound = matmul_bound(sample.dtype, y.shape[-1], np.abs(y) @ np.abs(w), expected)
     within("result", got.double().numpy(), expected, bound)
 
 
@@ -192,21 +219,22 @@ def _samples() -> Iterator[Sample]:
 def cases() -> Iterator[Case]:
     for sample in dict.fromkeys(_samples()):
         yield Case("gemm_4bit", sample.name, partial(_check, sample=sample), sample.traits)
+    for sample in dict.fromkeys(replace(sample, bias=False) for sample in _samples()):
+        traits = {key: value for key, value in sample.traits.items() if key != "bias"}
+        yield Case("gemm_4bit_backward", ",".join(traits.values()), partial(_check_backward, sample=sample), traits)
     for dtype in DTYPES:
         traits = {"dtype": dtype_name(dtype)}
         yield Case("gemm_4bit", f"expanded rows,{traits['dtype']}", partial(_expanded_rows, dtype=dtype), traits)
 
 
-REQUIRED = {
-    "gemm_4bit": {
-        "dtype": tuple(dtype_name(dtype) for dtype in DTYPES),
-        "shape": tuple(SHAPES),
-        "blocksize": tuple(str(blocksize) for blocksize in BLOCKSIZES),
-        "quant_type": QUANT_TYPES,
-        "quant_storage": tuple(dtype_name(dtype) for dtype in QUANT_STORAGES),
-        "scales": ("f32", "double-quantized"),
-        "bias": ("bias", "no bias"),
-        "layout": tuple(LAYOUTS),
-        "values": VALUES,
-    }
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "dtype": tuple(dtype_name(dtype) for dtype in DTYPES),
+    "shape": tuple(SHAPES),
+    "blocksize": tuple(str(blocksize) for blocksize in BLOCKSIZES),
+    "quant_type": QUANT_TYPES,
+    "quant_storage": tuple(dtype_name(dtype) for dtype in QUANT_STORAGES),
+    "scales": ("f32", "double-quantized"),
+    "layout": tuple(LAYOUTS),
+    "values": VALUES,
 }
+REQUIRED = {"gemm_4bit": {**_REQUIRED, "bias": ("bias", "no bias")}, "gemm_4bit_backward": _REQUIRED}

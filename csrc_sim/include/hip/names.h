@@ -15,9 +15,9 @@
 #define BNB_SIMULATOR_VALUE(name) constexpr auto hip##name = cuda##name;
 #define BNB_SIMULATOR_ATTRIBUTE(hip_name, cuda_name) \
   constexpr auto hipDeviceAttribute##hip_name = cudaDevAttr##cuda_name;
-#define BNB_SIMULATOR_FUNCTION(name)                      \
-  template <class... Arguments>                           \
-  auto hip##name(Arguments&&... arguments) {              \
+#define BNB_SIMULATOR_FUNCTION(name)                          \
+  template <class... Arguments>                               \
+  auto hip##name(Arguments&&... arguments) {                  \
     return cuda##name(std::forward<Arguments>(arguments)...); \
   }
 
@@ -59,7 +59,6 @@ BNB_SIMULATOR_VALUE(FuncAttributePreferredSharedMemoryCarveout)
 constexpr auto hipErrorOutOfMemory = cudaErrorMemoryAllocation;
 
 BNB_SIMULATOR_ATTRIBUTE(MaxThreadsPerBlock, MaxThreadsPerBlock)
-BNB_SIMULATOR_ATTRIBUTE(MaxSharedMemoryPerBlock, MaxSharedMemoryPerBlock)
 BNB_SIMULATOR_ATTRIBUTE(WarpSize, WarpSize)
 BNB_SIMULATOR_ATTRIBUTE(MaxRegistersPerBlock, MaxRegistersPerBlock)
 BNB_SIMULATOR_ATTRIBUTE(MultiprocessorCount, MultiProcessorCount)
@@ -67,11 +66,13 @@ BNB_SIMULATOR_ATTRIBUTE(L2CacheSize, L2CacheSize)
 BNB_SIMULATOR_ATTRIBUTE(MaxThreadsPerMultiProcessor, MaxThreadsPerMultiProcessor)
 BNB_SIMULATOR_ATTRIBUTE(ComputeCapabilityMajor, ComputeCapabilityMajor)
 BNB_SIMULATOR_ATTRIBUTE(ComputeCapabilityMinor, ComputeCapabilityMinor)
-BNB_SIMULATOR_ATTRIBUTE(MaxSharedMemoryPerMultiprocessor, MaxSharedMemoryPerMultiprocessor)
 BNB_SIMULATOR_ATTRIBUTE(ManagedMemory, ManagedMemory)
 BNB_SIMULATOR_ATTRIBUTE(ConcurrentManagedAccess, ConcurrentManagedAccess)
-BNB_SIMULATOR_ATTRIBUTE(SharedMemPerBlockOptin, MaxSharedMemoryPerBlockOptin)
 BNB_SIMULATOR_ATTRIBUTE(MemoryPoolsSupported, MemoryPoolsSupported)
+
+constexpr auto hipDeviceAttributeMaxSharedMemoryPerBlock = simulatedAttributeSharedBytesOfAmd;
+constexpr auto hipDeviceAttributeSharedMemPerBlockOptin = simulatedAttributeSharedBytesOfAmd;
+constexpr auto hipDeviceAttributeMaxSharedMemoryPerMultiprocessor = simulatedAttributeSharedBytesOfAmd;
 
 BNB_SIMULATOR_FUNCTION(GetErrorName)
 BNB_SIMULATOR_FUNCTION(GetErrorString)

@@ -1,0 +1,64 @@
+"""A 4-bit weight in full, for torch's dense matmuls, over any backend's own kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST_TERMS = 128
+"""Of a sum, from which on weights may be rounded to f16 or bf16: the errors of fewer do not even out (docs/SPEC.md
+section 3)."""
+
+
+def dequantize_weight(
+    kernels: Any,
+    B: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+    weight: Tensor,
+) -> None:
+    """Fill ``weight`` [N, K], in its dtype, from what the primitive gemm_4bit takes.
+
+    Args:
+        kernels: functions for each primitive, as NativeKernels has them.
+    """
+    if nested_absmax is not None:
+        scales = torch.empty(absmax.shape, dtype=torch.float32, device=absmax.device)
+        kernels.dequantize_blockwise(absmax, nested_absmax, nested_code, nested_blocksize, torch.float32, scales)
+        absmax = scales.add_(offset)  # type: ignore[arg-type]
+    kernels.dequantize_4bit(B, absmax, blocksize, quant_type, weight.shape, weight.dtype, weight)
+
+
+def gemm_4bit_backward(
+    kernels: Any,
+    dY: Tensor,
+    B: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+    out: Tensor,
+    empty: Callable[[Sequence[int], torch.dtype], Tensor],
+) -> None:
+    """The primitive by torch's dense matmul. ``empty`` gives memory for the weight."""
+    N, K = shape
+    weight = empty((N, K), dY.dtype if N >= LEAST_TERMS else torch.float32)
+    scales = (nested_absmax, nested_code, offset, nested_blocksize)
+    dequantize_weight(kernels, B, absmax, blocksize, quant_type, *scales, weight)
+    gradient, result = dY.view(-1, N), out.view(-1, K)
+    if weight.dtype == dY.dtype:
+        torch.mm(gradient, weight, out=result)
+    else:
+        result.copy_(gradient.float() @ weight)

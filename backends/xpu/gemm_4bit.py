@@ -1,0 +1,147 @@
+"""Matmul with a 4-bit weight (docs/SPEC.md section 3): the weight is decoded in the kernel, tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .encode import values_4bit
+from .launch import SMALLEST_DOT, launch
+
+
+@triton.jit
+def block_scales(block, inside, absmax, nested_absmax, nested_code, offset, NESTED_BLOCKSIZE: tl.constexpr):
+    """The f32 scales of blocks of weights; 0 or the offset for those that are not inside."""
+    if nested_absmax is None:
+        return tl.load(absmax + block, mask=inside, other=0.0)
+    else:
+        codes = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        scales = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=inside, other=0.0)
+        return tl.load(nested_code + codes) * scales + tl.load(offset)
+
+
+@triton.jit
+def weight_codes(packed, row, k, inside, K_IS_EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Codes i32[ROWS, COLUMNS]; row i64[ROWS] is where each row starts, k i32[COLUMNS] are consecutive and start even.
+
+    Where a row has an even length, each byte is loaded once.
+    """
+    if K_IS_EVEN:
+        half, _ = tl.split(tl.reshape(k, [COLUMNS // 2, 2]))
+        whole, _ = tl.split(tl.reshape(inside, [ROWS, COLUMNS // 2, 2]))
+        pairs = tl.load(packed + (row[:, None] + half[None, :]) // 2, mask=whole, other=0).to(tl.int32)
+        return tl.reshape(tl.join(pairs >> 4, pairs & 15), [ROWS, COLUMNS])
+    else:
+        place = row[:, None] + k[None, :]
+        pairs = tl.load(packed + place // 2, mask=inside, other=0).to(tl.int32)
+        return tl.where(place % 2 == 0, pairs >> 4, pairs & 15)
+
+
+@triton.jit
+def dot_exactly(x, weight, total):
+    """total + x @ weight^T: an f32 weight is taken in two parts of x's dtype, which hold all of it but 2^-16."""
+    high = weight.to(x.dtype)
+    total = tl.dot(x, tl.trans(high), total, input_precision="ieee")
+    if x.dtype == tl.float32:
+        return total
+    else:
+        low = (weight - high.to(tl.float32)).to(x.dtype)
+        return tl.dot(x, tl.trans(low), total)
+
+
+@triton.jit
+def gemm_4bit_kernel(
+    A,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    QUANT_TYPE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    K_IS_EVEN: tl.constexpr,
+    SCALE_PER_ROW: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """A tile of the result; with TILE_M 1 by products and a sum in f32, else by tl.dot in A's dtype.
+
+    SCALE_PER_ROW: no row of a tile of the weight reaches into a second block.
+    """
+    m = tl.program_id(1).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    n = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    row = n * K
+    values = values_4bit(QUANT_TYPE)
+    total = tl.zeros([TILE_N, TILE_K] if TILE_M == 1 else [TILE_M, TILE_N], tl.float32)
+    for first in range(0, K, TILE_K):
+        k = first + tl.arange(0, TILE_K)
+        inside = (n < N)[:, None] & (k < K)[None, :]
+        codes = weight_codes(packed, row, k, inside, K_IS_EVEN, TILE_N, TILE_K)
+        if SCALE_PER_ROW:
+            block, known = ((row + first) // BLOCKSIZE)[:, None], (n < N)[:, None]
+        else:
+            block, known = (row[:, None] + k[None, :]) // BLOCKSIZE, inside
+        scales = block_scales(block, known, absmax, nested_absmax, nested_code, offset, NESTED_BLOCKSIZE)
+        weight = tl.reshape(tl.gather(values, tl.reshape(codes, [TILE_N * TILE_K]), 0), [TILE_N, TILE_K]) * scales
+        x = tl.load(A + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        if TILE_M == 1:
+            total += x.to(tl.float32) * weight
+        else:
+            total = dot_exactly(x, weight, total)
+    if TILE_M == 1:
+        total = tl.sum(total, axis=1)[None, :]
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    inside_out = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(out + m[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside_out)
+
+
+def tile(M: int, dtype: torch.dtype) -> dict[str, int]:
+    """The tile of one program for so many rows: as large as no GPU's registers overflow. Not tuned on hardware yet."""
+    if M == 1:
+        return {"TILE_M": 1, "TILE_N": 32, "TILE_K": 64}
+    tile_m = min(max(triton.next_power_of_2(M), SMALLEST_DOT), 64)
+    return {"TILE_M": tile_m, "TILE_N": 32, "TILE_K": 16 if dtype == torch.float32 else 32}
+
+
+def gemm_4bit(
+    A: Tensor,
+    B: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+    out: Tensor,
+) -> None:
+    N, K = shape
+    M = out.numel() // N if N else 0
+    shape_of_tile = tile(M, A.dtype)
+    tile_k = shape_of_tile["TILE_K"]
+    packed = B.view(-1).view(torch.uint8)
+    launch(
+        gemm_4bit_kernel,
+        (triton.cdiv(N, shape_of_tile["TILE_N"]), triton.cdiv(M, shape_of_tile["TILE_M"])),
+        *(A, packed, absmax, nested_absmax, nested_code, offset, bias, out, M, N, K),
+        QUANT_TYPE=quant_type,
+        BLOCKSIZE=blocksize,
+        NESTED_BLOCKSIZE=nested_blocksize,
+        K_IS_EVEN=K % 2 == 0,
+        SCALE_PER_ROW=K % tile_k == 0 and blocksize % tile_k == 0,
+        **shape_of_tile,
+    )

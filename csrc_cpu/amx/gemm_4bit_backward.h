@@ -1,0 +1,245 @@
+// dA = dY @ dequantized(W) for bf16 on tiles (docs/SPEC.md section 3). The sums run along N: a tile of W is
+// 16 pairs of rows by 16 columns, decoded once, and dY is used in the order it has in memory.
+#pragma once
+
+#include "gemm_4bit.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
+constexpr int kSpanColumns = 64;                      // of W, decoded at a time; they lie in one block
+constexpr int kSpanTiles = kSpanColumns / kTileSide;  // tile s holds columns 4 * lane + (s ^ 1)
+constexpr int64_t kGroupSpans = 4;  // share what is read of dY, and two cache lines of a row
+constexpr int64_t kGroupColumns = kGroupSpans * kSpanColumns;
+constexpr int64_t kStepRows = BFloat16Dot::kStep;  // of W
+constexpr int64_t kDepthSteps = 8;                 // so many of two tiles of W and two of dY stay in L1
+constexpr int64_t kTileBytes = kTileSide * kTileRowBytes;
+constexpr int64_t kSpanStepBytes = kSpanTiles * kTileBytes;
+constexpr int64_t kSumsBytes = 4 * kTileBytes;
+constexpr int64_t kLeastTerms = 128;  // of a sum: the errors of fewer weights rounded to bf16 do not even out
+
+// dY in the order of the tiles: for every 16 rows, for every step, 16 rows of 64 bytes; zeros fill them up.
+class TiledRows {
+ public:
+  TiledRows(const BFloat16* x, int64_t rows, int64_t columns)
+      : steps_(ceil_div(columns, kStepRows)),
+        panels_(ceil_div(rows, kPanelRows)),
+        data_(panels_ * 2 * steps_ * kTileBytes) {
+    parallel_for(panels_ * 2, grain(columns * kTileSide), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin * kTileSide; row < end * kTileSide; row++) {
+        uint8_t* out =
+            data_.data() + (row / kTileSide * steps_ * kTileSide + row % kTileSide) * kTileRowBytes;
+        for (int64_t step = 0; step < steps_; step++, out += kTileBytes) {
+          const int64_t given = row < rows ? min(columns - step * kStepRows, kStepRows) : 0;
+          const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << given) - 1);
+          _mm512_store_si512(out, _mm512_maskz_loadu_epi16(mask, x + row * columns + step * kStepRows));
+        }
+      }
+    });
+  }
+
+  int64_t steps() const { return steps_; }
+  int64_t panels() const { return panels_; }
+  const uint8_t* tile(int64_t index, int64_t step) const {
+    return data_.data() + (index * steps_ + step) * kTileBytes;
+  }
+
+ private:
+  int64_t steps_, panels_;
+  Buffer<uint8_t> data_;
+};
+
+// Decodes spans of two rows of W at a time: element (row, column) becomes half `row` of word column / 4.
+class PairDecoder {
+ public:
+  PairDecoder(const Weight& w, const float* scales)
+      : packed_(w.packed), scales_(scales), N_(w.N), K_(w.K), shift_(w.block_shift()), code_(load(w.code)) {}
+
+  // A span of rows n and n + 1 to a row of each of kSpanTiles tiles; zeros where there is no such row.
+  BNB_INLINE void decode(int64_t n, int64_t column, uint8_t* out) const {
+    const int64_t first = n * K_ + column;
+    const int64_t second = n + 1 < N_ ? first + K_ : first;
+    const __m512i codebooks = n < N_ ? two_codebooks(first, second, n + 1 < N_) : _mm512_setzero_si512();
+    const __m512i words =
+        n < N_ ? _mm512_or_si512(load_words_of(first), _mm512_slli_epi32(load_words_of(second), 16))
+               : _mm512_setzero_si512();
+    for (int s = 0; s < kSpanTiles; s++) {
+      // The odd halves take the second codebook.
+      const __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * s), _mm512_set1_epi16(15),
+                                                      _mm512_set1_epi32(16 << 16), 0xea);
+      _mm512_store_si512(out + s * kTileBytes, _mm512_permutexvar_epi16(index, codebooks));
+    }
+  }
+
+ private:
+  static constexpr int64_t kRowsAhead = 16;  // that are fetched
+
+  // The codebook times the scale of each of two elements, rounded to bf16.
+  BNB_INLINE __m512i two_codebooks(int64_t first, int64_t second, bool has_second) const {
+    const F32 low = code_ * splat(scales_[first >> shift_]);
+    const F32 high = has_second ? code_ * splat(scales_[second >> shift_]) : F32{};
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  }
+  BNB_INLINE __m512i load_words_of(int64_t element) const {
+    const uint8_t* p = packed_ + element / 2;
+    _mm_prefetch(p + kRowsAhead * K_ / 2, _MM_HINT_T0);
+    return _mm512_cvtepu16_epi32(load_256(p));
+  }
+
+  const uint8_t* packed_;
+  const float* scales_;
+  int64_t N_, K_;
+  int shift_;
+  F32 code_;
+};
+
+// Adds the products of 32 rows of dY with two tiles' columns of W to the sums of four tiles in memory.
+template <bool first>
+void add_steps(const TiledRows& dy, int64_t panel, int64_t first_step, int64_t steps, const uint8_t* w,
+               uint8_t* sums) {
+  if (first) {
+    zero_sums<2>();
+  } else {
+    _tile_loadd(0, sums, kTileRowBytes);
+    _tile_loadd(1, sums + kTileBytes, kTileRowBytes);
+    _tile_loadd(2, sums + 2 * kTileBytes, kTileRowBytes);
+    _tile_loadd(3, sums + 3 * kTileBytes, kTileRowBytes);
+  }
+  const uint8_t* low = dy.tile(2 * panel, first_step);
+  const uint8_t* high = dy.tile(2 * panel + 1, first_step);
+  for (int64_t step = 0; step < steps; step++, low += kTileBytes, high += kTileBytes, w += kSpanStepBytes) {
+    _tile_loadd(4, low, kTileRowBytes);
+    _tile_loadd(6, w, kTileRowBytes);
+    BFloat16Dot::low_left();
+    _tile_loadd(5, high, kTileRowBytes);
+    BFloat16Dot::high_left();
+    _tile_loadd(7, w + kTileBytes, kTileRowBytes);
+    BFloat16Dot::low_right();
+    BFloat16Dot::high_right();
+  }
+  _tile_stored(0, sums, kTileRowBytes);
+  _tile_stored(1, sums + kTileBytes, kTileRowBytes);
+  _tile_stored(2, sums + 2 * kTileBytes, kTileRowBytes);
+  _tile_stored(3, sums + 3 * kTileBytes, kTileRowBytes);
+}
+
+// A row of a span's sums, those of tile s at sums[s], to bf16 in the order of the columns.
+BNB_INLINE void finish_span(const F32 (&sums)[kSpanTiles], BFloat16* out) {
+  const auto pairs = [](F32 even, F32 odd) {
+    const I32 low = (round_to_bfloat16(even) >> 16) & 0xffff;
+    return (__m512i)(low | (round_to_bfloat16(odd) & static_cast<int32_t>(0xffff0000)));
+  };
+  const __m512i first = pairs(sums[1], sums[0]), second = pairs(sums[3], sums[2]);
+  const __m512i low = _mm512_unpacklo_epi32(first, second), high = _mm512_unpackhi_epi32(first, second);
+  const __m512i front = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
+  const __m512i back = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi64(low, front, high));
+  _mm512_storeu_si512(out + kSpanColumns / 2, _mm512_permutex2var_epi64(low, back, high));
+}
+
+// One group of W's columns: decoded a few steps at a time, multiplied with all of dY, and summed in memory
+// that stays in L2.
+class ColumnGroup {
+ public:
+  ColumnGroup(const TiledRows& dy, const Weight& w, const float* scales)
+      : dy_(dy),
+        decoder_(w, scales),
+        decoded_(kGroupSpans * kDepthSteps * kSpanStepBytes),
+        sums_(2 * kGroupSpans * dy.panels() * kSumsBytes) {}
+
+  void multiply(int64_t column, int64_t spans) {
+    for (int64_t first_step = 0; first_step < dy_.steps(); first_step += kDepthSteps) {
+      const int64_t steps = min(kDepthSteps, dy_.steps() - first_step);
+      decode(column, spans, first_step, steps);
+      for (int64_t pair = 0; pair < 2 * spans; pair++) {
+        for (int64_t panel = 0; panel < dy_.panels(); panel++) {
+          const auto add = first_step == 0 ? add_steps<true> : add_steps<false>;
+          add(dy_, panel, first_step, steps, decoded(pair), sums(pair, panel));
+        }
+      }
+    }
+  }
+
+  void finish(int64_t row, int64_t span, BFloat16* out) const {
+    F32 values[kSpanTiles];
+    for (int s = 0; s < kSpanTiles; s++) {
+      const int64_t tile = s % 2 * 2 + row % kPanelRows / kTileSide;
+      const uint8_t* p = sums(2 * span + s / 2, row / kPanelRows) + tile * kTileBytes;
+      values[s] = load(reinterpret_cast<const float*>(p + row % kTileSide * kTileRowBytes));
+    }
+    finish_span(values, out);
+  }
+
+ private:
+  void decode(int64_t column, int64_t spans, int64_t first_step, int64_t steps) {
+    for (int64_t step = 0; step < steps; step++) {
+      for (int64_t pair = 0; pair < kTileSide; pair++) {
+        const int64_t n = (first_step + step) * kStepRows + 2 * pair;
+        for (int64_t span = 0; span < spans; span++) {
+          uint8_t* out = decoded(2 * span) + step * kSpanStepBytes + pair * kTileRowBytes;
+          decoder_.decode(n, column + span * kSpanColumns, out);
+        }
+      }
+    }
+  }
+
+  // Two tiles of W, and the sums of their products with 32 rows of dY.
+  uint8_t* decoded(int64_t pair) const {
+    return decoded_.data() + pair / 2 * kDepthSteps * kSpanStepBytes + pair % 2 * 2 * kTileBytes;
+  }
+  uint8_t* sums(int64_t pair, int64_t panel) const {
+    return sums_.data() + (pair * dy_.panels() + panel) * kSumsBytes;
+  }
+
+  const TiledRows& dy_;
+  const PairDecoder decoder_;
+  const Buffer<uint8_t> decoded_, sums_;
+};
+
+void backward_tiles(const BFloat16* dY, int64_t M, const Weight& w, const float* scales, BFloat16* dA) {
+  const TiledRows dy(dY, M, w.N);
+  parallel_for(ceil_div(w.K, kGroupColumns), 1, [&](int64_t begin, int64_t end) {
+    const TileSession session;
+    ColumnGroup group(dy, w, scales);
+    for (int64_t column = begin * kGroupColumns; column < min(end * kGroupColumns, w.K);
+         column += kGroupColumns) {
+      const int64_t spans = min(w.K - column, kGroupColumns) / kSpanColumns;
+      group.multiply(column, spans);
+      for (int64_t row = 0; row < M; row++) {
+        for (int64_t span = 0; span < spans; span++) {
+          group.finish(row, span, dA + row * w.K + column + span * kSpanColumns);
+        }
+      }
+    }
+  });
+}
+
+// The scale of every block; `buffer` has room for them where they are double-quantized.
+const float* all_scales(const Weight& w, float* buffer) {
+  if (w.scales.absmax) return w.scales.absmax;
+  parallel_for(ceil_div(w.blocks(), kChunk), grain(kChunk), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kChunk;
+    w.decode_scales(first, min(end * kChunk, w.blocks()) - first, buffer + first);
+  });
+  return buffer;
+}
+
+bool gemm_4bit_backward_amx(const void* dY, DType dtype, int64_t M, int64_t N, int64_t K,
+                            const uint8_t* packed, const BlockScales& scales, int64_t blocksize,
+                            QuantType quant_type, void* dA) {
+  const bool fits =
+      dtype == DType::bf16 && N >= kLeastTerms && K % kSpanColumns == 0 && blocksize >= kSpanColumns;
+  if (!fits) return false;
+  const Weight w{N, K, packed, scales, blocksize, codebook(quant_type)};
+  const Buffer<float> buffer(scales.absmax ? 0 : w.blocks() + kLanes);
+  const float* const decoded = all_scales(w, buffer.data());
+  const auto* y = static_cast<const BFloat16*>(dY);
+  auto* a = static_cast<BFloat16*>(dA);
+  for (int64_t row = 0; row < M; row += kMostTileRows) {
+    backward_tiles(y + row * N, min(M - row, kMostTileRows), w, decoded, a + row * K);
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET

@@ -1,0 +1,49 @@
+// Copies from global to shared memory that a thread starts and does not wait for, where the chip has them.
+#pragma once
+
+#include "device.h"
+
+namespace bnb {
+
+// Copies 16 bytes, or writes zeros where `valid` is false; both addresses are multiples of 16.
+__device__ inline void copy_async(void* shared, const void* global, bool valid) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+#else
+  *static_cast<Pack<uint32_t, 4>*>(shared) =
+      valid ? *static_cast<const Pack<uint32_t, 4>*>(global) : Pack<uint32_t, 4>{};
+#endif
+}
+
+// Waits for this thread's copies; a barrier shows them to the others.
+__device__ inline void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// A load of what is read once: it passes by the L1 cache, and fetches its 128 bytes into the L2.
+template <int words>
+__device__ inline Pack<uint32_t, words> load_streaming(const void* global) {
+#if defined(__CUDA_ARCH__)
+  Pack<uint32_t, words> value;
+  if constexpr (words == 1)
+    asm("ld.global.nc.L1::no_allocate.L2::128B.b32 %0, [%1];" : "=r"(value[0]) : "l"(global));
+  else if constexpr (words == 2)
+    asm("ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {%0, %1}, [%2];"
+        : "=r"(value[0]), "=r"(value[1])
+        : "l"(global));
+  else
+    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(value[0]), "=r"(value[1]), "=r"(value[2]), "=r"(value[3])
+        : "l"(global));
+  return value;
+#else
+  return *static_cast<const Pack<uint32_t, words>*>(global);
+#endif
+}
+
+}  // namespace bnb

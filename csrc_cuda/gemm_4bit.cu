@@ -1,0 +1,68 @@
+// Matmul with a 4-bit weight (docs/SPEC.md section 3): which kernel serves which product.
+#include "gemm_4bit_mma.h"
+#include "gemm_4bit_tiles.h"
+#include "gemv_4bit.h"
+#include "operations.h"
+
+namespace bnb {
+namespace {
+
+// The length of the segments of K in which the tensor cores' kernel can take the weight: each row a whole
+// number of them, each of them in one block. 0 where it cannot, and where K is so short that rounding the
+// codes would not average out.
+template <class T>
+int mma_segment(const Gemm4bit<T>& gemm) {
+  const int64_t K = gemm.weight.K;
+  if (K < 64 || K > kMostMmaColumns || gemm.weight.N < kWarpRows || !is_aligned(gemm.A, 16)) return 0;
+  if (K % 64 == 0 && gemm.weight.blocksize_log2 >= 6 && is_aligned(gemm.weight.packed, 8)) return 64;
+  if (K % 32 == 0 && is_aligned(gemm.weight.packed, 4)) return 32;
+  return 0;
+}
+
+template <class T, int segment>
+void multiply_by_mma(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
+  if (gemm.M <= 8) return launch_gemm_4bit_mma<T, 1, segment>(gemm, quant_type, stream);
+  if (gemm.M <= 16) return launch_gemm_4bit_mma<T, 2, segment>(gemm, quant_type, stream);
+  if (gemm.M <= 32) return launch_gemm_4bit_mma<T, 4, segment>(gemm, quant_type, stream);
+  return launch_gemm_4bit_mma<T, 8, segment>(gemm, quant_type, stream);
+}
+
+template <class Weights, class T>
+void multiply_in_f32(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
+  if (gemm.M <= 8) return launch_gemv_4bit<Weights>(gemm, quant_type, stream);
+  launch_gemm_4bit_tiles<Weights>(gemm, quant_type, stream);
+}
+
+// The place for further kernels, such as one on wgmma: asked in this order.
+template <class T>
+void multiply(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
+  if constexpr (kMayHaveMma && !std::is_same_v<T, float>) {
+    const int segment = has_mma<T>() ? mma_segment(gemm) : 0;
+    if (segment == 64) return multiply_by_mma<T, 64>(gemm, quant_type, stream);
+    if (segment == 32) return multiply_by_mma<T, 32>(gemm, quant_type, stream);
+  }
+  if (gemm.weight.K % kChunk == 0 && is_aligned(gemm.weight.packed, sizeof(uint32_t)))
+    return multiply_in_f32<AlignedWeight>(gemm, quant_type, stream);
+  multiply_in_f32<AnyWeight>(gemm, quant_type, stream);
+}
+
+}  // namespace
+
+namespace gpu {
+
+void gemm_4bit(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, const uint8_t* packed,
+               const BlockScales& scales, int64_t blocksize, QuantType quant_type, const void* bias,
+               void* out, Stream stream) {
+  if (M == 0 || N == 0) return;
+  const int nested_blocksize_log2 = scales.codes ? log2_of(scales.nested_blocksize) : 0;
+  const Weight4bit weight{packed, scales, N, K, log2_of(blocksize), nested_blocksize_log2};
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const Gemm4bit<T> gemm{static_cast<const T*>(A), weight, static_cast<const T*>(bias),
+                           static_cast<T*>(out), M};
+    multiply(gemm, quant_type, stream);
+  });
+}
+
+}  // namespace gpu
+}  // namespace bnb

@@ -1,0 +1,130 @@
+// A 4-bit weight as the checkpoint stores it: codes, two to a byte, and the scale of each block.
+#pragma once
+
+#include "../csrc_shared/codebooks.h"
+#include "elements.h"
+#include "launch.h"
+
+namespace bnb {
+
+// The exponent of a power of two.
+inline int log2_of(int64_t power) {
+  int exponent = 0;
+  while (int64_t{1} << exponent < power) exponent++;
+  return exponent;
+}
+
+// The 16 values of a 4-bit code, each times `factor`.
+struct Codebook4bit {
+  float values[16];
+};
+
+inline Codebook4bit codebook_4bit(QuantType quant_type, float factor = 1.0f) {
+  Codebook4bit codebook;
+  for (int i = 0; i < 16; i++)
+    codebook.values[i] = (quant_type == QuantType::nf4 ? kNf4Code[i] : kFp4Code[i]) * factor;
+  return codebook;
+}
+
+// W[N, K], whose blocks run over the flat weight.
+struct Weight4bit {
+  const uint8_t* packed;
+  BlockScales scales;
+  int64_t N, K;
+  int blocksize_log2, nested_blocksize_log2;
+};
+
+// A block's scale before it is decoded, so that it can be loaded well before it is used.
+struct StoredScale {
+  float scale;  // of the block, or of its code
+  uint8_t code;
+};
+
+__device__ inline StoredScale load_scale(const Weight4bit& weight, int64_t block) {
+  const BlockScales& scales = weight.scales;
+  if (!scales.codes) return {scales.absmax[block], 0};
+  return {scales.nested_absmax[block >> weight.nested_blocksize_log2], scales.codes[block]};
+}
+
+__device__ inline float scale_offset(const Weight4bit& weight) {
+  return weight.scales.codes ? *weight.scales.offset : 0.0f;
+}
+
+__device__ inline float decode_scale(const Weight4bit& weight, StoredScale stored, float offset) {
+  if (!weight.scales.codes) return stored.scale;
+  return weight.scales.nested_code[stored.code] * stored.scale + offset;
+}
+
+__device__ inline float scale_of_block(const Weight4bit& weight, int64_t block) {
+  return decode_scale(weight, load_scale(weight, block), scale_offset(weight));
+}
+
+// A codebook in shared memory, once for each lane, so that no two lanes ever want the same bank.
+struct LaneCodebook {
+  const float* values;  // [16][32], from this thread's lane on
+
+  __device__ float operator[](uint32_t code) const { return values[code * kWarp]; }
+};
+constexpr int kLaneCodebookSize = 16 * kWarp;
+
+// The value of code lane() % 16: chosen among all of them, since an index that varies would move them to
+// memory.
+__device__ inline float value_of_lane(const Codebook4bit& codebook) {
+  float value = codebook.values[0];
+#pragma unroll
+  for (int code = 1; code < 16; code++) {
+    const float other = codebook.values[code];
+    value = lane() % 16 == code ? other : value;
+  }
+  return value;
+}
+
+// Fills `shared`; every thread of the block calls it, and a barrier follows before the first look-up.
+__device__ inline LaneCodebook make_lane_codebook(const Codebook4bit& codebook, float* shared) {
+  const float value = value_of_lane(codebook);
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  for (int code = warp(); code < 16; code += warps) shared[code * kWarp + lane()] = shuffle(value, code);
+  return {shared + lane()};
+}
+
+constexpr int kChunk = 8;  // neighbouring weights that a thread decodes at once
+
+// Eight codes of one row, which starts at a multiple of four bytes, in one load.
+struct AlignedWeight {
+  static constexpr int kUnroll = 2;  // chunks worth loading at a time
+
+  __device__ static void decode(const Weight4bit& weight, LaneCodebook codebook, int64_t n, int64_t k,
+                                float (&w)[kChunk]) {
+    const int64_t first = n * weight.K + k;
+    const uint32_t codes = *reinterpret_cast<const uint32_t*>(weight.packed + first / 2);
+    const float scale = scale_of_block(weight, first >> weight.blocksize_log2);
+#pragma unroll
+    for (int i = 0; i < kChunk; i++) w[i] = codebook[codes >> (4 * (i ^ 1)) & 15] * scale;
+  }
+};
+
+// The same for any K and any address: a row may start inside a byte, the codes may lie in two blocks, and
+// those past the row's end are taken as 0.
+struct AnyWeight {
+  static constexpr int kUnroll = 1;
+
+  __device__ static void decode(const Weight4bit& weight, LaneCodebook codebook, int64_t n, int64_t k,
+                                float (&w)[kChunk]) {
+    const int64_t first = n * weight.K + k;
+    const int64_t valid = min(weight.K - k, static_cast<int64_t>(kChunk));
+    const int64_t block = first >> weight.blocksize_log2;
+    const int64_t last_block = (first + valid - 1) >> weight.blocksize_log2;
+    const float scale = scale_of_block(weight, block);
+    const float next_scale = last_block == block ? scale : scale_of_block(weight, last_block);
+#pragma unroll
+    for (int i = 0; i < kChunk; i++) {
+      w[i] = 0.0f;
+      if (i >= valid) continue;
+      const int64_t at = first + i;
+      const uint32_t code = weight.packed[at / 2] >> (at % 2 ? 0 : 4) & 15;
+      w[i] = codebook[code] * (at >> weight.blocksize_log2 == block ? scale : next_scale);
+    }
+  }
+};
+
+}  // namespace bnb

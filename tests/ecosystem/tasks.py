@@ -1,0 +1,111 @@
+"""What is done alike with bnb_core, in the tests' process, and with the real bitsandbytes, in the peer's.
+
+Every task takes and gives what JSON holds; tensors go through files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ecosystem import models
+
+
+def version() -> str:
+    import bitsandbytes
+
+    return bitsandbytes.__version__
+
+
+def quantize(name: str, source: str, quantization: str, target: str) -> None:
+    """Save a model of full precision as a quantized one."""
+    models.load(name, source, quantization).save_pretrained(target)
+
+
+def run(name: str, source: str, result: str, quantization: str | None = None) -> list[int]:
+    """What a model generates; its logits go into a file."""
+    model = models.load(name, source, quantization)
+    torch.save(models.logits(name, model), result)
+    return models.greedy(model)
+
+
+def save_module(module: str, target: str) -> None:
+    """The state dict of a quantized module, its input and its output."""
+    torch.manual_seed(0)
+    layer = _MODULES[module]().to("cpu")
+    x = _input_of(layer)
+    torch.save({"state": layer.state_dict(), "input": x, "output": layer(x).detach()}, target)
+
+
+def load_module(module: str, source: str, target: str) -> None:
+    """The output of a module loaded from such a file, and what it saves in turn."""
+    saved = torch.load(source)
+    torch.manual_seed(1)
+    layer = _MODULES[module]().to("cpu")
+    _load(layer, saved["state"])
+    torch.save({"state": layer.state_dict(), "output": layer(saved["input"]).detach()}, target)
+
+
+def _load(layer: torch.nn.Module, state: dict[str, Any]) -> None:
+    """As Transformers does: the real Linear4bit has no loading of its own."""
+    import bitsandbytes
+
+    if not isinstance(layer, bitsandbytes.nn.Linear4bit):
+        layer.load_state_dict(state)
+        return
+    parts = {key: value for key, value in state.items() if key.startswith("weight.")}
+    layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(
+        data=state["weight"], quantized_stats=parts, requires_grad=False, device="cpu", module=layer
+    )
+    if layer.bias is not None:
+        layer.bias.data.copy_(state["bias"])
+
+
+def optimize(optimizer: str, options: dict[str, Any], start: str | None, target: str) -> None:
+    """Five steps, from the beginning or from where a file left off; the state and the parameter go into a file."""
+    import bitsandbytes
+
+    saved = torch.load(start) if start else {"parameter": torch.linspace(-1, 1, 64 * 128).view(64, 128), "step": 0}
+    parameter = torch.nn.Parameter(saved["parameter"].clone())
+    run = getattr(bitsandbytes.optim, optimizer)([parameter], **options)
+    if start:
+        run.load_state_dict(saved["optimizer"])
+    for step in range(saved["step"], saved["step"] + 5):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+        run.step()
+    state = {"parameter": parameter.detach(), "step": saved["step"] + 5, "optimizer": run.state_dict()}
+    torch.save(state, target)
+
+
+def _linear4bit(quant_type: str, **options: Any) -> Any:
+    import bitsandbytes
+
+    return bitsandbytes.nn.Linear4bit(128, 64, quant_type=quant_type, compute_dtype=torch.float32, **options)
+
+
+def _linear8bit() -> Any:
+    import bitsandbytes
+
+    return bitsandbytes.nn.Linear8bitLt(128, 64, has_fp16_weights=False, threshold=6.0)
+
+
+def _embedding(name: str) -> Any:
+    import bitsandbytes
+
+    return getattr(bitsandbytes.nn, name)(128, 64)
+
+
+_MODULES: dict[str, Any] = {
+    "Linear4bit nf4": lambda: _linear4bit("nf4"),
+    "Linear4bit fp4": lambda: _linear4bit("fp4", compress_statistics=False, bias=False),
+    "Linear4bit nf4 bf16 storage": lambda: _linear4bit("nf4", quant_storage=torch.bfloat16),
+    "Linear8bitLt": _linear8bit,
+    "StableEmbedding": lambda: _embedding("StableEmbedding"),
+}
+MODULES = tuple(_MODULES)
+
+
+def _input_of(layer: torch.nn.Module) -> torch.Tensor:
+    if isinstance(layer, torch.nn.Embedding):
+        return torch.arange(0, 128, 5)
+    return torch.randn(5, 128)

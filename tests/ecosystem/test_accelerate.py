@@ -1,0 +1,83 @@
+"""Accelerate: quantizing a model of one's own, and the hooks that offload it."""
+
+from __future__ import annotations
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from ecosystem import models
+from ecosystem.models import logits
+
+CONFIGS = {
+    "4-bit": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, Linear4bit),
+    "8-bit": ({"load_in_8bit": True}, Linear8bitLt),
+}
+
+
+@pytest.mark.parametrize("start", ["loaded", "meta"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_model_is_loaded_and_quantized(cpu_as_gpu, full_precision, tmp_path, config, start):
+    options, kind = CONFIGS[config]
+    full = models.load("llama", full_precision["llama"])
+    expected = logits("llama", full)
+    quantization = BnbQuantizationConfig(**options, torch_dtype=torch.float32, skip_modules=["lm_head"])
+    if start == "loaded":
+        model = load_and_quantize_model(full, quantization)
+    else:
+        file = str(tmp_path / "pytorch_model.bin")
+        torch.save(full.state_dict(), file)
+        with accelerate.init_empty_weights():
+            model = models.model_class("llama").from_config(full.config).eval()
+        model = load_and_quantize_model(model, quantization, weights_location=file)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert type(layer) is kind and layer.weight.dtype in (torch.uint8, torch.int8)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert (logits("llama", model) - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+def offload(model, folder):
+    if folder is None:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("place", ["host memory", "disk"])
+@pytest.mark.parametrize("quantization", models.QUANTIZATIONS)
+def test_offloaded_weights_come_back_for_each_forward(full_precision, tmp_path, quantization, place):
+    model = models.load("llama", full_precision["llama"], quantization)
+    expected = logits("llama", model)
+    remove_hook_from_module(model, recurse=True)
+    offload(model, tmp_path if place == "disk" else None)
+    for _ in range(2):
+        assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+        assert torch.equal(logits("llama", model), expected)
+    remove_hook_from_module(model, recurse=True)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(logits("llama", model), expected)
+
+
+@pytest.mark.parametrize("quantization", models.QUANTIZATIONS)
+def test_an_accelerator_trains_beside_quantized_weights(full_precision, quantization):
+    import bitsandbytes
+
+    model = models.load("llama", full_precision["llama"], quantization)
+    torch.manual_seed(0)
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), model.lm_head)
+    model.requires_grad_(False)
+    model.lm_head[0].requires_grad_(True)
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = bitsandbytes.optim.AdamW8bit(model.lm_head[0].parameters(), lr=1e-2, min_8bit_size=1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids=models.PROMPT, labels=models.PROMPT).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
