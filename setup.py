@@ -160,7 +160,7 @@ class BuildKernels(build_ext):
         include = [f"-I{folder}" for folder in (*ext.include_dirs, *self.compiler.include_dirs)]
 
         def compile_one(source: str, folder: str) -> str:
-            object_file = Path(folder, source).with_suffix(".o")
+            object_file = Path(folder, os.path.relpath(source)).with_suffix(".o")
             object_file.parent.mkdir(parents=True, exist_ok=True)
             host = list(self.compiler.compiler_so_cxx)
             command = ext.command(host, source)

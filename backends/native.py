@@ -182,8 +182,7 @@ class NativeKernels:
         bias: Tensor | None,
         out: Tensor,
     ) -> None:
-        columns = outlier_mask.nonzero().view(-1)
-        self._int8_mm(CA, CB, row_stats, col_stats, A, columns, bias, A.dtype, out)
+        self._int8_mm(CA, CB, row_stats, col_stats, A, outlier_mask, bias, A.dtype, out)
 
     def _int8_mm(
         self,
@@ -192,15 +191,15 @@ class NativeKernels:
         row_stats: Tensor,
         col_stats: Tensor,
         unquantized: Tensor | None,
-        columns: Tensor | None,
+        outlier_mask: Tensor | None,
         bias: Tensor | None,
         dtype: torch.dtype,
         out: Tensor,
     ) -> None:
         self.module.int8_mixed_scaled_mm(
             A.data_ptr(), B.data_ptr(), math.prod(A.shape[:-1]), B.shape[0], B.shape[1], row_stats.data_ptr(),
-            col_stats.data_ptr(), _pointer(unquantized), _pointer(columns), 0 if columns is None else columns.numel(),
-            _pointer(bias), out.data_ptr(), DTYPE_CODES[dtype], self.stream(A.device),
+            col_stats.data_ptr(), _pointer(unquantized), _pointer(outlier_mask), _pointer(bias), out.data_ptr(),
+            DTYPE_CODES[dtype], self.stream(A.device),
         )  # fmt: skip
 
     def optimizer_update_32bit(

@@ -118,4 +118,11 @@ void with_dtype(DType dtype, const F& f) {
 
 BNB_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The exponent of a power of two.
+inline int log2_of(int64_t power) {
+  int exponent = 0;
+  while (int64_t{1} << exponent < power) exponent++;
+  return exponent;
+}
+
 }  // namespace bnb

@@ -9,8 +9,6 @@
 namespace bnb {
 namespace {
 
-// --- results ---
-
 // What becomes of the exact products: they are kept, or scaled and rounded to a dtype.
 struct Int8Result {
   int64_t M, N;
@@ -45,8 +43,6 @@ __device__ inline void store_result(const Int8Result& result, int64_t m, int64_t
     store_scaled<__nv_bfloat16>(result, m, n, product);
   }
 }
-
-// --- products ---
 
 constexpr int kPiece = 16;             // bytes along K that a lane loads at once
 constexpr int kSpan = kQuad * kPiece;  // what a warp takes of K at once
@@ -94,7 +90,6 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles == 8 ? 1 : 2)
   for (int r = 0; r < n_tiles; r++) a[r] = operands.A + min(first_m + r * 8 + g, result.M - 1) * K + column;
 
   Sums sums = {};
-#pragma unroll 2
   for (int64_t k = k_warp * kSpan; k < K; k += k_warps * kSpan) {
     const int64_t valid = K - k - column;
     Piece w[2 * kWarpTiles];
@@ -149,8 +144,6 @@ void multiply(const Int8Operands& operands, const Int8Result& result, Stream str
   launch_int8_matmul<8>(operands, result, stream);
 }
 
-// --- scales ---
-
 constexpr int kItems = 8;  // neighbouring elements of a thread
 constexpr int kThreads = 256;
 
@@ -186,8 +179,31 @@ struct Outliers {
   const int8_t* B;
   int64_t K;
   const int64_t* columns;
-  int64_t count;
+  const int64_t* count;
 };
+
+// Lists the columns that are marked, ascending, and counts them; one block, each thread for neighbouring
+// columns.
+__global__ void __launch_bounds__(kThreads)
+    list_columns_kernel(const uint8_t* marked, int64_t K, int64_t* columns, int64_t* count) {
+  __shared__ int64_t first[kThreads + 1];
+  const int64_t share = ceil_div(K, kThreads);
+  const int64_t begin = min(K, threadIdx.x * share), end = min(K, begin + share);
+  int64_t found = 0;
+  for (int64_t k = begin; k < end; k++) found += marked[k] != 0;
+  first[threadIdx.x + 1] = found;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    first[0] = 0;
+    for (int i = 0; i < kThreads; i++) first[i + 1] += first[i];
+    *count = first[kThreads];
+  }
+  __syncthreads();
+  int64_t at = first[threadIdx.x];
+  for (int64_t k = begin; k < end; k++) {
+    if (marked[k]) columns[at++] = k;
+  }
+}
 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads)
@@ -198,18 +214,19 @@ __global__ void __launch_bounds__(kTileThreads)
   const int filled_row = static_cast<int>(threadIdx.x) / (kTileDepth / kFilled);
   const int filled_column = static_cast<int>(threadIdx.x) % (kTileDepth / kFilled) * kFilled;
   const int row = row_of_thread(), column = column_of_thread();
+  const int64_t count = *outliers.count;
 
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const int64_t first_m = block / column_blocks * kTile, first_n = block % column_blocks * kTile;
     const int64_t m = first_m + filled_row, n = first_n + filled_row;
     const float scale = n < result.N ? result.col_stats[n] : 0.0f;
     ThreadSums sums = {};
-    for (int64_t j = 0; j < outliers.count; j += kTileDepth) {
+    for (int64_t j = 0; j < count; j += kTileDepth) {
       __syncthreads();
       float x[kFilled] = {}, w[kFilled] = {};
 #pragma unroll
       for (int i = 0; i < kFilled; i++) {
-        if (j + filled_column + i >= outliers.count) continue;
+        if (j + filled_column + i >= count) continue;
         const int64_t k = outliers.columns[j + filled_column + i];
         if (m < result.M) x[i] = to_float(outliers.X[m * outliers.K + k]);
         if (n < result.N) w[i] = static_cast<float>(outliers.B[n * outliers.K + k]) * scale / 127.0f;
@@ -255,15 +272,19 @@ void int8_mm_dequant(const int32_t* C, const float* row_stats, const float* col_
 
 void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
                           const float* row_stats, const float* col_stats, const void* X,
-                          const int64_t* columns, int64_t outliers, const void* bias, void* out, DType dtype,
+                          const uint8_t* outlier_columns, const void* bias, void* out, DType dtype,
                           Stream stream) {
   const Int8Result result = {M, N, nullptr, row_stats, col_stats, bias, out, dtype};
-  if (outliers == 0) return multiply({A, B, K}, result, stream);
+  if (!outlier_columns) return multiply({A, B, K}, result, stream);
   const Workspace C(M * N * sizeof(int32_t), stream);
+  const Workspace columns((K + 1) * sizeof(int64_t), stream);
+  int64_t* const count = columns.as<int64_t>() + K;
+  launch("list_columns", list_columns_kernel, 1, kThreads, stream, 0, outlier_columns, K,
+         columns.as<int64_t>(), count);
   int8_linear_matmul(A, B, M, N, K, C.as<int32_t>(), stream);
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Outliers<T> apart = {static_cast<const T*>(X), B, K, columns, outliers};
+    const Outliers<T> apart = {static_cast<const T*>(X), B, K, columns.as<int64_t>(), count};
     launch("int8_mixed_dequant", int8_mixed_dequant_kernel<T>, ceil_div(N, kTile) * ceil_div(M, kTile),
            kTileThreads, stream, 0, C.as<int32_t>(), apart, result);
   });

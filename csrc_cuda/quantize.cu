@@ -141,12 +141,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int log2_of(int64_t power_of_two) {
-  int result = 0;
-  while (int64_t{1} << result < power_of_two) result++;
-  return result;
-}
-
 template <class Encoder>
 void quantize(const char* name, const void* A, DType dtype, int64_t n, typename Encoder::Source source,
               int64_t blocksize, uint8_t* out, float* absmax, Stream stream) {

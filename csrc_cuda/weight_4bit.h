@@ -7,13 +7,6 @@
 
 namespace bnb {
 
-// The exponent of a power of two.
-inline int log2_of(int64_t power) {
-  int exponent = 0;
-  while (int64_t{1} << exponent < power) exponent++;
-  return exponent;
-}
-
 // The 16 values of a 4-bit code, each times `factor`.
 struct Codebook4bit {
   float values[16];

@@ -38,6 +38,7 @@ def hipify(output: Path) -> dict[str, Path]:
         raise SystemExit(
             "BNB_BUILD=hip needs torch while it builds, for torch.utils.hipify: pip install --no-build-isolation ."
         ) from error
+    output = output.resolve()
     target = output / SOURCES.name
     shutil.rmtree(output, ignore_errors=True)
     for name in UNCHANGED:

@@ -80,12 +80,12 @@ struct Kernels {
   // once.
   void (*int8_mm_dequant)(const int32_t* C, const float* row_stats, const float* col_stats, int64_t M,
                           int64_t N, const void* bias, void* out, DType dtype, Stream stream);
-  // int8_linear_matmul and int8_mm_dequant in one, plus, where outliers is not 0,
-  // sum over j of X[m, columns[j]] * (B[n, columns[j]] * col_stats[n] / 127), X being A before quantization.
+  // int8_linear_matmul and int8_mm_dequant in one, plus, where outlier_columns u8[K] is given,
+  // sum over its columns k of X[m, k] * (B[n, k] * col_stats[n] / 127), X being A before quantization.
   void (*int8_mixed_scaled_mm)(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
                                const float* row_stats, const float* col_stats, const void* X,
-                               const int64_t* columns, int64_t outliers, const void* bias, void* out,
-                               DType dtype, Stream stream);
+                               const uint8_t* outlier_columns, const void* bias, void* out, DType dtype,
+                               Stream stream);
 
   // g and p share `dtype`; state1 (f32[2, n] for ademamix) and state2 (null where unused) are f32[n].
   // norms f64[2] receives |p|^2 before the step and |update|^2, both over finite entries; null when max_unorm

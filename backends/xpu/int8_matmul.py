@@ -160,8 +160,11 @@ def _matmul(
 
 def tile(M: int, int8_dot: bool, outliers: bool) -> dict[str, int]:
     """The tile of one program for so many rows: as large as no GPU's registers overflow. Not tuned on hardware yet."""
-    is_large = M > SMALLEST_DOT and int8_dot and not outliers
-    return {"TILE_M": 64 if is_large else SMALLEST_DOT, "TILE_N": 32 if outliers else 64, "TILE_K": 32}
+    if outliers or not int8_dot:
+        return {"TILE_M": SMALLEST_DOT, "TILE_N": 32, "TILE_K": 32}
+    if M <= SMALLEST_DOT:
+        return {"TILE_M": SMALLEST_DOT, "TILE_N": 32, "TILE_K": 128}
+    return {"TILE_M": 64, "TILE_N": 64, "TILE_K": 32}
 
 
 def has_int8_dot(device: torch.device) -> bool:

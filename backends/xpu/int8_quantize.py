@@ -16,11 +16,12 @@ from .launch import TILE, launch
 ROUNDING = tl.constexpr(1.5 * 2.0**23)
 """Added to an f32 below 2^22 and subtracted again, it leaves the nearest integer, ties to even."""
 
-ENTRIES = 512
-"""Of a row that one program takes at a time."""
+ROWS = 2
+COLUMNS = 64
+"""That one program takes; so many columns that it reads whole stretches of memory."""
 
-NEIGHBOURS = 64
-"""Columns that one program takes, so that it reads whole stretches of memory."""
+ENTRIES = 2**10
+"""That one program has in work at once. Not tuned on hardware yet."""
 
 
 @triton.jit
@@ -106,11 +107,11 @@ class _Lines(NamedTuple):
 
     @classmethod
     def rows_of(cls, A: Tensor, rows: int) -> _Lines:
-        return cls(rows, A.shape[-1], A.shape[-1], 1, TILE // ENTRIES)
+        return cls(rows, A.shape[-1], A.shape[-1], 1, ROWS)
 
     @classmethod
     def columns_of(cls, A: Tensor, rows: int) -> _Lines:
-        return cls(A.shape[-1], rows, 1, A.shape[-1], NEIGHBOURS)
+        return cls(A.shape[-1], rows, 1, A.shape[-1], COLUMNS)
 
     def find_scales(self, A: Tensor, threshold: float, stats: Tensor, outlier_mask: Tensor | None) -> None:
         limit = threshold if threshold > 0 else math.nan
@@ -128,7 +129,7 @@ class _Lines(NamedTuple):
 
     @property
     def _tile(self) -> dict[str, int]:
-        return {"LINES": self.tile_lines, "LENGTH": TILE // self.tile_lines}
+        return {"LINES": self.tile_lines, "LENGTH": ENTRIES // self.tile_lines}
 
 
 def int8_vectorwise_quant(A: Tensor, threshold: float, out: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -42,25 +42,29 @@ void int8_linear_matmul_amx(const int8_t* A, const int8_t* B, int64_t M, int64_t
 class TileOutliers {
  public:
   TileOutliers(const BFloat16* X, int64_t M, const int8_t* B, int64_t N, int64_t K, const float* col_stats,
-               const int64_t* columns, int64_t count)
-      : count_(count),
-        row_length_(ceil_div(count, kStep) * kStep),
+               const uint8_t* outlier_columns)
+      : TileOutliers(X, M, B, N, K, col_stats, ColumnList(outlier_columns, K)) {}
+
+  TileOutliers(const BFloat16* X, int64_t M, const int8_t* B, int64_t N, int64_t K, const float* col_stats,
+               const ColumnList& list)
+      : count_(list.count()),
+        row_length_(ceil_div(count_, kStep) * kStep),
         col_stats_(col_stats),
         x_(M, row_length_ / 2, Constant<kTileSide>{},
            [&](int64_t row, int rows, int64_t word, uint32_t* scratch) {
              auto* out = reinterpret_cast<BFloat16*>(scratch);
              for (int r = 0; r < rows; r++, out += kStep) {
-               gather(X + (row + r) * K, columns + 2 * word, min(count - 2 * word, kStep), out);
+               gather(X + (row + r) * K, list.data() + 2 * word, min(count_ - 2 * word, kStep), out);
              }
              return RowWords{scratch, kTileSide};
            }),
         b_(ceil_div(N, kPanelRows) * kPanelRows * row_length_) {
-    if (count == 0) return;
+    if (count_ == 0) return;
     __builtin_memset(b_.data(), 0, ceil_div(N, kPanelRows) * kPanelRows * row_length_ * sizeof(BFloat16));
-    parallel_for(N, grain(count), [&](int64_t begin, int64_t end) {
+    parallel_for(N, grain(count_), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; n++) {
-        for (int64_t j = 0; j < count; j++) {
-          const float code = B[n * K + columns[j]];
+        for (int64_t j = 0; j < count_; j++) {
+          const float code = B[n * K + list.data()[j]];
           uint32_t bits;
           __builtin_memcpy(&bits, &code, sizeof bits);
           b_.data()[n * row_length_ + j] = {static_cast<uint16_t>(bits >> 16)};
@@ -117,15 +121,15 @@ struct OutliersOnTiles<BFloat16> {
 
 void int8_mixed_scaled_mm_amx(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
                               const float* row_stats, const float* col_stats, const void* X,
-                              const int64_t* columns, int64_t outliers, const void* bias, void* out,
-                              DType dtype, Stream stream) {
+                              const uint8_t* outlier_columns, const void* bias, void* out, DType dtype,
+                              Stream stream) {
   if (!fits_int8_tiles(M, K)) {
-    return int8_mixed_scaled_mm<VnniDot>(A, B, M, N, K, row_stats, col_stats, X, columns, outliers, bias, out,
+    return int8_mixed_scaled_mm<VnniDot>(A, B, M, N, K, row_stats, col_stats, X, outlier_columns, bias, out,
                                          dtype, stream);
   }
   with_type(dtype, out, [&](auto* y) {
     const typename OutliersOnTiles<Pointee<decltype(y)>>::type apart(same_type(X, y), M, B, N, K, col_stats,
-                                                                     columns, outliers);
+                                                                     outlier_columns);
     multiply_int8_tiles(
         A, B, M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width, const uint32_t* sums) {
           int8_finish_block(reinterpret_cast<const int32_t*>(sums), kPanelRows, row, rows, column, width,

@@ -294,30 +294,53 @@ void int8_mm_dequant(const int32_t* C, const float* row_stats, const float* col_
   });
 }
 
+// The columns that are marked, ascending.
+class ColumnList {
+ public:
+  ColumnList(const uint8_t* marked, int64_t K) : columns_(marked ? K : 0) {
+    constexpr int64_t kWord = sizeof(uint64_t);
+    for (int64_t k = 0; marked && k < K; k += kWord) {
+      uint64_t any = 0;
+      __builtin_memcpy(&any, marked + k, min(kWord, K - k));
+      if (any == 0) continue;
+      for (int64_t i = k; i < min(k + kWord, K); i++) {
+        if (marked[i]) columns_.data()[count_++] = i;
+      }
+    }
+  }
+  const int64_t* data() const { return columns_.data(); }
+  int64_t count() const { return count_; }
+
+ private:
+  Buffer<int64_t> columns_;
+  int64_t count_ = 0;
+};
+
 // The outlier columns of X [M, K] and of the dequantized B [N, K], gathered for a product in full precision.
 // Where every row of B is used for one block only, it is gathered then, while it is in the cache.
 template <class T>
 class Outliers {
  public:
   Outliers(const T* X, int64_t M, const int8_t* B, int64_t N, int64_t K, const float* col_stats,
-           const int64_t* columns, int64_t count)
+           const uint8_t* outlier_columns)
       : B_(B),
         N_(N),
         K_(K),
         col_stats_(col_stats),
-        columns_(columns),
-        count_(count),
+        list_(outlier_columns, K),
+        columns_(list_.data()),
+        count_(list_.count()),
         gathers_late_(M <= kInt8BlockRows),
-        x_(M * count),
-        b_(count * N) {
-    if (count == 0) return;
-    parallel_for(M, grain(count), [&](int64_t begin, int64_t end) {
+        x_(M * count_),
+        b_(count_ * N) {
+    if (count_ == 0) return;
+    parallel_for(M, grain(count_), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
-        for (int64_t j = 0; j < count; j++) x_.data()[r * count + j] = load(X + r * K + columns[j], 1)[0];
+        for (int64_t j = 0; j < count_; j++) x_.data()[r * count_ + j] = load(X + r * K + columns_[j], 1)[0];
       }
     });
     if (gathers_late_) return;
-    parallel_for(ceil_div(N, kLanes), grain(count * kLanes), [&](int64_t begin, int64_t end) {
+    parallel_for(ceil_div(N, kLanes), grain(count_ * kLanes), [&](int64_t begin, int64_t end) {
       gather_rows(begin * kLanes, min(end * kLanes, N) - begin * kLanes);
     });
   }
@@ -378,6 +401,7 @@ class Outliers {
   const int8_t* B_;
   int64_t N_, K_;
   const float* col_stats_;
+  ColumnList list_;
   const int64_t* columns_;
   int64_t count_;
   bool gathers_late_;
@@ -401,10 +425,9 @@ void int8_finish_block(const int32_t* C, int64_t stride, int64_t row, int64_t ro
 template <class Dot>
 void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
                           const float* row_stats, const float* col_stats, const void* X,
-                          const int64_t* columns, int64_t outliers, const void* bias, void* out, DType dtype,
-                          Stream) {
+                          const uint8_t* outlier_columns, const void* bias, void* out, DType dtype, Stream) {
   with_type(dtype, out, [&](auto* y) {
-    const Outliers<Pointee<decltype(y)>> apart(same_type(X, y), M, B, N, K, col_stats, columns, outliers);
+    const Outliers<Pointee<decltype(y)>> apart(same_type(X, y), M, B, N, K, col_stats, outlier_columns);
     for_each_int8_block(M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width) {
       int32_t C[kInt8BlockRows * kInt8BlockColumns];
       int8_block<Dot>(A + row * K, B + column * K, rows, width, K, C, kInt8BlockColumns);

@@ -66,7 +66,7 @@ def test_an_accelerator_trains_beside_quantized_weights(full_precision, quantiza
 
     model = models.load("llama", full_precision["llama"], quantization)
     torch.manual_seed(0)
-    model.lm_head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), model.lm_head)
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(64, 64, dtype=model.dtype), torch.nn.Tanh(), model.lm_head)
     model.requires_grad_(False)
     model.lm_head[0].requires_grad_(True)
     accelerator = accelerate.Accelerator(cpu=True)

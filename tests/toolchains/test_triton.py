@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="needs Triton: pip install bnb_cor
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from bnb_core.backends.xpu import gemm_4bit, int8_matmul  # noqa: E402
+from bnb_core.backends.xpu import gemm_4bit, int8_matmul, int8_quantize  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
@@ -56,14 +56,14 @@ def _gemm_4bit(types: str, rows: int, dtype: torch.dtype, **constants: Any) -> S
     return Specialization("gemm_4bit", "gemm_4bit_kernel", f"{types} i32 i32 i32", constants, multiplies_and_adds=True)
 
 
-def _int8_matmul(types: str, int8_dot: bool) -> Specialization:
-    constants = {"INT8_DOT": int8_dot, **int8_matmul.tile(512, int8_dot, "*u8" in types)}
+def _int8_matmul(types: str, int8_dot: bool, rows: int = 512) -> Specialization:
+    constants = {"INT8_DOT": int8_dot, **int8_matmul.tile(rows, int8_dot, "*u8" in types)}
     return Specialization(
         "int8_matmul", "int8_matmul_kernel", f"{types} i32 i32 i32", constants, multiplies_and_adds=True
     )
 
 
-LINES = {"LINES": 4, "LENGTH": 512}
+LINES = {"LINES": int8_quantize.ROWS, "LENGTH": int8_quantize.ENTRIES // int8_quantize.ROWS}
 SPECIALIZATIONS = {
     "quantize_blockwise": Specialization(
         "quantize", "quantize_blockwise_kernel", "*bf16 *fp32 *u8 *fp32 i64", {"BLOCKSIZE": 256, "BLOCKS": 8}
@@ -103,6 +103,7 @@ SPECIALIZATIONS = {
         "int8_quantize", "int8_vectorwise_dequant_kernel", "*i8 *fp32 *fp32 i64 i32", {"TILE": 2048}
     ),
     "int8_linear_matmul": _int8_matmul("*i8 *i8 None None None None None *i32", int8_dot=True),
+    "int8_scaled_mm, few rows": _int8_matmul("*i8 *i8 *fp32 *fp32 *bf16 None None *bf16", int8_dot=True, rows=1),
     "int8_mixed_scaled_mm": _int8_matmul("*i8 *i8 *fp32 *fp32 *bf16 *bf16 *u8 *bf16", int8_dot=True),
     "int8_mixed_scaled_mm f32": _int8_matmul("*i8 *i8 *fp32 *fp32 None *fp32 *u8 *fp32", int8_dot=True),
     "int8_scaled_mm by f16": _int8_matmul("*i8 *i8 *fp32 *fp32 *fp16 None None *fp16", int8_dot=False),
@@ -118,7 +119,7 @@ SPECIALIZATIONS = {
     "trust ratio": Specialization("optimizer", "trust_ratio_kernel", "*fp32 *fp32 *fp32 i32 fp32", {"TILE": 1024}),
 }
 
-NEEDS_AMPERE = ("int8_linear_matmul", "int8_mixed_scaled_mm", "int8_mixed_scaled_mm f32")
+NEEDS_AMPERE = ("int8_linear_matmul", "int8_scaled_mm, few rows", "int8_mixed_scaled_mm", "int8_mixed_scaled_mm f32")
 """int8_matmul.has_int8_dot chooses another form for older GPUs of NVIDIA."""
 
 CASES = [
