@@ -1,5 +1,5 @@
-// bfloat16 for HIP before 5.7, which has no header of this name. It is searched for last: where there is one, that
-// one serves.
+// bfloat16 for HIP before 5.7, which has no header of this name. It is searched for last: where there is one,
+// that one serves.
 #pragma once
 
 #include <hip/hip_runtime.h>
