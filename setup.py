@@ -36,7 +36,8 @@ Command = Callable[[list[str], str], list[str]]
 
 
 def host_command(host: list[str], source: str) -> list[str]:
-    return [*host, *FLAGS, *WARNINGS]
+    """The builder's own flags come last, so that they hold."""
+    return [*host, *FLAGS, *WARNINGS, *os.environ.get("CXXFLAGS", "").split()]
 
 
 class KernelExtension(Extension):

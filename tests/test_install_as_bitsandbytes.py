@@ -135,6 +135,14 @@ def test_importing_bnb_core_alone_claims_no_name():
     assert run_python(code).stdout.strip() == "[]"
 
 
+@pytest.mark.skipif(real_version() is not None, reason="a real bitsandbytes is installed here for it to find")
+def test_a_library_that_looked_before_is_named_in_a_warning():
+    early = "import sys, types; sys.modules['peft.import_utils'] = types.ModuleType('peft.import_utils')"
+    result = run_python(f"{early}\n{INSTALL}")
+    assert "UserWarning: peft.import_utils: imported before install_as_bitsandbytes()" in result.stderr
+    assert run_python(f"{INSTALL}").stderr == ""
+
+
 @pytest.fixture
 def real(tmp_path) -> SimpleNamespace:
     """Folders with what a real bitsandbytes leaves behind: all of it, and its metadata alone."""

@@ -7,6 +7,8 @@ the source tree does so for every program in an environment. Both give the same 
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -21,20 +23,25 @@ def install_as_bitsandbytes() -> None:
     bitsandbytes stays as it is on the disk, for other processes. The classes of optimizers are told that their modules
     are ``bitsandbytes.optim...``, as Trainer asks their names.
 
+    Warns:
+        UserWarning: such a library is imported already, and has found nothing.
+
     Raises:
         RuntimeError: another bitsandbytes is imported already.
     """
     from bnb_core.compat import metadata, names
 
-    present = sys.modules.get(names.NAME)
+    present, distribution = sys.modules.get(names.NAME), _version_of(names.NAME)
     if present is None:
         _give_the_name()
+        if distribution is None:
+            _warn_of_early_imports(names.LOOK_ONCE)
     elif getattr(present, "__version__", None) != names.VERSION:
         raise RuntimeError(
             f"{names.NAME} is already imported from {getattr(present, '__file__', 'an unknown place')}; "
             "call install_as_bitsandbytes() before anything imports it, or use both under their own names"
         )
-    if _version_of(names.NAME) != names.VERSION:
+    if distribution != names.VERSION:
         sys.meta_path.insert(0, metadata.FaceFinder())
 
 
@@ -55,6 +62,15 @@ def serve_installed_package() -> None:
         )
     del sys.modules[names.NAME]
     _give_the_name()
+
+
+def _warn_of_early_imports(modules: Sequence[str]) -> None:
+    early = [module for module in modules if module in sys.modules]
+    if early:
+        warnings.warn(
+            f"{', '.join(early)}: imported before install_as_bitsandbytes(), and found no bitsandbytes; call it first",
+            stacklevel=3,
+        )
 
 
 def _version_of(distribution: str) -> str | None:

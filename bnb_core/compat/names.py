@@ -31,6 +31,9 @@ MODULES = {
 }
 """Every module that callers import, and the module that it is; most of them are the very modules of bnb_core."""
 
+LOOK_ONCE = ("diffusers.utils.import_utils", "peft.import_utils", "transformers.integrations.bitsandbytes")
+"""Modules of others that ask whether bitsandbytes is there when they are imported, and never again."""
+
 
 def top_module() -> ModuleType:
     """What ``import bitsandbytes`` gives: what bnb_core offers, under the version of the API."""

@@ -17,6 +17,25 @@ def version() -> str:
     return bitsandbytes.__version__
 
 
+def compare_with_bnb_core() -> dict[str, Any]:
+    """What bnb_core says and computes in the process of the real one, both under their own names."""
+    import bitsandbytes
+
+    import bnb_core
+
+    try:
+        bnb_core.install_as_bitsandbytes()
+        refused = ""
+    except RuntimeError as error:
+        refused = str(error)
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    theirs, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+    ours, our_state = bnb_core.functional.quantize_4bit(weight, quant_type="nf4")
+    values = bitsandbytes.functional.dequantize_4bit(theirs, state)
+    same = torch.equal(ours, theirs) and torch.equal(bnb_core.functional.dequantize_4bit(ours, our_state), values)
+    return {"version": bitsandbytes.__version__, "refused": refused, "same": same}
+
+
 def quantize(name: str, source: str, quantization: str, target: str) -> None:
     """Save a model of full precision as a quantized one."""
     models.load(name, source, quantization).save_pretrained(target)

@@ -29,6 +29,12 @@ OPTIMIZERS = {
 }
 
 
+def test_both_libraries_work_in_one_process_under_their_own_names(peer):
+    found = peer.compare_with_bnb_core()
+    assert found["version"] == "0.50.2" and found["same"]
+    assert "already imported" in found["refused"]
+
+
 @pytest.fixture(params=WAYS)
 def libraries(request, peer):
     """The one that saves and the one that loads."""

@@ -37,7 +37,7 @@ def package(tmp_path_factory):
         folder = tmp_path_factory.mktemp("sanitized")
         source = folder / "source"
         shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.so", "__pycache__"))
-        flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=undefined"
+        flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=undefined -O1"
         options = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": f"-fsanitize={sanitizer}"}
         sets = {"BNB_BUILD": "cpu,sim" if sanitizer == MEMORY else "sim"}
         environment = {**os.environ, "CC": "gcc", "CXX": "g++", **options, **sets}
