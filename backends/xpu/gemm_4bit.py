@@ -25,19 +25,20 @@ def block_scales(block, inside, absmax, nested_absmax, nested_code, offset, NEST
 
 
 @triton.jit
-def weight_codes(packed, row, k, inside, K_IS_EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Codes i32[ROWS, COLUMNS]; row i64[ROWS] is where each row starts, k i32[COLUMNS] are consecutive and start even.
+def weight_codes(packed, row, is_row, first, K, K_IS_EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Codes i32[ROWS, COLUMNS] of rows that start at row i64[ROWS], from their even column ``first`` on.
 
     Where a row has an even length, each byte is loaded once.
     """
     if K_IS_EVEN:
-        half, _ = tl.split(tl.reshape(k, [COLUMNS // 2, 2]))
-        whole, _ = tl.split(tl.reshape(inside, [ROWS, COLUMNS // 2, 2]))
-        pairs = tl.load(packed + (row[:, None] + half[None, :]) // 2, mask=whole, other=0).to(tl.int32)
+        half = first // 2 + tl.arange(0, COLUMNS // 2)
+        inside = is_row[:, None] & (half < K // 2)[None, :]
+        pairs = tl.load(packed + (row // 2)[:, None] + half[None, :], mask=inside, other=0).to(tl.int32)
         return tl.reshape(tl.join(pairs >> 4, pairs & 15), [ROWS, COLUMNS])
     else:
+        k = first + tl.arange(0, COLUMNS)
         place = row[:, None] + k[None, :]
-        pairs = tl.load(packed + place // 2, mask=inside, other=0).to(tl.int32)
+        pairs = tl.load(packed + place // 2, mask=is_row[:, None] & (k < K)[None, :], other=0).to(tl.int32)
         return tl.where(place % 2 == 0, pairs >> 4, pairs & 15)
 
 
@@ -86,13 +87,12 @@ def gemm_4bit_kernel(
     total = tl.zeros([TILE_N, TILE_K] if TILE_M == 1 else [TILE_M, TILE_N], tl.float32)
     for first in range(0, K, TILE_K):
         k = first + tl.arange(0, TILE_K)
-        inside = (n < N)[:, None] & (k < K)[None, :]
-        codes = weight_codes(packed, row, k, inside, K_IS_EVEN, TILE_N, TILE_K)
+        codes = weight_codes(packed, row, n < N, first, K, K_IS_EVEN, TILE_N, TILE_K)
         if SCALE_PER_ROW:
-            block, known = ((row + first) // BLOCKSIZE)[:, None], (n < N)[:, None]
+            block, inside = ((row + first) // BLOCKSIZE)[:, None], (n < N)[:, None]
         else:
-            block, known = (row[:, None] + k[None, :]) // BLOCKSIZE, inside
-        scales = block_scales(block, known, absmax, nested_absmax, nested_code, offset, NESTED_BLOCKSIZE)
+            block, inside = (row[:, None] + k[None, :]) // BLOCKSIZE, (n < N)[:, None] & (k < K)[None, :]
+        scales = block_scales(block, inside, absmax, nested_absmax, nested_code, offset, NESTED_BLOCKSIZE)
         weight = tl.reshape(tl.gather(values, tl.reshape(codes, [TILE_N * TILE_K]), 0), [TILE_N, TILE_K]) * scales
         x = tl.load(A + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
         if TILE_M == 1:
