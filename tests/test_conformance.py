@@ -145,7 +145,7 @@ def test_a_failing_refusal_is_noticed(monkeypatch):
     case = next(c for c in all_cases() if c.primitive == "quantize_4bit" and "blocksize 63" in c.name)
     with throwaway() as backend:
         context = runner.Context(backend.name, torch.device("cpu"))
-        monkeypatch.setattr(primitives.quantize_4bit, "_declared", lambda arguments: ((), torch.device("cpu")))
+        monkeypatch.setattr(primitives.quantize_4bit, "_checked", lambda arguments: ((), torch.device("cpu")))
         with pytest.raises(Failure):
             case.run(context)
 

@@ -23,6 +23,9 @@ RUNTIMES = {MEMORY: ("libasan.so", "libubsan.so"), THREADS: ("libtsan.so",)}
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
     "TSAN_OPTIONS": "halt_on_error=1",
+    # The threads of numpy's and torch's own libraries are not built for the thread sanitizer.
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
 }
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc and its sanitizer runtimes")
