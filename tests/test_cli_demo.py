@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -105,7 +106,9 @@ def test_a_folder_without_text_is_refused(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
 def test_interrupting_ends_with_one_line_and_exit_code_130(tmp_path):
     command = [sys.executable, "-u", "-m", "bnb_core", "demo", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs, and so these tests in one, ignore the signal.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     process.stdout.readline()  # printed when the training starts
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
