@@ -55,21 +55,28 @@ __device__ inline void add_products(int32_t& c, uint32_t a, uint32_t b) {
 #endif
 }
 
+__device__ inline uint64_t pair_of(uint32_t low, uint32_t high) { return low | uint64_t{high} << 32; }
+
 template <class T, class C>
 __device__ inline void mma_by_shuffles(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const int quad = lane() / kQuad * kQuad, column = lane() % kQuad * 2;
+  const uint64_t rows[2] = {pair_of(a[0], a[1]), pair_of(a[2], a[3])};
+  const uint64_t columns = pair_of(b[0], b[1]);
 #pragma unroll 1
   for (int t = 0; t < kQuad; t++) {
-    uint32_t row[4];
+    uint64_t x[2], y[2];
 #pragma unroll
-    for (int i = 0; i < 4; i++) row[i] = shuffle(a[i], quad + t);
+    for (int i = 0; i < 2; i++) {
+      x[i] = shuffle(rows[i], quad + t);
+      y[i] = shuffle(columns, (column + i) * kQuad + t);
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll
       for (int j = 0; j < 2; j++) {
-        const uint32_t y = shuffle(b[half], (column + j) * kQuad + t);
-        add_products<T>(c[j], row[2 * half], y);
-        add_products<T>(c[2 + j], row[2 * half + 1], y);
+        const auto of_column = static_cast<uint32_t>(y[j] >> (32 * half));
+        add_products<T>(c[j], static_cast<uint32_t>(x[half]), of_column);
+        add_products<T>(c[2 + j], static_cast<uint32_t>(x[half] >> 32), of_column);
       }
     }
   }
