@@ -10,12 +10,16 @@ namespace bnb {
 
 struct DeviceLimits {
   int multiprocessors = 0;
+  int threads_per_multiprocessor = 0;
   int compute_capability = 0;  // 10 * major + minor; NVIDIA's
 };
 
 inline DeviceLimits query_device_limits(int device) {
   DeviceLimits limits;
   check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&limits.threads_per_multiprocessor, cudaDevAttrMaxThreadsPerMultiProcessor,
+                               device),
         "cudaDeviceGetAttribute");
   int major = 0, minor = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
