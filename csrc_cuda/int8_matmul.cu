@@ -208,43 +208,20 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kTileThreads)
     int8_mixed_dequant_kernel(const int32_t* C, Outliers<T> outliers, Int8Result result) {
-  __shared__ Tile x_tile, w_tile;
-  constexpr int kFilled = kTile * kTileDepth / kTileThreads;
-  const int64_t column_blocks = ceil_div(result.N, kTile), blocks = column_blocks * ceil_div(result.M, kTile);
-  const int filled_row = static_cast<int>(threadIdx.x) / (kTileDepth / kFilled);
-  const int filled_column = static_cast<int>(threadIdx.x) % (kTileDepth / kFilled) * kFilled;
-  const int row = row_of_thread(), column = column_of_thread();
   const int64_t count = *outliers.count;
-
-  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    const int64_t first_m = block / column_blocks * kTile, first_n = block % column_blocks * kTile;
-    const int64_t m = first_m + filled_row, n = first_n + filled_row;
+  const auto fill = [&](int64_t m, int64_t n, int64_t at, float(&x)[kFilled], float(&w)[kFilled]) {
     const float scale = n < result.N ? result.col_stats[n] : 0.0f;
-    ThreadSums sums = {};
-    for (int64_t j = 0; j < count; j += kTileDepth) {
-      __syncthreads();
-      float x[kFilled] = {}, w[kFilled] = {};
 #pragma unroll
-      for (int i = 0; i < kFilled; i++) {
-        if (j + filled_column + i >= count) continue;
-        const int64_t k = outliers.columns[j + filled_column + i];
-        if (m < result.M) x[i] = to_float(outliers.X[m * outliers.K + k]);
-        if (n < result.N) w[i] = static_cast<float>(outliers.B[n * outliers.K + k]) * scale / 127.0f;
-      }
-      store_row(x_tile, filled_row, filled_column, x);
-      store_row(w_tile, filled_row, filled_column, w);
-      __syncthreads();
-      multiply_tiles(x_tile, w_tile, row, column, sums);
+    for (int i = 0; i < kFilled; i++) {
+      if (at + i >= count) continue;
+      const int64_t k = outliers.columns[at + i];
+      if (m < result.M) x[i] = to_float(outliers.X[m * outliers.K + k]);
+      if (n < result.N) w[i] = static_cast<float>(outliers.B[n * outliers.K + k]) * scale / 127.0f;
     }
-#pragma unroll
-    for (int r = 0; r < kThreadTile; r++) {
-#pragma unroll
-      for (int c = 0; c < kThreadTile; c++) {
-        const int64_t m = first_m + row + r, n = first_n + column + c;
-        if (m < result.M && n < result.N) store_scaled<T>(result, m, n, C[m * result.N + n], sums[r][c]);
-      }
-    }
-  }
+  };
+  multiply_by_tiles(result.M, result.N, count, fill, [&](int64_t m, int64_t n, float sum) {
+    store_scaled<T>(result, m, n, C[m * result.N + n], sum);
+  });
 }
 
 }  // namespace

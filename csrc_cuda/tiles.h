@@ -46,4 +46,43 @@ __device__ inline void multiply_tiles(const Tile& x, const Tile& w, int row, int
   }
 }
 
+constexpr int kFilled =
+    kTile * kTileDepth / kTileThreads;  // neighbours along the depth that a thread fills in
+
+// The result [M, N] of X[M, depth] and W[N, depth], tile by tile; every thread of the block calls it.
+//
+// fill(m, n, at, x, w) sets what there is of the kFilled entries from `at` on of X's row m and W's row n,
+// which may lie outside; store(m, n, sum) takes an entry of the result.
+template <class Fill, class Store>
+__device__ inline void multiply_by_tiles(int64_t M, int64_t N, int64_t depth, const Fill& fill,
+                                         const Store& store) {
+  __shared__ Tile x_tile, w_tile;
+  const int64_t column_blocks = ceil_div(N, kTile), blocks = column_blocks * ceil_div(M, kTile);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int filled_row = thread / (kTileDepth / kFilled),
+            filled_at = thread % (kTileDepth / kFilled) * kFilled;
+  const int row = row_of_thread(), column = column_of_thread();
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const int64_t first_m = block / column_blocks * kTile, first_n = block % column_blocks * kTile;
+    ThreadSums sums = {};
+    for (int64_t at = 0; at < depth; at += kTileDepth) {
+      __syncthreads();
+      float x[kFilled] = {}, w[kFilled] = {};
+      fill(first_m + filled_row, first_n + filled_row, at + filled_at, x, w);
+      store_row(x_tile, filled_row, filled_at, x);
+      store_row(w_tile, filled_row, filled_at, w);
+      __syncthreads();
+      multiply_tiles(x_tile, w_tile, row, column, sums);
+    }
+#pragma unroll
+    for (int r = 0; r < kThreadTile; r++) {
+#pragma unroll
+      for (int c = 0; c < kThreadTile; c++) {
+        const int64_t m = first_m + row + r, n = first_n + column + c;
+        if (m < M && n < N) store(m, n, sums[r][c]);
+      }
+    }
+  }
+}
+
 }  // namespace bnb
