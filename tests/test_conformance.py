@@ -146,6 +146,7 @@ def test_a_failing_refusal_is_noticed(monkeypatch):
     with throwaway() as backend:
         context = runner.Context(backend.name, torch.device("cpu"))
         monkeypatch.setattr(primitives.quantize_4bit, "_checked", lambda arguments: ((), torch.device("cpu")))
+        monkeypatch.setattr(primitives.quantize_4bit, "_plans", {})
         with pytest.raises(Failure):
             case.run(context)
 
