@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "../csrc_shared/codebooks.h"
+#include "../csrc_shared/uniform_cells.h"
 #include "elements.h"
 
 namespace bnb {
@@ -99,36 +99,11 @@ class CellEncoder {
 
 // For a short codebook whose thresholds are more than 1/15 apart: cells of equal width, 31 of them, which no
 // two lanes look up in the same bank unless they look up the same one.
-struct UniformCells {
-  static constexpr int kTable = 32;
-  float thresholds[kTable];
-  int32_t below[kTable];
-
-  template <int entries>
-  static UniformCells of(const float (&ascending)[entries]) {
-    UniformCells cells = {};
-    int k = 0;
-    for (int cell = -kCells / 2; cell <= kCells / 2; cell++) {
-      const bool inside = k < entries - 1 && centred(midpoint(ascending, k)) == cell;
-      cells.thresholds[cell & (kTable - 1)] = inside ? midpoint(ascending, k) : 2.0f;
-      cells.below[cell & (kTable - 1)] = k;
-      k += inside;
-    }
-    return cells;
-  }
-
+struct UniformCells : UniformCellTable {
   __device__ int count_below(float x) const {
-    const int cell = bits(x * kScale + kShift) & (kTable - 1);
+    const int cell = bits(x * kUniformScale + kUniformShift) & (kUniformTable - 1);
     return below[cell] + (thresholds[cell] < x);
   }
-
- private:
-  static constexpr int kCells = 31;
-  static constexpr float kScale = kCells / 2;
-  static constexpr float kShift =
-      12582912.0f;  // 1.5 * 2^23: the sum ends in the integer nearest to x * kScale
-
-  static int centred(float x) { return static_cast<int>(x * kScale + kShift - kShift); }
 };
 
 template <QuantType quant_type>
@@ -139,14 +114,14 @@ class ShortEncoder {
   static constexpr int kBits = 4;
 
   static Source source() {
-    return quant_type == QuantType::nf4 ? UniformCells::of(kNf4Code)
-                                        : UniformCells::of(kFp4AscendingMagnitudes);
+    if (quant_type == QuantType::nf4) return {uniform_cell_table(kNf4Code, 16)};
+    return {uniform_cell_table(kFp4AscendingMagnitudes, 8)};
   }
 
   // Called by all threads of a block; needs a barrier behind.
   static __device__ void prepare(Tables& tables, const Source& cells) {
     const int thread = static_cast<int>(threadIdx.x);
-    if (thread >= UniformCells::kTable) return;
+    if (thread >= kUniformTable) return;
     tables.thresholds[thread] = cells.thresholds[thread];
     tables.below[thread] = cells.below[thread];
   }

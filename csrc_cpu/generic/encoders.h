@@ -2,6 +2,7 @@
 // midway between neighbouring entries of the codebook (docs/SPEC.md section 2).
 #pragma once
 
+#include "../../csrc_shared/uniform_cells.h"
 #include "common.h"
 
 namespace bnb::BNB_TARGET {
@@ -155,33 +156,19 @@ template <int depth>
 class UniformCells {
  public:
   explicit UniformCells(const float* code) {
-    float thresholds[kTable];
-    int32_t below[kTable];
-    int k = 0;
-    for (int cell = -kCells / 2; cell <= kCells / 2; cell++) {
-      const bool inside = k < (1 << depth) - 1 && cell_of(midpoint(code, k)) == cell;
-      thresholds[cell & (kTable - 1)] = inside ? midpoint(code, k) : __builtin_inff();
-      below[cell & (kTable - 1)] = k;
-      k += inside;
-    }
-    float as_floats[kTable];
-    __builtin_memcpy(as_floats, below, sizeof below);
-    thresholds_ = Table<kTable>(thresholds);
-    below_ = Table<kTable>(as_floats);
+    const UniformCellTable table = uniform_cell_table(code, 1 << depth);
+    float below[kUniformTable];
+    __builtin_memcpy(below, table.below, sizeof below);
+    thresholds_ = Table<kUniformTable>(table.thresholds);
+    below_ = Table<kUniformTable>(below);
   }
   BNB_INLINE I32 count_below(F32 x) const {
-    const I32 cell = bits(x * splat(kScale) + splat(kShift));
+    const I32 cell = bits(x * splat(kUniformScale) + splat(kUniformShift));
     return increment(bits(below_[cell]), less(thresholds_[cell], x));
   }
 
  private:
-  static constexpr int kTable = 32, kCells = 31;
-  static constexpr float kScale = kCells / 2;
-  static constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the sum ends in an integer, and begins alike
-
-  static int cell_of(float x) { return static_cast<int>(x * kScale + kShift - kShift); }
-
-  Table<kTable> thresholds_, below_;
+  Table<kUniformTable> thresholds_, below_;
 };
 
 template <int depth>
