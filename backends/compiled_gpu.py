@@ -28,9 +28,10 @@ MAKERS = {"cuda": "NVIDIA", "hip": "AMD"}
 
 @dataclass(frozen=True)
 class GpuPlatform:
-    """One maker's GPUs, by a name of MAKERS, and what compiles the kernels for them."""
+    """One maker's GPUs, by a name of MAKERS, and what compiles the kernels for them: a command and a compiler."""
 
     name: str
+    build: str
     compiler: str
 
     @property
@@ -48,8 +49,7 @@ def make_backend(platform: GpuPlatform) -> Backend:
     except ImportError as error:
         return _unavailable(
             platform,
-            f"its kernels are not built ({error}); BNB_BUILD=cpu,{platform.name} pip install . builds them with "
-            f"{platform.compiler}",
+            f"its kernels are not built ({error}); {platform.build} builds them with {platform.compiler}",
         )
     reason = _why_unavailable(platform, module)
     if reason is not None:

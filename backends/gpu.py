@@ -22,10 +22,6 @@ FUSED_ROWS = 64
 """Up to so many rows of A the fused kernel multiplies; above, the weight is dequantized for torch's matmul, which reads
 it from the cache as often as it needs. Not measured on hardware yet."""
 
-DENSE_COLUMNS = 64
-"""From so many columns on, the weight may be rounded to A's dtype, as torch needs it: over fewer, the roundings do not
-average out to what docs/SPEC.md section 3 allows."""
-
 INT_MM_ROWS = 17
 INT_MM_MULTIPLE = 8
 """What torch._int_mm takes on a GPU: at least 17 rows, and multiples of 8 in the other two sizes."""
@@ -129,7 +125,7 @@ def _is_large(A: Tensor, rows: int) -> bool:
 
     In f32 torch may be told to use TF32, whose products are wrong by more than docs/SPEC.md section 3 allows.
     """
-    if rows <= FUSED_ROWS or A.shape[-1] < DENSE_COLUMNS:
+    if rows <= FUSED_ROWS or A.shape[-1] < dequantized.LEAST_TERMS:
         return False
     return A.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
 

@@ -245,7 +245,7 @@ def test_import_initializes_no_gpu_and_loads_no_backend():
 def test_a_gpu_without_its_kernels_or_its_driver_is_unavailable_with_the_remedy(monkeypatch):
     from bnb_core.backends import compiled_gpu
 
-    platform = compiled_gpu.GpuPlatform("cuda", compiler="nvcc")
+    platform = compiled_gpu.GpuPlatform("cuda", build="BNB_BUILD=cpu,cuda pip install .", compiler="nvcc")
     monkeypatch.setattr(compiled_gpu, "import_module", lambda name: (_ for _ in ()).throw(ImportError("none")))
     assert "BNB_BUILD=cpu,cuda pip install ." in str(compiled_gpu.make_backend(platform).unavailable)
     module = SimpleNamespace(driver_version=lambda: 0)

@@ -10,7 +10,7 @@ import torch
 
 import bnb_core
 from bnb_core import functional, registry
-from bnb_core.backends import gpu
+from bnb_core.backends import dequantized, gpu
 
 SIMULATED = {"cuda-sim": "_cuda_kernels", "hip-sim": "_hip_kernels"}
 
@@ -40,7 +40,7 @@ def test_the_fused_kernel_takes_as_many_rows_as_torch(simulated, monkeypatch, dt
 
 
 def test_a_large_f32_product_stays_with_our_kernel_where_torch_may_use_tf32(monkeypatch):
-    A = torch.empty(100, gpu.DENSE_COLUMNS)
+    A = torch.empty(100, dequantized.LEAST_TERMS)
     assert gpu._is_large(A, 100)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert not gpu._is_large(A, 100)

@@ -29,7 +29,8 @@ def _make_backend(name: str, module_name: str, warp_size: int) -> Backend:
         module.set_warp_size(int(os.environ.get("BNB_SIM_WARP", warp_size)))
     except ImportError as error:
         reason = (
-            f"its kernels are not built ({error}); BNB_BUILD=cpu,sim pip install . builds them with a C++17 compiler"
+            f"its kernels are not built ({error}); BNB_BUILD=cpu,sim pip install --no-build-isolation . builds them "
+            "with a C++17 compiler, beside the torch that translates them"
         )
         return Backend(name, ("cpu",), 0, {}, unavailable=reason, by_name_only=True)
     except ValueError as error:
