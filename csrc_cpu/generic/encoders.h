@@ -65,6 +65,8 @@ class Cells {
 
   // Whether no cell has more than one threshold.
   bool usable() const { return usable_; }
+  // Whether some thresholds are negative.
+  bool both_signs() const { return both_signs_; }
 
   const int32_t* entries() const { return entries_; }
   int first() const { return first_; }
@@ -83,14 +85,16 @@ class Cells {
   }
   static int cell_of(float magnitude) { return bits_of(magnitude) >> 16; }
 
-  // An entry holds the number of thresholds below its cell over the low bits of the threshold in it, inverted
-  // where values are negative, so that both signs compare alike; kLowBits is below none.
+  // An entry holds the number of thresholds below its cell, over what is missing from the low bits of the
+  // threshold in it to kLowBits: adding the low bits of a value carries where they are greater. Low bits are
+  // inverted where values are negative, so that both signs compare alike.
   bool fill(const float* code) {
     int32_t* const positive = entries_;
     int32_t* const negative = entries_ + count_;
     int below = 0;
     while (below < kThresholds && midpoint(code, below) < 0) below++;
     const int negatives = below;
+    both_signs_ = negatives > 0;
     for (int cell = 0; cell < count_; cell++) {
       if (!place(code, below, 1, kThresholds, first_ + cell, 0, positive[cell])) return false;
     }
@@ -112,12 +116,12 @@ class Cells {
       if (step < 0) below = next;
       next += step;
     }
-    entry = below << 16 | low;
+    entry = below << 16 | (kLowBits - low);
     return !inside();
   }
 
   int first_, count_;
-  bool usable_;
+  bool usable_, both_signs_;
   int32_t entries_[2 * kMostCells];
 };
 
@@ -133,20 +137,28 @@ class SearchEncoder {
   SearchLevels<0, 8> levels_;
 };
 
+template <bool both_signs>
 class CellEncoder {
  public:
   CellEncoder(const Cells& cells, int zero)
-      : zero(zero), entries_(cells.entries()), first_(splat(cells.first())), count_(splat(cells.count())) {}
+      : zero(zero),
+        cells_(cells.entries() - cells.first()),
+        first_(splat(cells.first())),
+        count_(splat(cells.count())) {}
   BNB_INLINE I32 operator()(F32 x) const {
-    const I32 sign = bits(x) >> 31;
-    const I32 cell = max(((bits(x) & 0x7fffffff) >> 16) - first_, I32{});
-    const I32 entry = look_up(entries_, cell + (sign & count_));
-    return increment(entry >> 16, less(entry & Cells::kLowBits, (bits(x) ^ sign) & Cells::kLowBits));
+    if constexpr (both_signs) {
+      const I32 sign = bits(x) >> 31;
+      const I32 cell = max((bits(x) & 0x7fffffff) >> 16, first_) + (sign & count_);
+      return (look_up(cells_, cell) + ((bits(x) ^ sign) & Cells::kLowBits)) >> 16;
+    } else {
+      const I32 cell = max(bits(x) >> 16, first_);  // the first one for a negative value as well
+      return (look_up(cells_, cell) + (bits(x) & Cells::kLowBits)) >> 16;
+    }
   }
   const int zero;
 
  private:
-  const int32_t* entries_;
+  const int32_t* cells_;  // where cell 0 would be
   I32 first_, count_;
 };
 
@@ -236,8 +248,9 @@ class BlockwiseEncoding {
   // Calls f with an encoder.
   template <class F>
   void with_encoder(const F& f) const {
-    if (cells_.usable()) return f(CellEncoder(cells_, zero));
-    f(SearchEncoder(thresholds_, zero));
+    if (!cells_.usable()) return f(SearchEncoder(thresholds_, zero));
+    if (cells_.both_signs()) return f(CellEncoder<true>(cells_, zero));
+    f(CellEncoder<false>(cells_, zero));
   }
 
   const float* const code;

@@ -52,6 +52,20 @@ class FloatState {
   float* state_[kStates];
 };
 
+// Where the codes of a state go that is divided by: a positive value takes the smallest positive code rather
+// than that of zero.
+struct RaisedBytes {
+  Bytes bytes;
+  const float* values;
+  int zero;
+  void fill(int code, int64_t n) const { bytes.fill(code, n); }
+  template <class Lanes>
+  BNB_INLINE void put(int64_t i, I32 codes, Lanes lanes) const {
+    const Mask raised = equal(codes, splat(zero)) & less(F32{}, load(values + i));
+    bytes.put(i, increment(codes, raised), lanes);
+  }
+};
+
 // State in 8 bits: decoded when it is read, encoded when the whole block is there.
 class ByteState {
  public:
@@ -85,24 +99,19 @@ class ByteState {
       for (int s = 0; s < kStates; s++) {
         if (!uses_state(name, s)) continue;
         const BlockwiseEncoding& codebook = state_.codebook(s);
-        float& absmax = state_.absmax_[s][b_];
-        codebook.with_encoder(
-            [&](const auto encode) { absmax = quantize_block(values_[s], n, encode, Bytes{codes_[s]}); });
-        if (divides_by(name, s) && absmax > 0 && absmax < __builtin_inff())
-          raise_zero_codes(values_[s], n, codebook.zero, codes_[s]);
+        codebook.with_encoder([&](const auto encode) {
+          const Bytes codes{codes_[s]};
+          float& absmax = state_.absmax_[s][b_];
+          if (divides_by(name, s)) {
+            absmax = quantize_block(values_[s], n, encode, RaisedBytes{codes, values_[s], encode.zero});
+          } else {
+            absmax = quantize_block(values_[s], n, encode, codes);
+          }
+        });
       }
     }
 
    private:
-    // A positive value takes the smallest positive code rather than that of zero: it will be divided by.
-    static void raise_zero_codes(const float* values, int64_t n, int zero, uint8_t* codes) {
-      for_each_vector(n, [&](int64_t i, auto lanes) {
-        const I32 code = load(codes + i, lanes);
-        const Mask raised = equal(code, splat(zero)) & less(F32{}, load(values + i, lanes));
-        store(codes + i, increment(code, raised), lanes);
-      });
-    }
-
     const ByteState& state_;
     int64_t b_;
     uint8_t* codes_[kStates];

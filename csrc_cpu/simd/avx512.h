@@ -97,15 +97,23 @@ BNB_INLINE void store_nibbles(uint8_t* p, I32 x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(packed));
 }
 
-BNB_INLINE F32 look_up(const float* values, I32 i) { return _mm512_i32gather_ps((__m512i)i, values, 4); }
-BNB_INLINE I32 look_up(const int32_t* values, I32 i) {
-  return (I32)_mm512_i32gather_epi32((__m512i)i, values, 4);
+// A gather waits for whatever its register held, so it has to start from zeros: GCC leaves them out if it
+// knows that every lane is overwritten.
+BNB_INLINE Mask every_lane() {
+  Mask mask = 0xffff;
+  __asm__("" : "+k"(mask));
+  return mask;
+}
+template <int scale>
+BNB_INLINE I32 gather(const void* p, I32 i) {
+  return (I32)_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), every_lane(), (__m512i)i, p, scale);
 }
 
+BNB_INLINE F32 look_up(const float* values, I32 i) { return from_bits(gather<4>(values, i)); }
+BNB_INLINE I32 look_up(const int32_t* values, I32 i) { return gather<4>(values, i); }
+
 // Words at any bytes.
-BNB_INLINE I32 gather_words(const uint8_t* p, I32 offsets) {
-  return (I32)_mm512_i32gather_epi32((__m512i)offsets, p, 1);
-}
+BNB_INLINE I32 gather_words(const uint8_t* p, I32 offsets) { return gather<1>(p, offsets); }
 
 // Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
 template <int size>
