@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torch_precision import exact_matmuls
+
 LEAST_TERMS = 128
 """Of a sum, from which on weights may be rounded to f16 or bf16: the errors of fewer do not even out (docs/SPEC.md
 section 3)."""
@@ -58,7 +60,8 @@ def gemm_4bit_backward(
     scales = (nested_absmax, nested_code, offset, nested_blocksize)
     dequantize_weight(kernels, B, absmax, blocksize, quant_type, *scales, weight)
     gradient, result = dY.view(-1, N), out.view(-1, K)
-    if weight.dtype == dY.dtype:
-        torch.mm(gradient, weight, out=result)
-    else:
-        result.copy_(gradient.float() @ weight)
+    with exact_matmuls(dY.device, weight.dtype):
+        if weight.dtype == dY.dtype:
+            torch.mm(gradient, weight, out=result)
+        else:
+            result.copy_(gradient.float() @ weight)

@@ -6,8 +6,7 @@ All GPU backends share it, compiled and Triton's; those over csrc_cuda only say 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from . import dequantized
 from .native import NativeKernels
+from .torch_precision import exact_matmuls
 
 FUSED_ROWS = 64
 """Up to so many rows of A the fused kernel multiplies; above, the weight is dequantized for torch's matmul, which reads
@@ -61,7 +61,7 @@ class LargeProducts:
             return
         weight = torch.empty(tuple(shape), dtype=A.dtype, device=A.device)
         dequantized.dequantize_weight(self, B, absmax, blocksize, quant_type, *scales, weight)
-        with full_precision_accumulation(A.dtype):
+        with exact_matmuls(A.device, A.dtype):
             _multiply(A, weight, bias, out)
 
     def gemm_4bit_backward(
@@ -83,8 +83,7 @@ class LargeProducts:
         def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             return torch.empty(tuple(shape), dtype=dtype, device=dY.device)
 
-        with full_precision_accumulation(dY.dtype):
-            dequantized.gemm_4bit_backward(self, dY, B, shape, absmax, blocksize, quant_type, *nested, out, empty)
+        dequantized.gemm_4bit_backward(self, dY, B, shape, absmax, blocksize, quant_type, *nested, out, empty)
 
     def int8_linear_matmul(self, A: Tensor, B: Tensor, out: Tensor) -> None:
         if _int_mm_takes(A, B):
@@ -121,13 +120,8 @@ class GpuKernels(LargeProducts):
 
 
 def _is_large(A: Tensor, rows: int) -> bool:
-    """Whether the product is for torch's matmul: it is large, and torch computes it as exactly as we do.
-
-    In f32 torch may be told to use TF32, whose products are wrong by more than docs/SPEC.md section 3 allows.
-    """
-    if rows <= FUSED_ROWS or A.shape[-1] < dequantized.LEAST_TERMS:
-        return False
-    return A.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    """Whether the product is for torch's matmul: it is large, and torch computes it as exactly as we do."""
+    return rows > FUSED_ROWS and A.shape[-1] >= dequantized.LEAST_TERMS
 
 
 def _int_mm_takes(A: Tensor, B: Tensor) -> bool:
@@ -141,25 +135,6 @@ def _int_mm_takes(A: Tensor, B: Tensor) -> bool:
 def _has_int_mm(device_type: str) -> bool:
     """Whether this torch multiplies int8 there: for Intel's GPUs older ones do not."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_int_mm", device_type.upper())
-
-
-@contextmanager
-def full_precision_accumulation(dtype: torch.dtype) -> Iterator[None]:
-    """Keep torch's matmuls of this dtype from adding up partial sums in it, as they are allowed to by default."""
-    settings = torch.backends.cuda.matmul
-    name = {
-        torch.float16: "allow_fp16_reduced_precision_reduction",
-        torch.bfloat16: "allow_bf16_reduced_precision_reduction",
-    }.get(dtype)
-    if name is None:
-        yield
-        return
-    allowed = getattr(settings, name)
-    setattr(settings, name, False)
-    try:
-        yield
-    finally:
-        setattr(settings, name, allowed)
 
 
 def _multiply(A: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 
 import bnb_core
 from bnb_core import functional, registry
-from bnb_core.backends import dequantized, gpu
+from bnb_core.backends import gpu
 
 SIMULATED = {"cuda-sim": "_cuda_kernels", "hip-sim": "_hip_kernels"}
 
@@ -37,22 +37,6 @@ def test_the_fused_kernel_takes_as_many_rows_as_torch(simulated, monkeypatch, dt
     bound = {torch.float32: 2**-18, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
     for product in (fused, through_torch):
         assert ((product.double() - exact).abs() <= bound * terms).all()
-
-
-def test_a_large_f32_product_stays_with_our_kernel_where_torch_may_use_tf32(monkeypatch):
-    A = torch.empty(100, dequantized.LEAST_TERMS)
-    assert gpu._is_large(A, 100)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert not gpu._is_large(A, 100)
-    assert gpu._is_large(A.bfloat16(), 100)
-
-
-def test_torch_accumulates_in_full_precision_during_our_calls_and_as_before_after_them():
-    settings = torch.backends.cuda.matmul
-    before = settings.allow_bf16_reduced_precision_reduction
-    with gpu.full_precision_accumulation(torch.bfloat16):
-        assert settings.allow_bf16_reduced_precision_reduction is False
-    assert settings.allow_bf16_reduced_precision_reduction == before
 
 
 def test_managed_memory_is_zero_and_limited_to_the_devices(simulated):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..torch_precision import exact_matmuls
 from .quantize import dequantize_4bit, dequantize_blockwise
 
 
@@ -24,7 +25,8 @@ def gemm_4bit(
     nested_blocksize: int,
 ) -> Tensor:
     weight = _weight(B, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, nested_blocksize)
-    out = A.float() @ weight.t()
+    with exact_matmuls(A.device, torch.float32):
+        out = A.float() @ weight.t()
     if bias is not None:
         out = out + bias.float()
     return out.to(A.dtype)
@@ -43,7 +45,8 @@ def gemm_4bit_backward(
     nested_blocksize: int,
 ) -> Tensor:
     weight = _weight(B, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, nested_blocksize)
-    return (dY.float() @ weight).to(dY.dtype)
+    with exact_matmuls(dY.device, torch.float32):
+        return (dY.float() @ weight).to(dY.dtype)
 
 
 def _weight(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..torch_precision import exact_matmuls
+
 # Products of two i8 are at most 2^14, so sums over this many columns are exact in f32.
 EXACT_COLUMNS_IN_F32 = 2**10
 
@@ -91,4 +93,5 @@ def int8_mixed_scaled_mm(
     columns = outlier_mask.nonzero().view(-1)
     weight = CB[:, columns].float() * (col_stats.view(-1, 1) / 127.0)
     out = _dequantize(int8_linear_matmul(CA, CB), row_stats, col_stats, bias)
-    return (out + A[..., columns].float() @ weight.t()).to(A.dtype)
+    with exact_matmuls(A.device, torch.float32):
+        return (out + A[..., columns].float() @ weight.t()).to(A.dtype)

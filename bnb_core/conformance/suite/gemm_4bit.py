@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from bnb_core.codebooks import create_dynamic_map
 from bnb_core.conformance import oracle
 from bnb_core.conformance.case import Case, Context, Failure
 from bnb_core.conformance.compare import matmul_bound, within
+from bnb_core.conformance.precision import LESS_EXACT
 from bnb_core.conformance.values import DTYPES, LAYOUTS, dtype_name
 
 NESTED_BLOCKSIZE = 256
@@ -193,6 +195,12 @@ def _expanded_rows(context: Context, dtype: torch.dtype) -> None:
         raise Failure("an expanded row gave another result than its copies")
 
 
+def _less_exact(context: Context, sample: Sample, check: Callable[..., None], names: str) -> None:
+    """torch's matmuls may be allowed less than the dtype: not where a primitive uses them."""
+    with LESS_EXACT[names]():
+        check(context, sample)
+
+
 VALUES = ("normal", "cancelling", "large", "zero blocks", "nan row", "inf row")
 
 
@@ -225,6 +233,11 @@ def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         traits = {"dtype": dtype_name(dtype)}
         yield Case("gemm_4bit", f"expanded rows,{traits['dtype']}", partial(_expanded_rows, dtype=dtype), traits)
+        for shape, names in product(("130 rows", "N long, K no multiple of 256"), LESS_EXACT):
+            name = f"less exact matmuls by {names},{shape},{traits['dtype']}"
+            for primitive, check in (("gemm_4bit", _check), ("gemm_4bit_backward", _check_backward)):
+                sample = Sample(dtype, shape, bias=False)
+                yield Case(primitive, name, partial(_less_exact, sample=sample, check=check, names=names), traits)
 
 
 _REQUIRED: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,97 @@
+"""What a process allows torch's matmuls is out of force during our calls, and as it was after them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bnb_core.backends.torch_precision import exact_matmuls
+
+CUDA = torch.device("cuda")
+MATMUL = torch.backends.cuda.matmul
+HALF_SETTINGS = {
+    torch.float16: ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"),
+    torch.bfloat16: ("allow_bf16_reduced_precision_reduction",),
+}
+
+
+def _all_settings():
+    names = {name for names in HALF_SETTINGS.values() for name in names} | {"fp32_precision"}
+    names |= {f"{name}_split_k" for name in names if "reduction" in name}
+    settings = {name: getattr(MATMUL, name) for name in names if hasattr(MATMUL, name)}
+    return {**settings, "mkldnn": torch.backends.mkldnn.matmul.fp32_precision}
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    before = _all_settings()
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for setting in (MATMUL, torch.backends.mkldnn.matmul):
+        setting.fp32_precision = "none"
+    for name, value in before.items():
+        if name.endswith("reduction"):
+            setattr(MATMUL, name, (value, before[f"{name}_split_k"]))
+    MATMUL.allow_fp16_accumulation = before["allow_fp16_accumulation"]
+
+
+def _older(precision):
+    return lambda: torch.set_float32_matmul_precision(precision)
+
+
+def _newer(settings, precision):
+    return lambda: setattr(settings, "fp32_precision", precision)
+
+
+F32_ALLOWANCES = {
+    "high": _older("high"),
+    "medium": _older("medium"),
+    "allow_tf32": lambda: setattr(MATMUL, "allow_tf32", True),
+    "cuda by newer names": _newer(MATMUL, "tf32"),
+    "cpu by newer names": _newer(torch.backends.mkldnn.matmul, "bf16"),
+}
+
+
+@pytest.mark.parametrize("allow", F32_ALLOWANCES.values(), ids=F32_ALLOWANCES)
+def test_f32_stays_f32(allow):
+    allow()
+    allowed = _all_settings()
+    with exact_matmuls(CUDA, torch.float32), exact_matmuls(torch.device("cpu"), torch.float32):
+        assert MATMUL.fp32_precision in ("none", "ieee")
+        assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    assert _all_settings() == allowed
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_the_precision_that_the_user_set_can_still_be_read(precision):
+    torch.set_float32_matmul_precision(precision)
+    with exact_matmuls(CUDA, torch.float32):
+        pass
+    assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.parametrize("dtype", HALF_SETTINGS)
+def test_half_precision_adds_up_in_f32(dtype):
+    for name in HALF_SETTINGS[dtype]:
+        setattr(MATMUL, name, True)
+    allowed = _all_settings()
+    with exact_matmuls(CUDA, dtype):
+        assert not any(getattr(MATMUL, name) for name in HALF_SETTINGS[dtype])
+    assert _all_settings() == allowed
+
+
+def test_overlapping_calls_leave_the_setting_as_it_was():
+    MATMUL.allow_fp16_accumulation = True
+    first, second = exact_matmuls(CUDA, torch.float16), exact_matmuls(CUDA, torch.float16)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not MATMUL.allow_fp16_accumulation
+    second.__exit__(None, None, None)
+    assert MATMUL.allow_fp16_accumulation
+
+
+def test_what_is_exact_already_is_not_touched(monkeypatch):
+    monkeypatch.setattr(type(MATMUL), "__setattr__", lambda *arguments: pytest.fail("a setting was written"))
+    with exact_matmuls(CUDA, torch.float32):
+        pass
