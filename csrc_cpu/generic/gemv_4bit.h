@@ -13,7 +13,8 @@
 namespace bnb::BNB_TARGET {
 namespace {
 
-constexpr int kGemvRows = 4;            // of A, at most
+constexpr int kGemvRows = 4;  // of A, at most
+constexpr int kWordBytes = kWord / 2;
 constexpr int kGroup = kWord * kLanes;  // elements in a vector of words
 constexpr int kChunk = 4096;            // elements of a row whose scales are read at a time
 constexpr int kChunkGroups = kChunk / kGroup;
@@ -68,14 +69,16 @@ class RowReader {
   bool steady(int groups, const RowReader& other) const {
     const bool aligned = kLanes >> shift_ != 0 || words_in_block_ % kLanes == 0;
     return aligned && words_in_block_ == other.words_in_block_ &&
-           bytes_left_ >= groups * kGroupBytes + kHalfWord;
+           bytes_left_ >= groups * kGroupBytes + kWordBytes;
   }
 
-  // The words of a group in two views, the second from their upper halves: a load is cheaper than a shift.
+  // The words of a group in one view for each of their bytes: a load is cheaper than a shift.
   struct Words {
-    I32 low, high;
-    explicit Words(const uint8_t* p) : low(load_words(p)), high(load_words(p + kHalfWord)) {}
-    BNB_INLINE I32 codes(int i) const { return (i < 4 ? low : high) >> (4 * (i % 4)); }
+    I32 from_byte[kWordBytes];
+    explicit Words(const uint8_t* p) {
+      for (int i = 0; i < kWordBytes; i++) from_byte[i] = load_words(p + i);
+    }
+    BNB_INLINE I32 codes(int i) const { return from_byte[i / 2] >> (4 * (i % 2)); }
   };
   BNB_INLINE Words steady_words(int group) const {
     const uint8_t* p = bytes_ + group * kGroupBytes;
@@ -84,8 +87,8 @@ class RowReader {
   }
   BNB_INLINE Words words(int group) const {
     const int64_t offset = group * kGroupBytes;
-    if (offset + kGroupBytes + kHalfWord <= bytes_left_) return steady_words(group);
-    uint8_t tail[kGroupBytes + kHalfWord] = {};
+    if (offset + kGroupBytes + kWordBytes <= bytes_left_) return steady_words(group);
+    uint8_t tail[kGroupBytes + kWordBytes] = {};
     __builtin_memcpy(tail, bytes_ + offset, min(bytes_left_ - offset, kGroupBytes));
     return Words(tail);
   }
@@ -104,7 +107,7 @@ class RowReader {
   F32 scales(int group) const { return scales(block(group), block_of_lane(group)); }
 
  private:
-  static constexpr int64_t kGroupBytes = kGroup / 2, kHalfWord = 2;
+  static constexpr int64_t kGroupBytes = kGroup / 2;
   const Weight* w_;
   int64_t start_, end_;
   int shift_;  // of an index of words to one of blocks
