@@ -120,6 +120,8 @@ class MatmulLtState:
 
     def __init__(self) -> None:
         self.CB: Tensor | None = None
+        # CB in a GPU's own layout, which no kernel here needs: always None. vLLM reads it after each product.
+        self.CxB: Tensor | None = None
         self.SCB: Tensor | None = None
         self.SB: Tensor | None = None
         self.CBt: Tensor | None = None

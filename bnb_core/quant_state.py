@@ -37,6 +37,11 @@ class QuantState:
         state2: with double quantization, the state of the quantized scales.
     """
 
+    # Unsloth's own from_dict reads these: the types, the last part of a packed entry's key, the names of the entries.
+    valid_quant_types = QUANT_TYPES
+    valid_qs_type_keys = tuple(f"{PACKED_KEY.rpartition('.')[2]}{quant_type}" for quant_type in QUANT_TYPES)
+    valid_qs_keys = (*TENSOR_KEYS, "quant_state", *VALUE_KEYS, *NESTED_VALUE_KEYS)
+
     def __init__(
         self,
         absmax: Tensor,

@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 
-def pack_dict_to_tensor(source: dict[str, Any]) -> Tensor:
-    """The JSON text of ``source`` in UTF-8, u8[bytes] on the CPU."""
-    return torch.tensor(list(json.dumps(source).encode("utf-8")), dtype=torch.uint8, device="cpu")
+def pack_dict_to_tensor(source_dict: dict[str, Any]) -> Tensor:
+    """The JSON text of ``source_dict`` in UTF-8, u8[bytes] on the CPU."""
+    return torch.tensor(list(json.dumps(source_dict).encode("utf-8")), dtype=torch.uint8, device="cpu")
 
 
-def unpack_tensor_to_dict(tensor: Tensor) -> dict[str, Any]:
+def unpack_tensor_to_dict(tensor_data: Tensor) -> dict[str, Any]:
     """Undo :func:`pack_dict_to_tensor`.
 
     Raises:
         ValueError: not a u8 tensor that holds a JSON object.
     """
-    if tensor.dtype != torch.uint8:
-        raise ValueError(f"tensor: expected uint8 bytes of JSON, got {tensor.dtype}")
+    if tensor_data.dtype != torch.uint8:
+        raise ValueError(f"tensor_data: expected uint8 bytes of JSON, got {tensor_data.dtype}")
     try:
-        content = json.loads(bytes(tensor.cpu().flatten().tolist()).decode("utf-8"))
+        content = json.loads(bytes(tensor_data.cpu().flatten().tolist()).decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"tensor: does not hold JSON: {error}") from error
+        raise ValueError(f"tensor_data: does not hold JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"tensor: expected a JSON object, got {type(content).__name__}")
+        raise ValueError(f"tensor_data: expected a JSON object, got {type(content).__name__}")
     return content

@@ -145,7 +145,7 @@ class OutlierTracer:
         return self.outlier_of_weight.get(weight.data_ptr())
 
 
-def sync_gpu(tensor: Tensor) -> None:
-    """Wait until the tensor's device has done what was asked of it; a CPU always has."""
-    if tensor.device.type != "cpu":
-        torch.get_device_module(tensor.device).synchronize(tensor.device)
+def sync_gpu(t: Tensor) -> None:
+    """Wait until the device of the tensor ``t`` has done what was asked of it; a CPU always has."""
+    if t.device.type != "cpu":
+        torch.get_device_module(t.device).synchronize(t.device)

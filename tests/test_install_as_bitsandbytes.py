@@ -31,6 +31,7 @@ facts = {
     "name": importlib.metadata.metadata("bitsandbytes")["Name"],
     "distributions": sorted(set(importlib.metadata.packages_distributions()["bitsandbytes"])),
     "answers": len(list(importlib.metadata.distributions(name="bitsandbytes"))),
+    "elsewhere": len(list(importlib.metadata.distributions(name="bitsandbytes", path=["/nonexistent"]))),
 }
 import bitsandbytes, bitsandbytes.nn.modules as nn_modules, bnb_core
 from bitsandbytes.cextension import lib
@@ -106,6 +107,7 @@ def test_who_asks_for_the_distribution_is_told_a_version_that_serves_them(facts)
     assert facts["found"] and facts["name"] == "bitsandbytes" and facts["distributions"] == ["bitsandbytes"]
     assert facts["version"] == facts["__version__"] == VERSION and Version(facts["version"]) >= Version("0.48")
     assert facts["answers"] == (2 if real_version() else 1)
+    assert facts["elsewhere"] == 0
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 import bnb_core
 from bnb_core import functional as F
 from bnb_core.conformance.compare import ROUNDOFF, matmul_bound, same_bits, within
-from bnb_core.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
+from bnb_core.nn import EmbeddingNF4, Linear4bit, LinearFP4, LinearNF4, Params4bit
+from bnb_core.nn.linear4bit import fix_4bit_weight_quant_state_from_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # in and out features: even, rows that share blocks, an odd number of elements, less than a block, wide, one output
@@ -81,6 +82,14 @@ def test_first_input_that_f16_does_not_decide_sets_the_compute_dtype(first):
     module = LinearNF4(64, 48).to("cpu")
     module(torch.randn(2, 64).to(first))
     assert module.compute_dtype == (None if first == torch.float16 else first)
+    assert module.compute_type_is_set == (first != torch.float16)
+
+
+def test_compute_dtype_that_is_given_is_not_taken_from_an_input():
+    module = LinearNF4(64, 48, compute_dtype=torch.float16)
+    assert module.compute_type_is_set
+    module.set_compute_type(torch.randn(2, 64))
+    assert module.compute_dtype == torch.float16
 
 
 @pytest.mark.parametrize("compute", DTYPES, ids=str)
@@ -179,6 +188,36 @@ def test_unnested_by_hand_means_the_same_and_is_saved_so():
     assert not any("nested" in key for key in module.state_dict())
     other.load_state_dict(module.state_dict())
     same_bits("y", other(x).detach(), expected)
+
+
+@pytest.mark.parametrize("build", [lambda: LinearNF4(64, 48), lambda: EmbeddingNF4(48, 64)], ids=["linear", "embed"])
+@pytest.mark.parametrize("plain", [False, True], ids=["attributes", "class"])
+def test_weight_that_lost_its_quant_state_gets_it_back(build, plain):
+    module = build().to("cpu")
+    state, packed = module.quant_state, module.weight.data
+    before = dict(module.weight.__dict__)
+    if plain:
+        module.weight = nn.Parameter(packed, requires_grad=False)
+    else:
+        module.weight.quant_state, module.weight.bnb_quantized = None, False
+    fix_4bit_weight_quant_state_from_module(module)
+    assert module.weight.quant_state is state and module.weight.data_ptr() == packed.data_ptr()
+    assert isinstance(module.weight, Params4bit) and module.weight.__dict__ == before
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(1, 1536), torch.zeros(12, 1)], ids=["a row", "too short"])
+def test_weight_that_a_quant_state_does_not_fit_is_refused(weight):
+    module = LinearNF4(64, 48).to("cpu")
+    module.weight = nn.Parameter(weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"^weight: "):
+        fix_4bit_weight_quant_state_from_module(module)
+
+
+def test_without_any_quant_state_there_is_a_warning():
+    module = LinearNF4(64, 48)
+    with pytest.warns(UserWarning, match="not quantized yet"):
+        fix_4bit_weight_quant_state_from_module(module)
+    assert module.weight.quant_state is None
 
 
 def test_copies_of_a_layer_have_their_own_module_state_and_memory():

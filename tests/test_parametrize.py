@@ -70,6 +70,21 @@ def test_no_dequantized_copy_outlives_the_forward_not_even_one_that_raises():
     assert not torch_parametrize._cache and torch_parametrize._cache_enabled == 0
 
 
+def test_a_hook_that_raises_before_ours_leaves_the_cache_in_order():
+    module, x = _quantized(), torch.randn(2, 64)
+
+    def refuse(*_):
+        raise RuntimeError("refused")
+
+    handle = module.register_forward_pre_hook(refuse, prepend=True)
+    with pytest.raises(RuntimeError, match="refused"):
+        module(x)
+    handle.remove()
+    assert torch_parametrize._cache_enabled == 0
+    module(x)
+    assert not torch_parametrize._cache and torch_parametrize._cache_enabled == 0
+
+
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_state_dict_restores_a_fresh_module_exactly(kind, assign):

@@ -112,9 +112,14 @@ def test_outlier_aware_layer_quantizes_once_around_its_outliers(tracer):
 
 @pytest.mark.parametrize("bad", [torch.zeros(3), torch.tensor([255], dtype=torch.uint8), torch.tensor([49]).byte()])
 def test_unpacking_what_is_no_json_object_is_an_error(bad):
-    with pytest.raises(ValueError, match="tensor: "):
+    with pytest.raises(ValueError, match="tensor_data: "):
         utils.unpack_tensor_to_dict(bad)
 
 
 def test_a_cpu_is_always_in_step():
-    assert utils.sync_gpu(torch.ones(1)) is None
+    assert utils.sync_gpu(t=torch.ones(1)) is None
+
+
+def test_dicts_are_packed_by_the_ecosystems_keywords():
+    packed = utils.pack_dict_to_tensor(source_dict={"a": 1})
+    assert utils.unpack_tensor_to_dict(tensor_data=packed) == {"a": 1}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -30,7 +30,8 @@ class CLibrary:
     """The C symbols as ctypes functions without a result. They check nothing but their arguments' ctypes.
 
     The kernels are those of the backend that BNB_BACKEND or ``use_backend`` names when a symbol is looked up; without
-    a name those for the machine's GPU, or else those for its CPU. Pointers are to memory of that device.
+    a name those for the machine's GPU, or else those for its CPU. Pointers are to memory of that device. Where no
+    kernels are compiled, a symbol is there, as callers look them up when they are imported, and calling it raises.
     """
 
     @property
@@ -44,11 +45,15 @@ class CLibrary:
             raise AttributeError(f"no C symbol {name!r}; there are: {', '.join(SIGNATURES)}")
         backend = registry.library_backend()
         if backend is None or backend.library is None:
-            raise AttributeError(f"{name}: no backend with compiled kernels is available; `bnb-core info` says why")
+            return partial(_refuse, name)
         return _function(backend.library, name)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *SIGNATURES]
+
+
+def _refuse(name: str, *arguments: Any) -> NoReturn:
+    raise RuntimeError(f"{name}: no backend with compiled kernels is available; `bnb-core info` says why")
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import Distribution, DistributionFinder, distributions
 from importlib.metadata import metadata as metadata_of
@@ -32,9 +33,10 @@ class FaceFinder(DistributionFinder):
         return None
 
     def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterable[Distribution]:
-        name = None if context is None else context.name
-        asked_for_us = name is None or re.sub(r"[-_.]+", "-", name).lower() == NAME
-        return [FaceDistribution()] if asked_for_us else []
+        """:class:`FaceDistribution` for who asks for its name, or any, where Python itself looks for modules."""
+        context = DistributionFinder.Context() if context is None else context
+        asked_for_us = context.name is None or re.sub(r"[-_.]+", "-", context.name).lower() == NAME
+        return [FaceDistribution()] if asked_for_us and list(context.path) == sys.path else []
 
 
 def other_distributions() -> list[str]:

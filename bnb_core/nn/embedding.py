@@ -12,9 +12,8 @@ from bnb_core.functional import QuantState
 from bnb_core.nn.linear4bit import Weight4bitMixin
 from bnb_core.nn.linear8bit import Int8Params, Weight8bitMixin
 from bnb_core.nn.params4bit import Params4bit
+from bnb_core.nn.quantized_weight import NOT_QUANTIZED
 from bnb_core.optim import GlobalOptimManager
-
-NOT_QUANTIZED = "the weight is not quantized yet: move the layer to a device, such as .to('cpu')"
 
 
 class Embedding(nn.Embedding):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from bnb_core.autograd import matmul_4bit
 from bnb_core.checks import check_float
 from bnb_core.functional import QuantState
 from bnb_core.nn.params4bit import Params4bit
-from bnb_core.nn.quantized_weight import QuantizedWeightMixin
+from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin
 
 _WEIGHT = "weight"
 
@@ -66,6 +67,34 @@ class Weight4bitMixin(QuantizedWeightMixin):
         self.quant_state = self.weight.quant_state
 
 
+def fix_4bit_weight_quant_state_from_module(module: Weight4bitMixin) -> None:
+    """Give the packed weight of a layer the quant state that its module has kept, if it has lost its own.
+
+    Sharding wrappers such as FSDP put plain tensors in the places of parameters. The layers here find the state
+    either way; this is for callers that read ``weight.quant_state``.
+
+    Warns:
+        UserWarning: there is no quant state, as the weight is not quantized yet.
+
+    Raises:
+        ValueError: the weight is no column [n, 1] of packed codes that this state fits.
+    """
+    weight: Any = module.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return
+    quant_state = module.quant_state
+    if quant_state is None:
+        warnings.warn(NOT_QUANTIZED, stacklevel=2)
+        return
+    if weight.dim() != 2 or weight.shape[1] != 1:
+        raise ValueError(f"weight: expected packed codes of shape [n, 1], got shape {tuple(weight.shape)}")
+    quant_state.check_packed("weight", weight)
+    if isinstance(weight, Params4bit):
+        weight.quant_state, weight.bnb_quantized = quant_state, True
+    else:
+        module.weight = Params4bit._from_codes(weight.data, quant_state, module=module)
+
+
 class Linear4bit(Weight4bitMixin, nn.Linear):
     """A linear layer whose weight is quantized to 4 bits when it moves to a device, once.
 
@@ -103,6 +132,7 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
             module=self,
         )
         self.compute_dtype = compute_dtype
+        self.compute_type_is_set = compute_dtype is not None
         self.quant_state: QuantState | None = None
         self.quant_storage = quant_storage
 
@@ -118,15 +148,24 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
             return self.compute_dtype
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
-        if x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling():
-            self.compute_dtype = x.dtype
+        if not torch.compiler.is_compiling():
+            self.set_compute_type(x)
         return x.dtype
+
+    def set_compute_type(self, x: Tensor) -> None:
+        """Take compute_dtype, where it is not given, from an input of f32 or bf16; one of f16 leaves it open.
+
+        A forward does so itself. Unsloth's forward calls this while ``compute_type_is_set`` is False.
+        """
+        if self.compute_dtype is None and x.dtype in (torch.float32, torch.bfloat16):
+            self.compute_dtype = x.dtype
+            self.compute_type_is_set = True
 
     def forward(self, x: Tensor) -> Tensor:
         check_float("x", x)
         quant_state = self._current_quant_state()
         if quant_state is None:
-            raise RuntimeError("the weight is not quantized yet: move the layer to a device, such as .to('cpu')")
+            raise RuntimeError(NOT_QUANTIZED)
         dtype = self._dtype_for(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch._C.DisableTorchFunctionSubclass():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnb_core import functional
 from bnb_core.autograd import MatmulLtState, int8_linear, matmul
 from bnb_core.checks import check_float
-from bnb_core.nn.quantized_weight import QuantizedWeightMixin
+from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin
 from bnb_core.primitive import plain_tensor_type
 from bnb_core.utils import LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
 
@@ -210,7 +210,7 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
             weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
             return matmul(x, weight, bias=bias, state=self.state)
         if self.weight.dtype != torch.int8:
-            raise RuntimeError("the weight is not quantized yet: move the layer to a device, such as .to('cpu')")
+            raise RuntimeError(NOT_QUANTIZED)
         if not torch.compiler.is_compiling():
             self.init_8bit_state()
         return int8_linear(x, self.weight.data, self._scales_for_forward(), bias, self.state.threshold)

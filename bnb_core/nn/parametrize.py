@@ -89,8 +89,8 @@ def _parametrize(module: nn.Module, name: str, packed: Tensor, quant_state: Quan
     parametrize.register_parametrization(module, name, Bnb4bitParametrization(quant_state), unsafe=True)
     module._register_state_dict_hook(partial(_save, name=name))
     module._register_load_state_dict_pre_hook(partial(_load, name=name), with_module=True)
-    module.register_forward_pre_hook(_enable_cache)
-    module.register_forward_hook(_disable_cache, always_call=True)
+    module.register_forward_pre_hook(_enable_parametrization_cache)
+    module.register_forward_hook(_disable_parametrization_cache, always_call=True)
 
 
 def _state_key(prefix: str, name: str) -> str:
@@ -161,12 +161,16 @@ def _quantize_like(key: str, values: Tensor, present: QuantState, original: Tens
     )
 
 
-def _enable_cache(module: nn.Module, inputs: Any) -> None:
-    """Within one forward the parameter is dequantized once, however often it is read."""
+def _enable_parametrization_cache(module: nn.Module, inputs: Any) -> None:
+    """Within one forward the parameter is dequantized once, however often it is read.
+
+    Axolotl finds this hook and its counterpart by their names.
+    """
     parametrize._cache_enabled += 1
 
 
-def _disable_cache(module: nn.Module, inputs: Any, output: Any) -> None:
-    parametrize._cache_enabled -= 1
+def _disable_parametrization_cache(module: nn.Module, inputs: Any, output: Any) -> None:
+    # Where an earlier hook has raised, this one runs although its counterpart has not.
+    parametrize._cache_enabled = max(0, parametrize._cache_enabled - 1)
     if not parametrize._cache_enabled:
         parametrize._cache = {}

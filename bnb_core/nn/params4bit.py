@@ -102,8 +102,16 @@ class Params4bit(nn.Parameter):
         """
         quant_state = QuantState.from_dict(quantized_stats, device)
         quant_state.check_packed("data", data)
-        data = data.to(device)
-        self = cls(
+        self = cls._from_codes(data.to(device), quant_state, requires_grad, module)
+        self._tell_module()
+        return self
+
+    @classmethod
+    def _from_codes(
+        cls, data: Tensor, quant_state: QuantState, requires_grad: bool = False, module: Any = None
+    ) -> Params4bit:
+        """A parameter of packed codes; that ``quant_state`` fits them is not looked at."""
+        return cls(
             data,
             requires_grad=requires_grad,
             quant_state=quant_state,
@@ -114,8 +122,6 @@ class Params4bit(nn.Parameter):
             module=module,
             bnb_quantized=True,
         )
-        self._tell_module()
-        return self
 
     absmax = _through_quant_state("absmax")
     code = _through_quant_state("code")

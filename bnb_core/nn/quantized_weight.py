@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from bnb_core.checks import FLOAT_DTYPES
 
+NOT_QUANTIZED = "the weight is not quantized yet: move the layer to a device, such as .to('cpu')"
+
 
 class QuantizedWeightMixin(nn.Module):
     """A module whose ``weight`` is quantized: a state dict holds it as codes with their parts, or as values."""

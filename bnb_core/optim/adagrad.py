@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from bnb_core.optim.hyperparameters import check_only
-from bnb_core.optim.optimizer import Optimizer8bit
+from bnb_core.optim.optimizer import Optimizer1State
 
 
-class Adagrad(Optimizer8bit):
+class Adagrad(Optimizer1State):
     """Adagrad (Duchi et al., JMLR 12, 2011).
 
     Args:
@@ -21,8 +21,6 @@ class Adagrad(Optimizer8bit):
 
     The settings that all optimizers share are described at :class:`~bnb_core.optim.optimizer.Optimizer8bit`.
     """
-
-    optimizer_name = "adagrad"
 
     def __init__(
         self,
@@ -38,8 +36,7 @@ class Adagrad(Optimizer8bit):
     ) -> None:
         check_only("lr_decay", lr_decay, 0)
         check_only("initial_accumulator_value", initial_accumulator_value, 0)
-        defaults = {"lr": lr, "betas": (0.0, 0.0), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, optim_bits, args, min_8bit_size)
+        super().__init__("adagrad", params, lr, (0.0, 0.0), eps, weight_decay, optim_bits, args, min_8bit_size)
 
 
 class Adagrad8bit(Adagrad):

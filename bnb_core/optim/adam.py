@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from bnb_core.optim.hyperparameters import check_only
-from bnb_core.optim.optimizer import Optimizer8bit
+from bnb_core.optim.optimizer import Optimizer2State
 
 
-class Adam(Optimizer8bit):
+class Adam(Optimizer2State):
     """Adam (arXiv 1412.6980). Weight decay is decoupled, as in AdamW, which differs in its default only.
 
     Args:
@@ -21,8 +21,6 @@ class Adam(Optimizer8bit):
 
     The settings that all optimizers share are described at :class:`~bnb_core.optim.optimizer.Optimizer8bit`.
     """
-
-    optimizer_name = "adam"
 
     def __init__(
         self,
@@ -38,8 +36,9 @@ class Adam(Optimizer8bit):
         is_paged: bool = False,
     ) -> None:
         check_only("amsgrad", amsgrad, False)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, optim_bits, args, min_8bit_size, is_paged=is_paged)
+        super().__init__(
+            "adam", params, lr, betas, eps, weight_decay, optim_bits, args, min_8bit_size, is_paged=is_paged
+        )
 
 
 class Adam8bit(Adam):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from bnb_core.optim.optimizer import Optimizer8bit
+from bnb_core.optim.optimizer import Optimizer2State
 
 
-class AdEMAMix(Optimizer8bit):
+class AdEMAMix(Optimizer2State):
     """AdEMAMix: Adam with a second, slow average of the gradient (arXiv 2409.03137).
 
     Args:
@@ -23,8 +22,6 @@ class AdEMAMix(Optimizer8bit):
 
     The settings that all optimizers share are described at :class:`~bnb_core.optim.optimizer.Optimizer8bit`.
     """
-
-    optimizer_name = "ademamix"
 
     def __init__(
         self,
@@ -40,35 +37,10 @@ class AdEMAMix(Optimizer8bit):
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "alpha": alpha,
-            "t_alpha": t_alpha,
-            "t_beta3": t_beta3,
-            "eps": eps,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(params, defaults, optim_bits, None, min_8bit_size, is_paged=is_paged)
-
-    def scheduled(self, config: Mapping[str, Any], step: int) -> tuple[float, float]:
-        """alpha and beta3 of this step (section 3.1 of the paper)."""
-        alpha, t_alpha, t_beta3 = config["alpha"], config["t_alpha"], config["t_beta3"]
-        beta1, _, beta3 = config["betas"]
-        if t_alpha is not None:
-            alpha = min(alpha * step / t_alpha, alpha)
-        if t_beta3 is not None:
-            beta3 = min(_interpolated_decay(beta1, beta3, min(step / t_beta3, 1.0)), beta3)
-        return alpha, beta3
-
-
-def _interpolated_decay(first: float, last: float, progress: float) -> float:
-    """From ``first`` to ``last``, linear in the steps after which a decay leaves a given share: 1 / ln(decay).
-
-    A decay of 0 leaves nothing after any step: its 1 / ln(decay) is 0.
-    """
-    horizon = sum(weight / math.log(decay) for weight, decay in ((1 - progress, first), (progress, last)) if decay > 0)
-    return math.exp(1 / horizon) if horizon else 0.0
+        super().__init__(
+            "ademamix", params, lr, betas, eps, weight_decay, optim_bits, None, min_8bit_size,
+            is_paged=is_paged, alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3,
+        )  # fmt: skip
 
 
 class AdEMAMix8bit(AdEMAMix):

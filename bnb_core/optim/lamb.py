@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from bnb_core.optim.hyperparameters import check_only
-from bnb_core.optim.optimizer import Optimizer8bit
+from bnb_core.optim.optimizer import Optimizer2State
 
 
-class LAMB(Optimizer8bit):
+class LAMB(Optimizer2State):
     """LAMB: Adam whose update is limited by the parameter's norm (arXiv 1904.00962).
 
     Args:
@@ -24,8 +24,6 @@ class LAMB(Optimizer8bit):
 
     The settings that all optimizers share are described at :class:`~bnb_core.optim.optimizer.Optimizer8bit`.
     """
-
-    optimizer_name = "lamb"
 
     def __init__(
         self,
@@ -45,8 +43,9 @@ class LAMB(Optimizer8bit):
         check_only("bias_correction", bias_correction, True)
         check_only("amsgrad", amsgrad, False)
         check_only("adam_w_mode", adam_w_mode, True)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, optim_bits, args, min_8bit_size, max_unorm=max_unorm)
+        super().__init__(
+            "lamb", params, lr, betas, eps, weight_decay, optim_bits, args, min_8bit_size, max_unorm=max_unorm
+        )
 
 
 class LAMB8bit(LAMB):

@@ -26,8 +26,6 @@ class LARS(MomentumOptimizer):
     The settings that all optimizers share are described at :class:`~bnb_core.optim.optimizer.Optimizer8bit`.
     """
 
-    optimizer_name = "lars"
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -43,8 +41,9 @@ class LARS(MomentumOptimizer):
     ) -> None:
         check_only("dampening", dampening, 0)
         check_only("nesterov", nesterov, False)
-        defaults = {"lr": lr, "betas": (momentum, 0.0), "eps": 0.0, "weight_decay": weight_decay}
-        super().__init__(params, defaults, optim_bits, args, min_8bit_size, max_unorm=max_unorm)
+        super().__init__(
+            "lars", params, lr, (momentum, 0.0), 0.0, weight_decay, optim_bits, args, min_8bit_size, max_unorm=max_unorm
+        )
 
 
 class LARS8bit(LARS):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from bnb_core.optim.optimizer import Optimizer8bit
+from bnb_core.optim.optimizer import Optimizer1State
 
 
-class Lion(Optimizer8bit):
+class Lion(Optimizer1State):
     """Lion: the sign of an interpolated momentum (arXiv 2302.06675).
 
     Args:
@@ -18,8 +18,6 @@ class Lion(Optimizer8bit):
 
     The settings that all optimizers share are described at :class:`~bnb_core.optim.optimizer.Optimizer8bit`.
     """
-
-    optimizer_name = "lion"
 
     def __init__(
         self,
@@ -32,8 +30,9 @@ class Lion(Optimizer8bit):
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": 0.0, "weight_decay": weight_decay}
-        super().__init__(params, defaults, optim_bits, args, min_8bit_size, is_paged=is_paged)
+        super().__init__(
+            "lion", params, lr, betas, 0.0, weight_decay, optim_bits, args, min_8bit_size, is_paged=is_paged
+        )
 
 
 class Lion8bit(Lion):

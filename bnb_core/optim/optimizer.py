@@ -1,56 +1,40 @@
-"""The base class: state in 32 or 8 bits per element, paged or not, and the loop over the parameters."""
+"""The bases of optimizers with one state and with two, ours and others': they run the rule of a given name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import SimpleNamespace
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from bnb_core import functional
-from bnb_core.optim.checkpoint import STATE_KEYS, TENSOR_KEYS, checked_groups, checked_state, grouped
-from bnb_core.optim.hyperparameters import check_hyperparameters, check_only
+from bnb_core.checks import check_choice
+from bnb_core.optim.base import Optimizer8bit
 from bnb_core.optim.manager import GlobalOptimManager
-from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
+from bnb_core.optim.schedule import alpha_and_beta3
+from bnb_core.primitives import OPTIMIZERS
 
-# Below this many elements a state is not worth a file (or an allocation in managed memory) of its own.
-SMALLEST_PAGED = 100_000
-# Their update is not scaled to the parameter's norm (docs/SPEC.md section 5).
-WITHOUT_MAX_UNORM = ("ademamix", "adagrad")
+__all__ = ["GlobalOptimManager", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
 
 
-class Optimizer8bit(torch.optim.Optimizer):
-    """What all optimizers here share (8-bit Optimizers, arXiv 2110.02861).
+class Optimizer1State(Optimizer8bit):
+    """The base of optimizers that remember one tensor, which runs their rule (docs/SPEC.md section 5) by its name.
 
-    A state of a parameter with ``optim_bits=8`` and at least ``min_8bit_size`` elements is kept as u8 codes with an f32
-    scale per block of 256; any other one as f32. Parameters and gradients are f32, f16 or bf16.
+    Optimizers of others derive from it and override ``step``, :meth:`init_state` or :meth:`update_step`.
 
     Args:
-        params: parameters or groups of them, as for every torch optimizer.
-        defaults: the settings of a group that leaves them out: lr, betas, eps, weight_decay and those of the rule.
-        optim_bits: 8 or 32. A class with the bits in its name has those: its 8-bit form also takes 32, the default.
-        args: a namespace whose attributes optim_bits, min_8bit_size, max_unorm, skip_zeros and is_paged, where present,
-            take the place of those arguments; other attributes are ignored.
-        min_8bit_size: smaller parameters keep 32-bit state.
-        max_unorm: an update's norm is at most this multiple of its parameter's norm; 0 for no limit.
-        skip_zeros: leave entries whose gradient is zero, and their state, untouched.
-        is_paged: keep large states in paged memory, which may exceed the device's (see :mod:`bnb_core.paged`).
+        optimizer_name: ``momentum``, ``lars``, ``lion``, ``rmsprop`` or ``adagrad``.
+        lr, betas, eps, weight_decay: those of the rule.
 
-    Raises:
-        ValueError: a setting out of its range, or one that the optimizer cannot honour.
+    The other settings are described at :class:`Optimizer8bit`.
     """
-
-    optimizer_name: str
-    state_bits: int | None = None
-    always_paged = False
-    non_castable_tensor_keys = TENSOR_KEYS
 
     def __init__(
         self,
+        optimizer_name: str,
         params: Iterable[Any],
-        defaults: dict[str, Any],
+        lr: float = 1e-3,
+        betas: tuple[float, ...] = (0.9, 0.0),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
         optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
@@ -58,290 +42,66 @@ class Optimizer8bit(torch.optim.Optimizer):
         skip_zeros: bool = False,
         is_paged: bool = False,
     ) -> None:
-        settings = {
-            "optim_bits": optim_bits,
-            "min_8bit_size": min_8bit_size,
-            "max_unorm": max_unorm,
-            "skip_zeros": skip_zeros,
-            "is_paged": is_paged,
-        }
-        settings |= {key: getattr(args, key) for key in settings if hasattr(args, key)}
-        self.is_paged = bool(settings.pop("is_paged")) or self.always_paged
-        if self.state_bits == 32:
-            check_only("optim_bits", settings["optim_bits"], 32)
-        check_hyperparameters(settings)
-        settings["optim_bits"] = self.state_bits or settings["optim_bits"]
-        self.args = SimpleNamespace(**settings)
-        self._forget_preparation()
-        super().__init__(params, defaults)
+        self.optimizer_name = _checked_name(optimizer_name, states=1)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        max_unorm, skip_zeros = _without_older_arguments(max_unorm, skip_zeros)
+        super().__init__(params, defaults, optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged)
 
-    def _forget_preparation(self) -> None:
-        """Have the next step look at the devices of the state and at the overrides again."""
-        self.initialized = False
-        self._overrides: dict[int, dict[str, Any]] = {}
-        self._overrides_version: int | None = None
 
-    @property
-    def mng(self) -> GlobalOptimManager:
-        return GlobalOptimManager.get_instance()
+class Optimizer2State(Optimizer8bit):
+    """The base of optimizers that remember two tensors; otherwise as :class:`Optimizer1State`.
 
-    @property
-    def name2qmap(self) -> dict[str, Tensor]:
-        """The codebooks of the states: "dynamic" is signed, for state1, and "udynamic" is not, for state2."""
-        if not hasattr(self, "_name2qmap"):
-            self._name2qmap = {
-                "dynamic": functional.create_dynamic_map(signed=True),
-                "udynamic": functional.create_dynamic_map(signed=False),
-            }
-        return self._name2qmap
+    Args:
+        optimizer_name: ``adam``, ``lamb`` or ``ademamix``.
+        alpha, t_alpha, t_beta3: those of AdEMAMix, for which ``betas`` are three; other rules have no use for them.
+    """
 
-    def _qmap(self, state_key: str, device: torch.device) -> Tensor:
-        name = "dynamic" if state_key == "state1" else "udynamic"
-        if self.name2qmap[name].device != device:
-            self.name2qmap[name] = self.name2qmap[name].to(device)
-        return self.name2qmap[name]
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        self.initialized = False
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        check_hyperparameters({**vars(self.args), **group})
-        self._check_for_rule(group)
-
-    def _check_for_rule(self, config: Mapping[str, Any]) -> None:
-        """Check those settings whose range depends on the rule."""
-        betas = config.get("betas", self.defaults["betas"])
-        count = 3 if OPTIMIZERS[self.optimizer_name].stacked else 2
-        if len(betas) != count:
-            raise ValueError(f"betas: expected {count} numbers, got {betas!r}")
-        if self.optimizer_name in WITHOUT_MAX_UNORM:
-            check_only("max_unorm", config.get("max_unorm", self.args.max_unorm), 0.0)
-
-    def check_overrides(self) -> None:
-        """Take over what :class:`GlobalOptimManager` holds for parameters of this optimizer."""
-        self._overrides_version = self.mng.version
-        overrides = self.mng.resolve()
-        if overrides:
-            own = {id(p) for group in self.param_groups for p in group["params"]}
-            overrides = {key: config for key, config in overrides.items() if key in own}
-        for config in overrides.values():
-            self._check_for_rule(config)
-        self._overrides = overrides
-
-    def get_config(self, gindex: int, pindex: int, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of one parameter: the optimizer's, its group's and its overrides, the last one counting."""
-        if self._overrides_version != self.mng.version:
-            self.check_overrides()
-        config = {**self.args.__dict__, **group}
-        params = config.pop("params")
-        if self._overrides:
-            config.update(self._overrides.get(id(params[pindex]), {}))
-        return config
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
-
-        Raises:
-            ValueError: a gradient is sparse; no parameter has been updated then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.check_overrides()
-        if not self.initialized:
-            self.to_gpu()
-            self.initialized = True
-        indices = [
-            (group, p, gindex, pindex)
-            for gindex, group in enumerate(self.param_groups)
-            for pindex, p in enumerate(group["params"])
-            if _has_dense_gradient(p)
-        ]
-        for group, p, gindex, pindex in indices:
-            if "step" not in self.state[p]:
-                self.init_state(group, p, gindex, pindex)
-            if self.is_paged:
-                self.prefetch_state(p)
-            self.update_step(group, p, gindex, pindex)
-        return loss
-
-    def init_state(self, group: Mapping[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
-        """Make the state of a parameter that has none: zeros, in the form its settings ask for."""
-        config = self.get_config(gindex, pindex, group)
-        quantized = config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"]
-        traits = OPTIMIZERS[self.optimizer_name]
-        state: dict[str, Any] = {"step": 0}
-        for number, key in enumerate(STATE_KEYS[: traits.states], start=1):
-            stack = (2,) if traits.stacked and key == "state1" else ()
-            dtype = torch.uint8 if quantized else torch.float32
-            state[key] = self.get_state_buffer(p, dtype, (*stack, *p.shape))
-            if quantized:
-                blocks = block_count(p.numel(), OPTIMIZER_BLOCKSIZE)
-                state[f"qmap{number}"] = self._qmap(key, p.device)
-                state[f"absmax{number}"] = torch.zeros((*stack, blocks), dtype=torch.float32, device=p.device)
-        self.state[p].update(state)
-
-    def update_step(self, group: Mapping[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
-        """Step one parameter that has its gradient and its state."""
-        self._update(p, self.state[p], self.get_config(gindex, pindex, group))
-
-    def _update(self, p: Tensor, state: dict[str, Any], config: Mapping[str, Any]) -> None:
-        assert p.grad is not None
-        step = state["step"] + 1
-        beta1, beta2 = config["betas"][:2]
-        alpha, beta3 = self.scheduled(config, step)
-        lr, eps, weight_decay = float(config["lr"]), config["eps"], config["weight_decay"]
-        max_unorm, skip_zeros = config["max_unorm"], config["skip_zeros"]
-        if max_unorm > 0 and "unorm_vec" not in state:
-            state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
-        state1, state2, unorm_vec = state["state1"], state.get("state2"), state.get("unorm_vec")
-        if state1.dtype == torch.uint8:
-            functional.optimizer_update_8bit_blockwise(
-                self.optimizer_name, p.grad, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr,
-                state["qmap1"], state.get("qmap2"), state["absmax1"], state.get("absmax2"), weight_decay,
-                1.0, skip_zeros, unorm_vec=unorm_vec, max_unorm=max_unorm,
-            )  # fmt: skip
-        else:
-            functional.optimizer_update_32bit(
-                self.optimizer_name, p.grad, p, state1, beta1, eps, step, lr, state2, beta2, beta3, alpha,
-                weight_decay, 1.0, unorm_vec, max_unorm, skip_zeros,
-            )  # fmt: skip
-        state["step"] = step
+    def __init__(
+        self,
+        optimizer_name: str,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, ...] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 0.0,
+        skip_zeros: bool = False,
+        is_paged: bool = False,
+        alpha: float = 0.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+    ) -> None:
+        self.optimizer_name = _checked_name(optimizer_name, states=2)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        if OPTIMIZERS[optimizer_name].stacked:
+            defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
+        max_unorm, skip_zeros = _without_older_arguments(max_unorm, skip_zeros)
+        super().__init__(params, defaults, optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged)
 
     def scheduled(self, config: Mapping[str, Any], step: int) -> tuple[float, float]:
-        """alpha and beta3 of this step, for rules that have them."""
-        return 0.0, 0.0
-
-    def _pages(self, p: Tensor) -> bool:
-        return self.is_paged and p.numel() >= SMALLEST_PAGED
-
-    def get_state_buffer(
-        self, p: Tensor, dtype: torch.dtype = torch.float32, shape: Sequence[int] | None = None
-    ) -> Tensor:
-        """Zeros in the parameter's shape (or ``shape``), row-major, on its device, paged if this optimizer's are."""
-        shape = p.shape if shape is None else shape
-        if self._pages(p):
-            return functional.get_paged(*shape, dtype=dtype, device=p.device)
-        return torch.zeros(shape, dtype=dtype, device=p.device)
-
-    def prefetch_state(self, p: Tensor) -> None:
-        """Start to read the parameter's paged state before it is needed."""
-        for key in STATE_KEYS:
-            buffer = self.state[p].get(key)
-            if getattr(buffer, "is_paged", False):
-                functional.prefetch_tensor(buffer)
-
-    def to_gpu(self) -> None:
-        """Bring every state to where it belongs: its parameter's device, and paged memory if this optimizer's are."""
-        for p, state in self.state.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and not self._is_in_place(p, key, value):
-                    state[key] = self._copied(p, key, value)
-
-    def _is_in_place(self, p: Tensor, key: str, value: Tensor) -> bool:
-        paged = getattr(value, "is_paged", False)
-        return value.device == p.device and (key not in STATE_KEYS or paged == self._pages(p))
-
-    def _copied(self, p: Tensor, key: str, value: Tensor) -> Tensor:
-        """A copy of one state tensor where it belongs."""
-        if key in STATE_KEYS:
-            return self.get_state_buffer(p, value.dtype, value.shape).copy_(value)
-        if key.startswith("qmap"):
-            shared = self._qmap(f"state{key[-1]}", p.device)
-            if torch.equal(shared, value.to(p.device)):
-                return shared
-        return value.detach().to(p.device, copy=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As for every torch optimizer, the quantized tensors of a parameter grouped under one key.
-
-        They stand in a dict under ``"__bnb_optimizer_quant_state__"``, out of reach of sharded training's gathering.
-        """
-        state_dict = super().state_dict()
-        state_dict["state"] = {key: grouped(state) for key, state in state_dict["state"].items()}
-        return state_dict
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-        """Resume from :meth:`state_dict`, or from that of bitsandbytes, grouped or flat.
-
-        Everything is checked first: after an error the optimizer is what it was. The state keeps the form it was saved
-        in, 8-bit or 32-bit, and shares no memory with ``state_dict``.
-
-        Args:
-            move_to_device: bring the state to the parameters' devices now; otherwise the next step does.
-
-        Raises:
-            ValueError: a missing, unknown or malformed entry; the message names its key.
-        """
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        for key, kind in (("param_groups", list), ("state", Mapping)):
-            if not isinstance(state_dict.get(key), kind):
-                raise ValueError(f"{key}: expected a {kind.__name__.lower()}, got {type(state_dict.get(key)).__name__}")
-        groups = checked_groups(state_dict["param_groups"], self.param_groups, self.defaults)
-        for group in groups:
-            self._check_group(group)
-        copied = self._copied if move_to_device else _cloned
-        state = self.state.__class__(dict)
-        for p, saved in self._checked_states(state_dict, groups).items():
-            state[p] = {k: copied(p, k, value) if isinstance(value, Tensor) else value for k, value in saved.items()}
-        self.state, self.param_groups = state, groups
-        self._forget_preparation()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _checked_states(
-        self, state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
-    ) -> dict[Tensor, dict[str, Any]]:
-        """The saved state by our parameter, which stands in its group where the saved one stood in its."""
-        owners = {
-            saved: (p, group)
-            for saved_group, group in zip(state_dict["param_groups"], groups, strict=True)
-            for saved, p in zip(saved_group["params"], group["params"], strict=True)
-        }
-        self.check_overrides()
-        states = {}
-        for index, saved in state_dict["state"].items():
-            if index not in owners:
-                raise ValueError(f"state[{index!r}]: no parameter group has this parameter")
-            p, group = owners[index]
-            stateless = not self.keeps_state({**group, **self._overrides.get(id(p), {})})
-            state = checked_state(f"state[{index!r}]", saved, self.optimizer_name, p, stateless)
-            if state:
-                states[p] = state
-        return states
-
-    def keeps_state(self, config: Mapping[str, Any]) -> bool:
-        """Whether the rule needs a state under these settings."""
-        return True
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "args": self.args, "is_paged": self.is_paged}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget_preparation()
-        for values in self.state.values():
-            # A copied tensor is in ordinary memory, whatever its attributes say; detaching drops those.
-            values.update({key: values[key].detach() for key in STATE_KEYS if key in values})
+        if OPTIMIZERS[self.optimizer_name].stacked:
+            return alpha_and_beta3(config, step)
+        return super().scheduled(config, step)
 
 
-def _cloned(p: Tensor, key: str, value: Tensor) -> Tensor:
-    return value.detach().clone()
+def _checked_name(optimizer_name: str, states: int) -> str:
+    check_choice("optimizer_name", optimizer_name, [name for name in OPTIMIZERS if OPTIMIZERS[name].states == states])
+    return optimizer_name
 
 
-def _has_dense_gradient(p: Tensor) -> bool:
-    grad = p.grad
-    if grad is not None and grad.layout is not torch.strided:
-        raise ValueError(f"grad: sparse gradients are not supported, got layout {grad.layout}; expected a dense tensor")
-    return grad is not None
+def _without_older_arguments(max_unorm: float, skip_zeros: bool) -> tuple[float, bool]:
+    """What was given, unless it is ``percentile_clipping=100, block_wise=True``, as older bitsandbytes had them here.
+
+    They meant no clipping, and state in blocks; GaLore's optimizers still give them.
+    """
+    if type(max_unorm) is not int or (max_unorm, skip_zeros) != (100, True):
+        return max_unorm, skip_zeros
+    warnings.warn(
+        "max_unorm=100 with skip_zeros=True is taken for percentile_clipping=100 with block_wise=True, as older "
+        "bitsandbytes had them in this place, and changes nothing; if it is meant, give max_unorm=100.0",
+        stacklevel=4,
+    )
+    return 0.0, False

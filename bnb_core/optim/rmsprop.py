@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from bnb_core.optim.hyperparameters import check_only
-from bnb_core.optim.optimizer import Optimizer8bit
+from bnb_core.optim.optimizer import Optimizer1State
 
 
-class RMSprop(Optimizer8bit):
+class RMSprop(Optimizer1State):
     """RMSprop (Tieleman and Hinton, Coursera lecture 6.5, 2012).
 
     Args:
@@ -22,8 +22,6 @@ class RMSprop(Optimizer8bit):
 
     The settings that all optimizers share are described at :class:`~bnb_core.optim.optimizer.Optimizer8bit`.
     """
-
-    optimizer_name = "rmsprop"
 
     def __init__(
         self,
@@ -40,8 +38,7 @@ class RMSprop(Optimizer8bit):
     ) -> None:
         check_only("momentum", momentum, 0)
         check_only("centered", centered, False)
-        defaults = {"lr": lr, "betas": (alpha, 0.0), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, optim_bits, args, min_8bit_size)
+        super().__init__("rmsprop", params, lr, (alpha, 0.0), eps, weight_decay, optim_bits, args, min_8bit_size)
 
 
 class RMSprop8bit(RMSprop):

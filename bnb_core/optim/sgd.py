@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from bnb_core.optim.hyperparameters import check_only
-from bnb_core.optim.optimizer import Optimizer8bit
+from bnb_core.optim.optimizer import Optimizer1State
 
 
-class MomentumOptimizer(Optimizer8bit):
+class MomentumOptimizer(Optimizer1State):
     """What SGD and LARS share: with a momentum of 0 there is nothing to remember, so such a parameter has no state."""
 
     def keeps_state(self, config: Mapping[str, Any]) -> bool:
@@ -51,8 +51,6 @@ class SGD(MomentumOptimizer):
     The settings that all optimizers share are described at :class:`~bnb_core.optim.optimizer.Optimizer8bit`.
     """
 
-    optimizer_name = "momentum"
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -67,8 +65,7 @@ class SGD(MomentumOptimizer):
     ) -> None:
         check_only("dampening", dampening, 0)
         check_only("nesterov", nesterov, False)
-        defaults = {"lr": lr, "betas": (momentum, 0.0), "eps": 0.0, "weight_decay": weight_decay}
-        super().__init__(params, defaults, optim_bits, args, min_8bit_size)
+        super().__init__("momentum", params, lr, (momentum, 0.0), 0.0, weight_decay, optim_bits, args, min_8bit_size)
 
 
 class SGD8bit(SGD):
