@@ -145,6 +145,16 @@ def simulated_kernels() -> list[KernelExtension]:
     ]
 
 
+def include_flags(folder: str) -> list[str]:
+    """Our folders are relative; what others' headers are warned of must not stop a build.
+
+    The compiler's own folder is left out: named again, it would come too early for headers that look for the next.
+    """
+    if not os.path.isabs(folder):
+        return [f"-I{folder}"]
+    return [] if Path(folder) == Path("/usr/include") else ["-isystem", folder]
+
+
 KERNEL_SETS = {"cpu": cpu_kernels, "cuda": cuda_kernels, "hip": hip_kernels, "sim": simulated_kernels}
 
 
@@ -158,7 +168,8 @@ class BuildKernels(build_ext):
                 f"bnb_core's kernels need a C++17 compiler, and {compiler!r} was not found. "
                 "On Debian and Ubuntu: apt install build-essential. Another compiler: set CXX."
             )
-        include = [f"-I{folder}" for folder in (*ext.include_dirs, *self.compiler.include_dirs)]
+        folders = (*ext.include_dirs, *self.compiler.include_dirs)
+        include = [flag for folder in folders for flag in include_flags(folder)]
 
         def compile_one(source: str, folder: str) -> str:
             object_file = Path(folder, os.path.relpath(source)).with_suffix(".o")

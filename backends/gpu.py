@@ -24,7 +24,9 @@ it from the cache as often as it needs. Not measured on hardware yet."""
 
 INT_MM_ROWS = 17
 INT_MM_MULTIPLE = 8
-"""What torch._int_mm takes on a GPU: at least 17 rows, and multiples of 8 in the other two sizes."""
+INT_MM_ALIGNMENT = 16
+"""What torch._int_mm takes on a GPU: at least 17 rows, multiples of 8 in the other two sizes, and operands at addresses
+that are multiples of 16, which cuBLASLt presumes without a check."""
 
 
 class LargeProducts:
@@ -128,7 +130,8 @@ def _int_mm_takes(A: Tensor, B: Tensor) -> bool:
     N, K = B.shape
     rows = math.prod(A.shape[:-1])
     fits = rows >= INT_MM_ROWS and N % INT_MM_MULTIPLE == 0 and K % INT_MM_MULTIPLE == 0 and N > 0 and K > 0
-    return fits and _has_int_mm(A.device.type)
+    aligned = A.data_ptr() % INT_MM_ALIGNMENT == 0 and B.data_ptr() % INT_MM_ALIGNMENT == 0
+    return fits and aligned and _has_int_mm(A.device.type)
 
 
 @cache

@@ -42,12 +42,18 @@ class ManagedMemory:
 
         Raises:
             ValueError: a dtype other than float32 and uint8.
-            RuntimeError: the device cannot page, or all its paged memory would exceed its own.
+            RuntimeError: the device cannot page, all its paged memory would exceed its own, or this would exceed
+                what is free beside it.
         """
         if dtype not in _TYPE_STRINGS:
             raise ValueError(f"dtype: paged memory on {device} holds float32 or uint8, got {dtype}")
         with torch.cuda.device(device):
-            allocation: Any = _Allocation(self.module, numel, dtype)
+            try:
+                allocation: Any = _Allocation(self.module, numel, dtype)
+            except RuntimeError:
+                # What torch keeps for tensors to come is not free to anybody else.
+                torch.cuda.empty_cache()
+                allocation = _Allocation(self.module, numel, dtype)
             return torch.as_tensor(allocation, device=device)
 
     def prefetch(self, tensor: Tensor, to_cpu: bool) -> None:

@@ -13,7 +13,8 @@ namespace {
 template <class T>
 int mma_segment(const Gemm4bit<T>& gemm) {
   const int64_t K = gemm.weight.K;
-  if (K < 64 || K > kMostMmaColumns || gemm.weight.N < kWarpRows || !is_aligned(gemm.A, 16)) return 0;
+  if (K < kLeastTerms || K > kMostMmaColumns || gemm.weight.N < kWarpRows || !is_aligned(gemm.A, 16))
+    return 0;
   if (K % 64 == 0 && gemm.weight.blocksize_log2 >= 6 && is_aligned(gemm.weight.packed, 8)) return 64;
   if (K % 32 == 0 && is_aligned(gemm.weight.packed, 4)) return 32;
   return 0;

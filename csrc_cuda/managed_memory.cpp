@@ -46,14 +46,16 @@ void require_paging(int device) {
         "without paged state");
 }
 
+// What is in use can leave the device for the host, so that its room counts beside what is free.
 void require_room(int device, size_t bytes) {
   size_t free_bytes = 0, total = 0;
   check(cudaMemGetInfo(&free_bytes, &total), "cudaMemGetInfo");
   const size_t in_use = bytes_in_use(device);
-  if (bytes > total - std::min(total, in_use))
+  if (bytes > std::min(free_bytes + in_use, total - std::min(total, in_use)))
     throw std::runtime_error("cannot allocate " + std::to_string(bytes) + " bytes of paged memory: device " +
-                             std::to_string(device) + " has " + std::to_string(total) +
-                             ", of which paged memory has " + std::to_string(in_use) + " already");
+                             std::to_string(device) + " has " + std::to_string(free_bytes) +
+                             " bytes free of " + std::to_string(total) + ", and paged memory has " +
+                             std::to_string(in_use) + " in use");
 }
 
 }  // namespace

@@ -10,8 +10,9 @@ namespace bnb {
 
 // Zeroed managed memory for the current device, resident in host memory until it is used or prefetched.
 //
-// All of it together is limited to the device's memory. Raises std::runtime_error that says what was asked
-// for, what is in use and what the device has, or that the device cannot page.
+// All of it together is limited to the device's memory, and each allocation to what the device can hold at
+// once: what is free, and what other managed memory would leave. Raises std::runtime_error that says what was
+// asked for, what is free and what is in use, or that the device cannot page.
 uintptr_t allocate_managed(size_t bytes);
 void free_managed(uintptr_t address);
 

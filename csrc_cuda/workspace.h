@@ -6,7 +6,7 @@
 namespace bnb {
 
 // Allocated and freed in the stream's order: no synchronization, and legal while a graph is captured. It
-// comes from a pool of our own that keeps what it once had, so that the next call costs no driver call.
+// comes from a pool of our own that keeps some of what it once had, so that most calls cost no driver call.
 class Workspace {
  public:
   Workspace(size_t bytes, Stream stream);

@@ -7,27 +7,9 @@
 
 #define BNB_EXPORT extern "C" __attribute__((visibility("default")))
 
-namespace bnb {
-namespace {
-
-// An ascending codebook starts with nf4's -1; fp4's first code is 0.
-QuantType quant_type_of(const float* code, Stream stream) {
-  return first_entry(code, stream) < 0 ? QuantType::nf4 : QuantType::fp4;
-}
-
-void gemm_4bit(DType dtype, int N, int M, int K, const void* A, const uint8_t* packed, const float* absmax,
-               const float* code, void* out, int blocksize, Stream stream) {
-  const BlockScales scales{absmax, nullptr, nullptr, nullptr, nullptr, 0};
-  kernels().gemm_4bit(A, dtype, M, N, K, packed, scales, blocksize, quant_type_of(code, stream), nullptr, out,
-                      stream);
-}
-
-}  // namespace
-}  // namespace bnb
-
 // out[n] from the codes A u8[n] and absmax f32[ceil(n / blocksize)], with code f32[256]; for nf4 and fp4 from
-// packed codes, and code is not read. out_features x in_features is W's shape, rows that of A and out, and
-// the leading dimensions are ignored: everything is contiguous.
+// packed codes, and code is not read. For products it is f32[16]; out_features x in_features is W's shape,
+// rows that of A and out, and the leading dimensions are ignored: everything is contiguous.
 #define BNB_C_API(suffix, dtype)                                                                             \
   BNB_EXPORT void cdequantize_blockwise_##suffix(const float* code, const uint8_t* A, const float* absmax,   \
                                                  void* out, int blocksize, int n, void* stream) noexcept {   \
@@ -47,7 +29,8 @@ void gemm_4bit(DType dtype, int N, int M, int K, const void* A, const uint8_t* p
                                                       const void* A, const uint8_t* packed,                  \
                                                       const float* absmax, const float* code, void* out,     \
                                                       int, int, int, int blocksize, void* stream) noexcept { \
-    bnb::gemm_4bit(dtype, out_features, rows, in_features, A, packed, absmax, code, out, blocksize, stream); \
+    bnb::gemm_4bit_of_code(dtype, rows, out_features, in_features, A, packed, absmax, code, blocksize, out,  \
+                           stream);                                                                          \
   }
 
 BNB_C_API(fp32, bnb::DType::f32)

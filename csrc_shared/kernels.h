@@ -38,6 +38,9 @@ struct BlockScales {
 
 // The hyperparameters of one optimizer step, schedules already applied (docs/SPEC.md section 5). They stay
 // f64 until they are combined: 1 - beta2 of an f32 beta2 would be off by 5e-5.
+// Weights may be rounded to f16 or bf16 for sums of so many terms: the errors of fewer do not even out.
+constexpr int64_t kLeastTerms = 128;
+
 struct OptimizerStep {
   OptimizerName name;
   int64_t step;  // from 1

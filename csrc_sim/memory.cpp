@@ -71,12 +71,20 @@ cudaError_t valid(bool condition) { return keep_error(condition ? cudaSuccess : 
 }  // namespace bnb::simulator
 
 using bnb::simulator::allocate;
+using bnb::simulator::allocating;
 using bnb::simulator::default_pool;
 using bnb::simulator::release;
 using bnb::simulator::valid;
+using bnb::simulator::waiting;
 
-cudaError_t cudaMalloc(void** data, size_t bytes) { return allocate(data, bytes, nullptr); }
-cudaError_t cudaFree(void* data) { return release(data); }
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  const cudaError_t error = allocating();
+  return error ? error : allocate(data, bytes, nullptr);
+}
+cudaError_t cudaFree(void* data) {
+  const cudaError_t error = waiting();
+  return error ? error : release(data);
+}
 cudaError_t cudaMallocAsync(void** data, size_t bytes, cudaStream_t) {
   return allocate(data, bytes, &default_pool());
 }
@@ -85,7 +93,7 @@ cudaError_t cudaMallocFromPoolAsync(void** data, size_t bytes, cudaMemPool_t poo
   return pool ? allocate(data, bytes, pool) : valid(false);
 }
 cudaError_t cudaMallocManaged(void** data, size_t bytes, unsigned) {
-  return bytes ? allocate(data, bytes, nullptr) : valid(false);
+  return bytes ? cudaMalloc(data, bytes) : valid(false);
 }
 cudaError_t cudaMallocHost(void** data, size_t bytes) { return allocate(data, bytes, nullptr); }
 cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) { return allocate(data, bytes, nullptr); }
@@ -104,29 +112,32 @@ cudaError_t cudaMemAdvise(const void* data, size_t, cudaMemoryAdvise, int device
   return valid(data && (device == 0 || device == cudaCpuDeviceId));
 }
 
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   if (bytes == 0) return cudaSuccess;
   if (!to || !from) return valid(false);
   std::memmove(to, from, bytes);
   return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-  return cudaMemcpy(to, from, bytes, kind);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  const cudaError_t error = waiting();
+  return error ? error : cudaMemcpyAsync(to, from, bytes, kind, nullptr);
 }
-cudaError_t cudaMemset(void* data, int byte, size_t bytes) {
+cudaError_t cudaMemsetAsync(void* data, int byte, size_t bytes, cudaStream_t) {
   if (bytes == 0) return cudaSuccess;
   if (!data) return valid(false);
   std::memset(data, byte, bytes);
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* data, int byte, size_t bytes, cudaStream_t) {
-  return cudaMemset(data, byte, bytes);
+cudaError_t cudaMemset(void* data, int byte, size_t bytes) {
+  const cudaError_t error = waiting();
+  return error ? error : cudaMemsetAsync(data, byte, bytes, nullptr);
 }
 
 cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps* properties) {
   if (!pool || !properties || properties->allocType != cudaMemAllocationTypePinned ||
       properties->location.type != cudaMemLocationTypeDevice || properties->location.id != 0)
     return valid(false);
+  if (const cudaError_t error = allocating()) return error;
   *pool = new SimulatedMemoryPool;
   return cudaSuccess;
 }

@@ -18,6 +18,8 @@ void bind_extras(pybind11::module_& m) {
   m.def("set_workers", &simulator::set_workers, py::arg("workers"),
         "The number of OS threads that run blocks; ValueError for a number that cannot be.");
   m.def("workers", &simulator::workers, "The number of OS threads that run blocks.");
+  m.def("set_capturing", &simulator::set_capturing, py::arg("is_capturing"),
+        "Whether calls that no capture of a graph allows are refused; kernels run all the same.");
 }
 
 }  // namespace bnb

@@ -3,8 +3,10 @@
 #include <chrono>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "device/language.h"
+#include "settings.h"
 
 struct SimulatedStream {};
 struct SimulatedEvent {
@@ -36,6 +38,8 @@ constexpr ErrorText kErrors[] = {
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
     {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources",
      "too many resources requested for launch"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
 };
 
 const ErrorText* find_error(cudaError_t error) {
@@ -45,6 +49,7 @@ const ErrorText* find_error(cudaError_t error) {
 }
 
 thread_local cudaError_t last_error = cudaSuccess;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 std::mutex limits_mutex;
 std::map<const void*, size_t> dynamic_shared_limits;
@@ -99,6 +104,10 @@ cudaError_t keep_error(cudaError_t error) {
   return error;
 }
 
+cudaError_t waiting() { return keep_error(capturing() ? cudaErrorStreamCaptureUnsupported : cudaSuccess); }
+
+cudaError_t allocating() { return capture_mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : waiting(); }
+
 cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
   if (value < 0 || static_cast<size_t>(value) > kMostSharedBytes) return keep_error(cudaErrorInvalidValue);
@@ -147,7 +156,7 @@ cudaError_t cudaGetLastError() {
 cudaError_t cudaGetDeviceCount(int* count) { return store(count, 1); }
 cudaError_t cudaGetDevice(int* device) { return store(device, 0); }
 cudaError_t cudaSetDevice(int device) { return device_zero(device); }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return bnb::simulator::waiting(); }
 cudaError_t cudaDriverGetVersion(int* version) { return store(version, CUDART_VERSION); }
 cudaError_t cudaRuntimeGetVersion(int* version) { return store(version, CUDART_VERSION); }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
@@ -164,10 +173,16 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   delete stream;
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return bnb::simulator::waiting(); }
+cudaError_t cudaStreamQuery(cudaStream_t) { return bnb::simulator::waiting(); }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  return store(status, cudaStreamCaptureStatusNone);
+  return store(status,
+               bnb::simulator::capturing() ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone);
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  if (!mode) return keep_error(cudaErrorInvalidValue);
+  std::swap(*mode, bnb::simulator::capture_mode);
+  return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 
@@ -185,8 +200,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
   event->recorded = true;
   return cudaSuccess;
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return bnb::simulator::waiting(); }
+cudaError_t cudaEventQuery(cudaEvent_t) { return bnb::simulator::waiting(); }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
   if (!start || !end || !start->recorded || !end->recorded) return keep_error(cudaErrorInvalidResourceHandle);
   return store(milliseconds, std::chrono::duration<float, std::milli>(end->time - start->time).count());

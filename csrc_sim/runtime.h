@@ -16,6 +16,7 @@ enum cudaError_t {
   cudaErrorInvalidResourceHandle = 400,
   cudaErrorNotReady = 600,
   cudaErrorLaunchOutOfResources = 701,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 
 enum cudaMemcpyKind {
@@ -86,6 +87,11 @@ enum cudaMemoryAdvise {
 };
 
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal = 0,
+  cudaStreamCaptureModeThreadLocal = 1,
+  cudaStreamCaptureModeRelaxed = 2,
+};
 
 constexpr int cudaCpuDeviceId = -1;
 constexpr unsigned cudaMemAttachGlobal = 1;
@@ -142,13 +148,16 @@ cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribut
 cudaError_t cudaMemPoolTrimTo(cudaMemPool_t pool, size_t bytes);
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int device);
 
-// Streams and events: everything has happened by the time a call returns.
+// Streams and events: everything has happened by the time a call returns, even while set_capturing() has it
+// that a graph is captured. Then what would wait for the device is refused, and so is what allocates outside
+// of streams unless the thread has relaxed its mode.
 cudaError_t cudaStreamCreate(cudaStream_t* stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
 cudaError_t cudaEventCreate(cudaEvent_t* event);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
@@ -162,6 +171,10 @@ namespace bnb::simulator {
 
 // Keeps an error for cudaGetLastError, and returns it.
 cudaError_t keep_error(cudaError_t error);
+
+// What a call gives that waits for the device, and one that allocates outside of streams.
+cudaError_t waiting();
+cudaError_t allocating();
 
 // What a launch may use, as on the device that the attributes describe.
 constexpr unsigned kMaxThreads = 1024;

@@ -21,6 +21,7 @@ constexpr int kMostWorkers = kThreadSanitizer ? 6 : 64;
 Turns::Kind kind = Turns::Kind::forward;
 uint64_t seed = 0;
 int worker_count = 0;
+bool is_capturing_graph = false;
 
 int default_workers() {
   const auto cores = static_cast<int>(std::thread::hardware_concurrency());
@@ -68,6 +69,9 @@ void set_workers(int workers) {
   worker_count = workers;
 }
 int workers() { return worker_count ? worker_count : default_workers(); }
+
+void set_capturing(bool is_capturing) { is_capturing_graph = is_capturing; }
+bool capturing() { return is_capturing_graph; }
 
 Turns::Turns(uint64_t stream) : kind_(kind), state_(mixed(seed * kGolden + stream)) {}
 

@@ -20,6 +20,10 @@ std::string order();
 void set_workers(int workers);
 int workers();
 
+// Whether the device is taken to capture a graph of the calls made to it.
+void set_capturing(bool is_capturing);
+bool capturing();
+
 // A sequence of turns, started anew for each block.
 class Turns {
  public:

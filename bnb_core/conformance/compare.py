@@ -63,7 +63,13 @@ def within(what: str, got: NDArray, expected: F64, bound: F64) -> None:
         )
 
 
-def matmul_bound(dtype: torch.dtype, K: int, magnitude: F64, result: F64) -> F64:
-    """Section 3: ``magnitude`` is the sum of |a_k w_k| of each result, with |bias| as one of the terms."""
+def matmul_bound(dtype: torch.dtype, K: int, magnitude: F64, result: F64, inputs: F64 | float = 0.0) -> F64:
+    """Section 3.
+
+    Args:
+        magnitude: the sum of |a_k w_k| of each result, with |bias| as one of the terms.
+        inputs: the sum of |a_k|; it counts where weights are so small that the dtype has fewer digits for them.
+    """
     u = MATMUL_U[dtype]
-    return (u + 2.0**-22 * np.sqrt(K)) * magnitude + u * np.abs(result) + SUBNORMAL_ROUNDOFF[dtype]
+    subnormal = SUBNORMAL_ROUNDOFF[dtype] * (1.0 + inputs)
+    return (u + 2.0**-22 * np.sqrt(K)) * magnitude + u * np.abs(result) + subnormal

@@ -215,7 +215,7 @@ void gemm_4bit_amx(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, 
                    const BlockScales& scales, int64_t blocksize, QuantType quant_type, const void* bias,
                    void* out, Stream stream) {
   // f16 and f32 would lose bits in bf16 tiles.
-  if (dtype != DType::bf16 || M < kLeastTileRows || K % BFloat16Dot::kStep != 0) {
+  if (dtype != DType::bf16 || M < kLeastTileRows || K < kLeastTerms || K % BFloat16Dot::kStep != 0) {
     return gemm_4bit(A, dtype, M, N, K, packed, scales, blocksize, quant_type, bias, out, stream);
   }
   const Weight w{N, K, packed, scales, blocksize, codebook(quant_type)};

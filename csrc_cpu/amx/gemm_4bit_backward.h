@@ -16,7 +16,6 @@ constexpr int64_t kDepthSteps = 8;                 // so many of two tiles of W 
 constexpr int64_t kTileBytes = kTileSide * kTileRowBytes;
 constexpr int64_t kSpanStepBytes = kSpanTiles * kTileBytes;
 constexpr int64_t kSumsBytes = 4 * kTileBytes;
-constexpr int64_t kLeastTerms = 128;  // of a sum: the errors of fewer weights rounded to bf16 do not even out
 
 // dY in the order of the tiles: for every 16 rows, for every step, 16 rows of 64 bytes; zeros fill them up.
 class TiledRows {

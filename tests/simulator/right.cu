@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "harness.h"
+#include "settings.h"
 
 namespace {
 
@@ -320,9 +321,29 @@ void memory_pools() {
   cudaGetLastError();
 }
 
+void captures() {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  void* data = nullptr;
+  bnb::simulator::set_capturing(true);
+  REQUIRE(cudaStreamIsCapturing(nullptr, &status) == cudaSuccess && status == cudaStreamCaptureStatusActive);
+  REQUIRE(cudaStreamSynchronize(nullptr) == cudaErrorStreamCaptureUnsupported);
+  REQUIRE(cudaMemcpy(&data, &data, sizeof(data), cudaMemcpyDefault) == cudaErrorStreamCaptureUnsupported);
+  REQUIRE(cudaMalloc(&data, 100) == cudaErrorStreamCaptureUnsupported);
+  REQUIRE(error_of(1, 32, 0) == cudaErrorStreamCaptureUnsupported);  // the earlier calls' error, kept
+  auto mode = cudaStreamCaptureModeRelaxed;
+  REQUIRE(cudaThreadExchangeStreamCaptureMode(&mode) == cudaSuccess && mode == cudaStreamCaptureModeGlobal);
+  REQUIRE(cudaMalloc(&data, 100) == cudaSuccess);
+  REQUIRE(cudaStreamSynchronize(nullptr) == cudaErrorStreamCaptureUnsupported);
+  REQUIRE(cudaThreadExchangeStreamCaptureMode(&mode) == cudaSuccess && mode == cudaStreamCaptureModeRelaxed);
+  bnb::simulator::set_capturing(false);
+  REQUIRE(cudaGetLastError() == cudaErrorStreamCaptureUnsupported);
+  REQUIRE(cudaFree(data) == cudaSuccess && cudaStreamSynchronize(nullptr) == cudaSuccess);
+}
+
 }  // namespace
 
 const Cases kRight{
+    CASE(captures),
     CASE(static_shared_memory_and_barriers),
     CASE(dynamic_shared_memory),
     CASE(every_thread_of_every_block_runs_once),

@@ -94,21 +94,29 @@ class Sample:
     def name(self) -> str:
         return ",".join(self.traits.values())
 
+    @property
+    def unit(self) -> float:
+        """Of the scales. Small ones make weights that f16 has fewer digits for, and the others all of theirs."""
+        if self.values != "small scales":
+            return 1.0
+        return 1e-4 if self.dtype == torch.float16 else 1e-30
+
     def weight(self, generator: torch.Generator) -> Weight:
         """Random codes: every one of them is a weight, and none depends on a quantizer."""
         _, N, K = SHAPES[self.shape]
         n = N * K
         blocks = primitives.block_count(n, self.blocksize)
         packed = torch.randint(0, 256, ((n + 1) // 2,), generator=generator, dtype=torch.uint8)
-        absmax: Tensor = torch.rand(blocks, generator=generator) * 2
+        unit = self.unit
+        absmax: Tensor = torch.rand(blocks, generator=generator) * (2 * unit)
         if self.values == "zero blocks":
             absmax[::2] = 0.0
         nested: tuple = (None, None, None, NESTED_BLOCKSIZE)
         scales, stored = absmax.numpy(), absmax
         if self.nested:
             stored = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
-            nested_absmax = torch.rand(primitives.block_count(blocks, NESTED_BLOCKSIZE), generator=generator)
-            code, offset = create_dynamic_map(), torch.tensor(0.75)
+            nested_absmax = torch.rand(primitives.block_count(blocks, NESTED_BLOCKSIZE), generator=generator) * unit
+            code, offset = create_dynamic_map(), torch.tensor(0.75 * unit)
             scales = oracle.dequantize(stored.numpy(), nested_absmax.numpy(), code.numpy(), NESTED_BLOCKSIZE)
             scales = scales + offset.numpy()
             nested = (nested_absmax, code, offset, NESTED_BLOCKSIZE)
@@ -135,6 +143,8 @@ class Sample:
             A = A + torch.where(torch.arange(K) % 2 == 0, 300.0, -300.0)
         elif self.values == "large":
             A = A * (100.0 if self.dtype == torch.float16 else 1e30)
+        elif self.values == "small scales":
+            A = A * (1e2 if self.dtype == torch.float16 else 1e30)
         elif self.values == "nan row":
             A.view(-1, K)[0, K // 2] = float("nan")
         elif self.values == "inf row":
@@ -156,7 +166,7 @@ def _check(context: Context, sample: Sample) -> None:
         if sample.values in ("nan row", "inf row"):
             _check_first_row_alone(got, expected)
             return
-        bound = matmul_bound(sample.dtype, a.shape[-1], magnitude, expected)
+        bound = matmul_bound(sample.dtype, a.shape[-1], magnitude, expected, _sum_of_magnitudes(a))
     within("result", got.double().numpy(), expected, bound)
 
 
@@ -171,8 +181,12 @@ def _check_backward(context: Context, sample: Sample) -> None:
         if sample.values in ("nan row", "inf row"):
             _check_first_row_alone(got, expected)
             return
-        bound = matmul_bound(sample.dtype, y.shape[-1], np.abs(y) @ np.abs(w), expected)
+        bound = matmul_bound(sample.dtype, y.shape[-1], np.abs(y) @ np.abs(w), expected, _sum_of_magnitudes(y))
     within("result", got.double().numpy(), expected, bound)
+
+
+def _sum_of_magnitudes(rows: oracle.F64) -> oracle.F64:
+    return np.abs(rows).sum(axis=-1, keepdims=rows.ndim > 1)
 
 
 def _check_first_row_alone(got: Tensor, expected: oracle.F64) -> None:
@@ -201,7 +215,7 @@ def _less_exact(context: Context, sample: Sample, check: Callable[..., None], na
         check(context, sample)
 
 
-VALUES = ("normal", "cancelling", "large", "zero blocks", "nan row", "inf row")
+VALUES = ("normal", "cancelling", "large", "zero blocks", "small scales", "nan row", "inf row")
 
 
 def _samples() -> Iterator[Sample]:
@@ -219,6 +233,9 @@ def _samples() -> Iterator[Sample]:
         for values in VALUES:
             yield Sample(dtype, "gemv", values=values, bias=False)
             yield Sample(dtype, "33 rows", values=values)
+        for shape in ("16 rows", "33 rows", "K odd", "130 rows", "N long, K no multiple of 256"):
+            # Without a bias, beside which the products would be nothing.
+            yield Sample(dtype, shape, nested=shape == "16 rows", bias=False, values="small scales")
     for storage in QUANT_STORAGES:
         for shape in ("gemv", "33 rows"):
             yield Sample(torch.bfloat16, shape, quant_storage=storage, nested=True)

@@ -238,6 +238,8 @@ def _product_samples() -> Iterator[Product]:
                 yield Product(dtype, shape, bias)
         for layout in LAYOUTS:
             yield Product(dtype, layout=layout)
+        # Of sizes that vendors' libraries take, at an address that they may not.
+        yield Product(dtype, "many rows", layout="misaligned")
         yield Product(dtype, "K long", values="extreme")
 
 
