@@ -1,4 +1,9 @@
-"""Codebooks inside a kernel: a block's scale, the nearest code, the value of a code (docs/SPEC.md section 2)."""
+"""Codebooks inside a kernel: a block's scale, the nearest code, the value of a code (docs/SPEC.md section 2).
+
+Codebooks of 16 and midpoints are looked up by tl.gather. Intel's Triton 3.7 compiled one whose result was used twice to
+zeros on an Arc B580 (issue 6511 of intel-xpu-backend-for-triton, open); of ours that is so in gemm_4bit's f16 products.
+The conformance suite, run on the GPU, shows whether a version does so.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +26,10 @@ def _midpoints(ascending: np.ndarray) -> tuple[float, ...]:
     return (*((ascending[:-1] + ascending[1:]) * np.float32(0.5)).tolist(), float("inf"))
 
 
-_fp4_magnitudes = np.array(FOUR_BIT_CODES["fp4"][:8], dtype=np.float32)
-_fp4_order = np.argsort(_fp4_magnitudes)
-
 NF4_VALUES = tl.constexpr(FOUR_BIT_CODES["nf4"])
 FP4_VALUES = tl.constexpr(FOUR_BIT_CODES["fp4"])
 NF4_MIDPOINTS = tl.constexpr(_midpoints(np.array(FOUR_BIT_CODES["nf4"], dtype=np.float32)))
-FP4_MIDPOINTS = tl.constexpr(_midpoints(_fp4_magnitudes[_fp4_order]))
-FP4_ORDER = tl.constexpr(tuple(_fp4_order.tolist()))
+FP4_MIDPOINTS = tl.constexpr(_midpoints(np.sort(np.array(FOUR_BIT_CODES["fp4"][:8], dtype=np.float32))))
 
 
 @triton.jit
@@ -78,7 +79,8 @@ def codes_4bit(scaled, QUANT_TYPE: tl.constexpr):
         return count_below(constant_table(NF4_MIDPOINTS, 16), scaled, 4)
     else:
         rank = count_below(constant_table(FP4_MIDPOINTS, 8), tl.abs(scaled), 3)
-        magnitude = tl.gather(constant_table(FP4_ORDER, 8), rank, 0).to(tl.int32)
+        # In ascending order the magnitudes have the indices 0 1 6 7 4 5 2 3.
+        magnitude = rank ^ ((rank & 2) << 1)
         return tl.where(scaled < 0, magnitude + FP4_SIGN, magnitude)
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .encode import values_4bit
-from .launch import SMALLEST_DOT, launch
+from .launch import SMALLEST_DOT, launch, tile_of_program, tiles
 
 
 @triton.jit
@@ -55,6 +55,21 @@ def dot_exactly(x, weight, total):
 
 
 @triton.jit
+def add_products(x, values, scales, total, SCALE_PER_ROW: tl.constexpr):
+    """total + x @ (values * scales)^T.
+
+    f32 and bf16 reach as far as the scales do. f16 does not, and a small weight would lose its digits: it multiplies by
+    the values alone or, where a row has several scales, in f32.
+    """
+    if x.dtype != tl.float16:
+        return dot_exactly(x, values * scales, total)
+    elif SCALE_PER_ROW:
+        return total + dot_exactly(x, values, tl.zeros_like(total)) * tl.trans(scales)
+    else:
+        return dot_exactly(x.to(tl.float32), values * scales, total)
+
+
+@triton.jit(do_not_specialize=["M"])
 def gemm_4bit_kernel(
     A,
     packed,
@@ -80,8 +95,7 @@ def gemm_4bit_kernel(
 
     SCALE_PER_ROW: no row of a tile of the weight reaches into a second block.
     """
-    m = tl.program_id(1).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
-    n = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    m, n = tile_of_program(N, TILE_M, TILE_N)
     row = n * K
     values = values_4bit(QUANT_TYPE)
     total = tl.zeros([TILE_N, TILE_K] if TILE_M == 1 else [TILE_M, TILE_N], tl.float32)
@@ -93,12 +107,12 @@ def gemm_4bit_kernel(
         else:
             block, inside = (row[:, None] + k[None, :]) // BLOCKSIZE, (n < N)[:, None] & (k < K)[None, :]
         scales = block_scales(block, inside, absmax, nested_absmax, nested_code, offset, NESTED_BLOCKSIZE)
-        weight = tl.reshape(tl.gather(values, tl.reshape(codes, [TILE_N * TILE_K]), 0), [TILE_N, TILE_K]) * scales
+        decoded = tl.reshape(tl.gather(values, tl.reshape(codes, [TILE_N * TILE_K]), 0), [TILE_N, TILE_K])
         x = tl.load(A + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
         if TILE_M == 1:
-            total += x.to(tl.float32) * weight
+            total += x.to(tl.float32) * (decoded * scales)
         else:
-            total = dot_exactly(x, weight, total)
+            total = add_products(x, decoded, scales, total, SCALE_PER_ROW)
     if TILE_M == 1:
         total = tl.sum(total, axis=1)[None, :]
     if bias is not None:
@@ -107,12 +121,12 @@ def gemm_4bit_kernel(
     tl.store(out + m[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside_out)
 
 
-def tile(M: int, dtype: torch.dtype) -> dict[str, int]:
-    """The tile of one program for so many rows: as large as no GPU's registers overflow. Not tuned on hardware yet."""
+def tile(M: int, K: int, dtype: torch.dtype) -> dict[str, int]:
+    """The tile of one program for so many rows of so many entries: as large as no GPU's registers overflow."""
     if M == 1:
         return {"TILE_M": 1, "TILE_N": 32, "TILE_K": 64}
-    tile_m = min(max(triton.next_power_of_2(M), SMALLEST_DOT), 64)
-    return {"TILE_M": tile_m, "TILE_N": 32, "TILE_K": 16 if dtype == torch.float32 else 32}
+    tile_m = min(max(triton.next_power_of_2(M), SMALLEST_DOT), 32)
+    return {"TILE_M": tile_m, "TILE_N": 32, "TILE_K": 32 if dtype != torch.float32 and K % 32 == 0 else 16}
 
 
 def gemm_4bit(
@@ -131,12 +145,12 @@ def gemm_4bit(
 ) -> None:
     N, K = shape
     M = out.numel() // N if N else 0
-    shape_of_tile = tile(M, A.dtype)
+    shape_of_tile = tile(M, K, A.dtype)
     tile_k = shape_of_tile["TILE_K"]
     packed = B.view(-1).view(torch.uint8)
     launch(
         gemm_4bit_kernel,
-        (triton.cdiv(N, shape_of_tile["TILE_N"]), triton.cdiv(M, shape_of_tile["TILE_M"])),
+        tiles(M, N, shape_of_tile["TILE_M"], shape_of_tile["TILE_N"]),
         *(A, packed, absmax, nested_absmax, nested_code, offset, bias, out, M, N, K),
         QUANT_TYPE=quant_type,
         BLOCKSIZE=blocksize,

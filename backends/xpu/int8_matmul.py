@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SMALLEST_DOT, launch
+from .launch import SMALLEST_DOT, launch, tile_of_program, tiles
 
 CODE_SCALE = tl.constexpr(2.0**-7)
 """A code times it is exact in every dtype, and no product with that overflows."""
@@ -27,10 +28,9 @@ def scaled_products(products, m, n, M, N, row_stats, col_stats, bias):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def int8_mm_dequant_kernel(products, row_stats, col_stats, bias, out, M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr):
-    m = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
-    n = tl.program_id(1).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    m, n = tile_of_program(N, TILE_M, TILE_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     place = m[:, None] * N + n[None, :]
     tile = tl.load(products + place, mask=inside, other=0)
@@ -47,7 +47,7 @@ def add_products(a, b, total, INT8_DOT: tl.constexpr):
         return total + tl.dot(a.to(tl.float16), tl.trans(b.to(tl.float16))).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def int8_matmul_kernel(
     A,
     B,
@@ -69,8 +69,7 @@ def int8_matmul_kernel(
 
     Given X, it adds X @ dequantized(B)^T over the columns that outlier_mask names.
     """
-    m = tl.program_id(1).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
-    n = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    m, n = tile_of_program(N, TILE_M, TILE_N)
     products = tl.zeros([TILE_M, TILE_N], tl.int32)
     outliers = tl.zeros([TILE_M, TILE_N], tl.float32)
     for first in range(0, K, TILE_K):
@@ -101,9 +100,8 @@ def int8_mm_dequant(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor
 ) -> None:
     M, N = row_stats.numel(), col_stats.numel()
-    tile = {"TILE_M": 16, "TILE_N": 128}
-    grid = (triton.cdiv(M, tile["TILE_M"]), triton.cdiv(N, tile["TILE_N"]))
-    launch(int8_mm_dequant_kernel, grid, A, row_stats, col_stats, bias, out, M, N, **tile)
+    programs = tiles(M, N, 16, 128)
+    launch(int8_mm_dequant_kernel, programs, A, row_stats, col_stats, bias, out, M, N, TILE_M=16, TILE_N=128)
 
 
 def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor) -> None:
@@ -151,7 +149,7 @@ def _matmul(
     shape_of_tile = tile(M, int8_dot, X is not None)
     launch(
         int8_matmul_kernel,
-        (triton.cdiv(N, shape_of_tile["TILE_N"]), triton.cdiv(M, shape_of_tile["TILE_M"])),
+        tiles(M, N, shape_of_tile["TILE_M"], shape_of_tile["TILE_N"]),
         *(A, B, row_stats, col_stats, bias, X, outlier_mask, out, M, N, K),
         INT8_DOT=int8_dot,
         **shape_of_tile,
@@ -159,7 +157,7 @@ def _matmul(
 
 
 def tile(M: int, int8_dot: bool, outliers: bool) -> dict[str, int]:
-    """The tile of one program for so many rows: as large as no GPU's registers overflow. Not tuned on hardware yet."""
+    """The tile of one program for so many rows: as large as no GPU's registers overflow."""
     if outliers or not int8_dot:
         return {"TILE_M": SMALLEST_DOT, "TILE_N": 32, "TILE_K": 32}
     if M <= SMALLEST_DOT:
@@ -167,6 +165,14 @@ def tile(M: int, int8_dot: bool, outliers: bool) -> dict[str, int]:
     return {"TILE_M": 64, "TILE_N": 64, "TILE_K": 32}
 
 
+@cache
 def has_int8_dot(device: torch.device) -> bool:
-    """Whether Triton compiles a dot of codes there: for NVIDIA's GPUs before Ampere it does not."""
+    """Whether Triton compiles an exact dot of codes there.
+
+    For NVIDIA's GPUs before Ampere it compiles none, and for those of Intel without matrix units (XMX) none that is
+    known to be exact.
+    """
+    if device.type == "xpu":
+        properties = torch.xpu.get_device_properties(device)
+        return getattr(properties, "has_subgroup_matrix_multiply_accumulate", False)
     return device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .encode import MAGNITUDE_BITS, is_usable
-from .launch import TILE, launch
+from .launch import TILE, launch, tile_of_program, tiles
 
 ROUNDING = tl.constexpr(1.5 * 2.0**23)
 """Added to an f32 below 2^22 and subtracted again, it leaves the nearest integer, ties to even."""
@@ -21,10 +21,10 @@ COLUMNS = 64
 """That one program takes; so many columns that it reads whole stretches of memory."""
 
 ENTRIES = 2**10
-"""That one program has in work at once. Not tuned on hardware yet."""
+"""That one program has in work at once."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def int8_absmax_kernel(
     A, stats, outlier_mask, lines, length, line_stride, stride, threshold, LINES: tl.constexpr, LENGTH: tl.constexpr
 ):
@@ -52,7 +52,7 @@ def int8_absmax_kernel(
     tl.store(stats + line, stored, mask=line < lines)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def int8_quantize_kernel(
     A,
     stats,
@@ -67,10 +67,7 @@ def int8_quantize_kernel(
     LENGTH: tl.constexpr,
 ):
     """The codes of a tile by the scales of its lines, and 0 where outlier_mask is set for the line or the entry."""
-    tiles = tl.cdiv(length, LENGTH)
-    program = tl.program_id(0)
-    line = (program // tiles).to(tl.int64) * LINES + tl.arange(0, LINES)
-    entry = (program % tiles).to(tl.int64) * LENGTH + tl.arange(0, LENGTH)
+    line, entry = tile_of_program(length, LINES, LENGTH)
     inside = (line < lines)[:, None] & (entry < length)[None, :]
     place = line[:, None] * line_stride + entry[None, :] * stride
     values = tl.load(A + place, mask=inside, other=0.0).to(tl.float32)
@@ -115,13 +112,13 @@ class _Lines(NamedTuple):
 
     def find_scales(self, A: Tensor, threshold: float, stats: Tensor, outlier_mask: Tensor | None) -> None:
         limit = threshold if threshold > 0 else math.nan
-        grid = (triton.cdiv(self.lines, self.tile_lines),)
-        launch(int8_absmax_kernel, grid, A, stats, outlier_mask, *self._strides, limit, **self._tile)
+        programs = triton.cdiv(self.lines, self.tile_lines)
+        launch(int8_absmax_kernel, programs, A, stats, outlier_mask, *self._strides, limit, **self._tile)
 
     def quantize(self, A: Tensor, stats: Tensor, outlier_mask: Tensor | None, mask_of_lines: bool, q: Tensor) -> None:
-        tiles = triton.cdiv(self.lines, self.tile_lines) * triton.cdiv(self.length, self._tile["LENGTH"])
+        programs = tiles(self.lines, self.length, *self._tile.values())
         arguments = (A, stats, outlier_mask, q, *self._strides)
-        launch(int8_quantize_kernel, (tiles,), *arguments, MASK_OF_LINES=mask_of_lines, **self._tile)
+        launch(int8_quantize_kernel, programs, *arguments, MASK_OF_LINES=mask_of_lines, **self._tile)
 
     @property
     def _strides(self) -> tuple[int, int, int, int]:
@@ -150,4 +147,4 @@ def int8_double_quant(A: Tensor, threshold: float, out: tuple[Tensor, Tensor, Te
 
 def int8_vectorwise_dequant(A: Tensor, stats: Tensor, out: Tensor) -> None:
     n = A.numel()
-    launch(int8_vectorwise_dequant_kernel, (triton.cdiv(n, TILE),), A, stats, out, n, A.shape[-1], TILE=TILE)
+    launch(int8_vectorwise_dequant_kernel, triton.cdiv(n, TILE), A, stats, out, n, A.shape[-1], TILE=TILE)

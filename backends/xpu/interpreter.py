@@ -1,20 +1,22 @@
 """Mends Triton's interpreter (3.6 to 3.9) for bfloat16, whose values it holds as raw 16-bit integers.
 
-As it comes, a cast from f32 drops bits instead of rounding, a sum or product is that of the integers, and so is a dot.
-Compiled kernels are not concerned: this serves the tests that run kernels with TRITON_INTERPRET=1. Nor do their numpy
-operations warn of overflow and NaN any more, which a GPU computes without a word.
+As it comes, a cast from f32 drops bits instead of rounding, and a dot is that of the integers. Compiled kernels are not
+concerned: this serves the tests that run kernels with TRITON_INTERPRET=1. Arithmetic on bfloat16 stays that of the
+integers: no kernel of ours has any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import RLock
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import triton.language as tl
 from numpy.typing import NDArray
-from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 QUIET_NAN = 0x7FC0
 
@@ -42,32 +44,15 @@ def _widened(handle: TensorHandle) -> TensorHandle:
 
 
 def _cast(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
-    """A cast that goes through f32 on either side of bfloat16; further arguments are the rounding."""
+    """A cast that goes through f32 on either side of bfloat16."""
 
-    def cast(self: InterpreterBuilder, source: TensorHandle, dtype: tl.dtype, *rounding: Any) -> TensorHandle:
-        source_is_bfloat16 = _is_bfloat16(source.dtype)
-        if not source_is_bfloat16 and not _is_bfloat16(dtype):
-            return original(self, source, dtype, *rounding)
+    def cast(self: InterpreterBuilder, source: TensorHandle, dtype: tl.dtype) -> TensorHandle:
         source = _widened(source)
         if _is_bfloat16(dtype):
             return TensorHandle(_to_bfloat16(source.data), tl.bfloat16)
-        return source if dtype.scalar == tl.float32 else original(self, source, dtype, *rounding)
+        return original(self, source, dtype)
 
     return cast
-
-
-def _binary(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
-    """An operation in f32, rounded once; a comparison gives truth values and is not rounded."""
-
-    def binary(self: InterpreterBuilder, left: TensorHandle, right: TensorHandle, op: Any) -> TensorHandle:
-        if not _is_bfloat16(left.dtype):
-            return original(self, left, right, op)
-        result = op(_widened(left).data, _widened(right).data)
-        if result.dtype == np.bool_:
-            return TensorHandle(result, tl.int1)
-        return TensorHandle(_to_bfloat16(result), tl.bfloat16)
-
-    return binary
 
 
 def _dot(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
@@ -77,21 +62,18 @@ def _dot(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     return dot
 
 
-def _quietly(original: Callable[..., None]) -> Callable[..., None]:
-    def run(self: GridExecutor, *arguments: Any, **keywords: Any) -> None:
-        with np.errstate(all="ignore"):
-            original(self, *arguments, **keywords)
+_REPLACEMENTS: dict[str, Any] = {
+    "cast_impl": _cast(InterpreterBuilder.cast_impl),
+    "create_dot": _dot(InterpreterBuilder.create_dot),
+}
+_lock = RLock()
 
-    return run
 
+@contextmanager
+def mended() -> Iterator[None]:
+    """Within it, one thread at a time, the interpreter is right on bfloat16.
 
-def mend() -> None:
-    """Replace what is wrong, once in a process."""
-    if getattr(interpreter, "_bnb_core_mended", False):
-        return
-    InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
-    InterpreterBuilder.create_fp_to_fp = _cast(InterpreterBuilder.create_fp_to_fp)
-    InterpreterBuilder.binary_op = _binary(InterpreterBuilder.binary_op)
-    InterpreterBuilder.create_dot = _dot(InterpreterBuilder.create_dot)
-    GridExecutor.__call__ = _quietly(GridExecutor.__call__)
-    interpreter._bnb_core_mended = True
+    Nor do its numpy operations warn of overflow and NaN, which a GPU computes without a word.
+    """
+    with _lock, patch.multiple(InterpreterBuilder, **_REPLACEMENTS), np.errstate(all="ignore"):
+        yield

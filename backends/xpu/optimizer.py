@@ -153,7 +153,7 @@ def optimizer_kernel(
 ):
     """Step a tile of p and its states; or, given sums, only measure p and the update.
 
-    ratio: f32[1] that size is multiplied by. qmap and absmax: None where state is f32.
+    ratio: f32[1] that size is multiplied by. qmap and absmax: None where state is f32. FIRST_STEP: of momentum.
     """
     TILE: tl.constexpr = BLOCKS * BLOCKSIZE
     HAS_SLOW: tl.constexpr = RULE == "ademamix"
@@ -222,7 +222,7 @@ def norm(sums, count, TILE: tl.constexpr):
     return overall * tl.sqrt_rn(tl.sum(total, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def trust_ratio_kernel(sums, ratio, unorm, count, max_unorm, TILE: tl.constexpr):
     """s of the rules: the update is at most max_unorm times as long as the parameter."""
     p_norm = norm(sums, count, TILE)
@@ -288,7 +288,7 @@ def _update(
     constants: dict[str, Any] = {
         **scalars,
         "RULE": rule,
-        "FIRST_STEP": step == 1,
+        "FIRST_STEP": rule == "momentum" and step == 1,
         "SKIP_ZEROS": skip_zeros,
         "BLOCKS": TILE // OPTIMIZER_BLOCKSIZE,
     }
@@ -297,9 +297,9 @@ def _update(
         assert unorm_vec is not None
         sums = torch.empty(4 * programs, dtype=torch.float32, device=unorm_vec.device)
         ratio = torch.empty(1, dtype=torch.float32, device=unorm_vec.device)
-        launch(optimizer_kernel, (programs,), *tensors, sums, None, n, _f32(unit), **constants)
-        launch(trust_ratio_kernel, (1,), sums, ratio, unorm_vec, programs, _f32(max_unorm), TILE=1024)
-    launch(optimizer_kernel, (programs,), *tensors, None, ratio, n, _f32(lr * unit), **constants)
+        launch(optimizer_kernel, programs, *tensors, sums, None, n, _f32(unit), **constants)
+        launch(trust_ratio_kernel, 1, sums, ratio, unorm_vec, programs, _f32(max_unorm), TILE=1024)
+    launch(optimizer_kernel, programs, *tensors, None, ratio, n, _f32(lr * unit), **constants)
 
 
 def optimizer_update_32bit(

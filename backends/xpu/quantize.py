@@ -76,16 +76,16 @@ def _blocks_per_program(blocksize: int) -> int:
 def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, out: tuple[Tensor, Tensor]) -> None:
     q, absmax = out
     blocks = _blocks_per_program(blocksize)
-    grid = (triton.cdiv(absmax.numel(), blocks),)
-    launch(quantize_blockwise_kernel, grid, A, code, q, absmax, A.numel(), BLOCKSIZE=blocksize, BLOCKS=blocks)
+    programs = triton.cdiv(absmax.numel(), blocks)
+    launch(quantize_blockwise_kernel, programs, A, code, q, absmax, A.numel(), BLOCKSIZE=blocksize, BLOCKS=blocks)
 
 
 def dequantize_blockwise(
     A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
 ) -> None:
     n = A.numel()
-    grid = (triton.cdiv(n, TILE),)
-    launch(dequantize_blockwise_kernel, grid, A, absmax, code, out, n, BLOCKSIZE=blocksize, TILE=TILE)
+    programs = triton.cdiv(n, TILE)
+    launch(dequantize_blockwise_kernel, programs, A, absmax, code, out, n, BLOCKSIZE=blocksize, TILE=TILE)
 
 
 def quantize_4bit(
@@ -93,9 +93,9 @@ def quantize_4bit(
 ) -> None:
     packed, absmax = out[0].view(-1).view(torch.uint8), out[1]
     blocks = _blocks_per_program(blocksize)
-    grid = (triton.cdiv(absmax.numel(), blocks),)
+    programs = triton.cdiv(absmax.numel(), blocks)
     constants = {"QUANT_TYPE": quant_type, "BLOCKSIZE": blocksize, "BLOCKS": blocks}
-    launch(quantize_4bit_kernel, grid, A, packed, absmax, A.numel(), **constants)
+    launch(quantize_4bit_kernel, programs, A, packed, absmax, A.numel(), **constants)
 
 
 def dequantize_4bit(
@@ -108,7 +108,7 @@ def dequantize_4bit(
     out: Tensor,
 ) -> None:
     n = out.numel()
-    grid = (triton.cdiv(n, TILE),)
+    programs = triton.cdiv(n, TILE)
     packed = A.view(-1).view(torch.uint8)
     constants = {"QUANT_TYPE": quant_type, "BLOCKSIZE": blocksize, "TILE": TILE}
-    launch(dequantize_4bit_kernel, grid, packed, absmax, out, n, **constants)
+    launch(dequantize_4bit_kernel, programs, packed, absmax, out, n, **constants)

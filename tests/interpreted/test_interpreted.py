@@ -17,7 +17,9 @@ from bnb_core import primitives, registry  # noqa: E402
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from bnb_core.backends.xpu import int8_matmul  # noqa: E402
+from bnb_core.backends.xpu import _with_first_call, int8_matmul, optimizer  # noqa: E402
+from bnb_core.backends.xpu.interpreter import InterpreterBuilder, mended  # noqa: E402
+from bnb_core.backends.xpu.launch import launch, tile_of_program, tiles  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +33,6 @@ def convert_kernel(source, out, n, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
     values = tl.load(source + index, mask=index < n, other=0.0)
     tl.store(out + index, values.to(out.dtype.element_ty), mask=index < n)
-
-
-@triton.jit
-def arithmetic_kernel(a, b, out, is_less, SIZE: tl.constexpr):
-    index = tl.arange(0, SIZE)
-    x, y = tl.load(a + index), tl.load(b + index)
-    tl.store(out + index, x * y)
-    tl.store(out + SIZE + index, x + y)
-    tl.store(is_less + index, (x < y).to(tl.int8))
 
 
 @triton.jit
@@ -62,23 +55,25 @@ SPECIAL = torch.tensor([float("nan"), float("inf"), float("-inf")])
 def test_casts_round_as_torch_does(source, dtype):
     values = torch.cat([AWKWARD, SPECIAL, torch.randn(4000)]).to(source)
     out = torch.empty(values.numel(), dtype=dtype)
-    convert_kernel[(1,)](values, out, values.numel(), 4096)
+    launch(convert_kernel, 1, values, out, values.numel(), SIZE=4096)
     assert same(out, values.to(dtype))
-
-
-def test_bfloat16_sums_products_and_comparisons_are_those_of_the_values():
-    a, b = torch.randn(256).bfloat16(), torch.randn(256).bfloat16()
-    out, is_less = torch.empty(2, 256, dtype=torch.bfloat16), torch.empty(256, dtype=torch.int8)
-    arithmetic_kernel[(1,)](a, b, out, is_less, 256)
-    assert same(out, torch.stack([a * b, a + b]))
-    assert torch.equal(is_less.bool(), a < b)
 
 
 def test_a_bfloat16_dot_is_that_of_the_values():
     a, b = torch.randn(32, 32).bfloat16(), torch.randn(32, 32).bfloat16()
     out = torch.empty(32, 32)
-    dot_kernel[(1,)](a, b, out, 32)
+    launch(dot_kernel, 1, a, b, out, SIZE=32)
     torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_interpreter_is_as_it_was_around_our_kernels():
+    before = dict(vars(InterpreterBuilder))
+    with mended(), mended():
+        assert InterpreterBuilder.create_dot is not before["create_dot"]
+    with pytest.raises(ZeroDivisionError), mended():
+        raise ZeroDivisionError
+    primitives.int8_linear_matmul(*torch.ones(2, 3, 16, dtype=torch.int8))
+    assert dict(vars(InterpreterBuilder)) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -92,6 +87,44 @@ def test_int8_products_are_the_same_where_there_is_no_dot_of_codes(monkeypatch, 
     monkeypatch.setattr(int8_matmul, "has_int8_dot", lambda device: False)
     assert torch.equal(primitives.int8_linear_matmul(A[:5], B).long(), A[:5].long() @ B.long().t())
     assert torch.equal(primitives.int8_mixed_scaled_mm(X, A, B, *scales, mask, None), with_dot)
+
+
+def test_a_kernel_that_triton_is_imported_for_late_is_the_kernel():
+    code, out = torch.linspace(-1, 1, 256), torch.empty(70)
+    q, absmax = primitives.quantize_blockwise(torch.randn(70), code, 64)
+    _with_first_call("dequantize_blockwise")(q, absmax, code, 64, torch.float32, out=out)
+    assert torch.equal(out, primitives.dequantize_blockwise(q, absmax, code, 64, torch.float32))
+
+
+@triton.jit
+def which_tile_kernel(out, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = tile_of_program(columns, ROWS, COLUMNS)
+    inside = (column < columns)[None, :]
+    place = row[:, None] * columns + column[None, :]
+    tl.store(out + place, tl.load(out + place, mask=inside, other=0) + 1, mask=inside)
+
+
+def test_the_tiles_of_programs_cover_a_matrix_once():
+    out = torch.zeros(12, 21, dtype=torch.int32)
+    launch(which_tile_kernel, tiles(12, 21, 4, 8), out, 21, ROWS=4, COLUMNS=8)
+    assert torch.equal(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize(("rule", "kernels"), [("adam", 1), ("lion", 1), ("momentum", 2)])
+def test_only_momentum_has_a_kernel_of_its_own_for_the_first_step(monkeypatch, rule, kernels):
+    compiled = set()
+
+    def launched(kernel, programs, *arguments, **constants):
+        names = [name for name in constants if name.isupper()]
+        compiled.add(tuple((name, constants[name]) for name in names))
+
+    monkeypatch.setattr(optimizer, "launch", launched)
+    g, p, state1, state2 = torch.randn(4, 300)
+    for step in (1, 2, 3):
+        hyperparameters = (0.9, 0.99, 0.0, 0.0, 1e-8, step, 1e-3, 0.0, 1.0, 0.0, False)
+        second = state2 if rule == "adam" else None
+        primitives.optimizer_update_32bit(rule, g, p, state1, second, None, *hyperparameters)
+    assert len(compiled) == kernels
 
 
 def bounded_step(p: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -52,7 +52,8 @@ def _optimizer(states: str, measures: bool, **constants: Any) -> Specialization:
 
 
 def _gemm_4bit(types: str, rows: int, dtype: torch.dtype, **constants: Any) -> Specialization:
-    constants |= {"QUANT_TYPE": "nf4", "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, **gemm_4bit.tile(rows, dtype)}
+    K = 4096 if constants["K_IS_EVEN"] else 4095
+    constants |= {"QUANT_TYPE": "nf4", "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, **gemm_4bit.tile(rows, K, dtype)}
     return Specialization("gemm_4bit", "gemm_4bit_kernel", f"{types} i32 i32 i32", constants, multiplies_and_adds=True)
 
 
@@ -89,6 +90,12 @@ SPECIALIZATIONS = {
     "gemm_4bit bf16": _gemm_4bit(
         "*bf16 *u8 *fp32 None None None *bf16 *bf16", 64, torch.bfloat16, K_IS_EVEN=True, SCALE_PER_ROW=True
     ),
+    "gemm_4bit f16": _gemm_4bit(
+        "*fp16 *u8 *fp32 None None None *fp16 *fp16", 64, torch.float16, K_IS_EVEN=True, SCALE_PER_ROW=True
+    ),
+    "gemm_4bit f16, rows of several scales": _gemm_4bit(
+        "*fp16 *u8 *u8 *fp32 *fp32 *fp32 *fp16 *fp16", 64, torch.float16, K_IS_EVEN=False, SCALE_PER_ROW=False
+    ),
     "gemm_4bit f32": _gemm_4bit(
         "*fp32 *u8 *fp32 None None None None *fp32", 64, torch.float32, K_IS_EVEN=False, SCALE_PER_ROW=False
     ),
@@ -116,6 +123,7 @@ SPECIALIZATIONS = {
     "rmsprop 8-bit": _optimizer(ONE_STATE_8BIT, False, RULE="rmsprop"),
     **{f"{rule} 32-bit": _optimizer(STATE_32BIT, False, RULE=rule) for rule in ("momentum", "lion", "adagrad")},
     "norms of adam": _optimizer(STATE_8BIT, True, RULE="adam"),
+    "touch": Specialization("launch", "touch_kernel", "*fp32", {}),
     "trust ratio": Specialization("optimizer", "trust_ratio_kernel", "*fp32 *fp32 *fp32 i32 fp32", {"TILE": 1024}),
 }
 
@@ -161,6 +169,22 @@ def resource_usage(cubin: bytes, folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def fuses_nothing(assembly: str) -> bool:
+    """Whether AMD's fused multiply-adds are those that an exact division and an exact square root consist of.
+
+    A division of f32 is one v_div_fixup_f32 and five of them, a root one v_sqrt_f32 and two; a division of 64-bit
+    integers begins with another reciprocal in f32 and has two on some GPUs.
+    """
+
+    def count(instruction: str) -> int:
+        return len(re.findall(rf"\bv_(?:dual_)?{instruction}_f32", assembly))
+
+    fused = count("(?:fma|fmac|fmaak|fmamk|mac|mad)") + 2 * len(re.findall(r"\bv_pk_fma_f32", assembly))
+    divisions = count("div_fixup")
+    exact = 5 * divisions + 2 * count("sqrt")
+    return fused in (exact, exact + 2 * (count("rcp") - divisions))
+
+
 @pytest.mark.parametrize(("name", "target"), CASES)
 def test_the_kernel_compiles_keeps_every_rounding_and_spills_nothing(name, target, tmp_path):
     case = SPECIALIZATIONS[name]
@@ -174,15 +198,42 @@ def test_the_kernel_compiles_keeps_every_rounding_and_spills_nothing(name, targe
         assert re.findall(r"STACK:(\d+).*LOCAL:(\d+)", resource_usage(stages["cubin"], tmp_path)) == [("0", "0")]
     else:
         assert ".amdhsa_float_denorm_mode_32 3" in stages["amdgcn"]
+        fused = re.findall(r"\bcontract\b|llvm\.fmuladd|llvm\.fma\b", stages["llir"])
+        assert (fused == [] and fuses_nothing(stages["amdgcn"])) or case.multiplies_and_adds
         assert re.findall(r"ScratchSize: (\d+)", stages["amdgcn"]) == ["0"]
+
+
+def uses_in_32_bits(intermediate: str) -> set[str]:
+    """What is done to the number of a program, and to what becomes of it, before it is extended to 64 bits."""
+    narrow, uses = set(), set()
+    for result, operation, operands in re.findall(r"^\s*(%\w+) = \"?(\w+\.\w+)\"?(.*)", intermediate, re.MULTILINE):
+        if operation == "tt.get_program_id":
+            narrow.add(result)
+        elif operation != "arith.extsi" and narrow & set(re.findall(r"%\w+", operands)):
+            narrow.add(result)
+            uses.add(operation)
+    return uses
 
 
 @pytest.mark.parametrize("name", SPECIALIZATIONS)
 def test_where_a_program_works_is_computed_in_64_bits(name):
     intermediate = compiled(SPECIALIZATIONS[name], TARGETS["sm_80"])["ttir"]
-    for number in re.findall(r"(%\w+) = tt.get_program_id", intermediate):
-        uses = re.findall(rf" (\w+\.\w+) .*{number}\b(?!.*get_program_id)", intermediate)
-        assert set(uses) <= {"arith.extsi", "arith.divsi", "arith.remsi"}
+    assert uses_in_32_bits(intermediate) <= {"arith.divsi", "arith.remsi"}
+
+
+def test_a_product_in_32_bits_is_noticed():
+    lines = ("%p = tt.get_program_id x : i32", "%t = arith.divsi %p, %n : i32", "%0 = arith.muli %t, %c2_i32 : i32")
+    assert uses_in_32_bits("\n".join(f"    {line} loc(#loc1)" for line in lines)) == {"arith.divsi", "arith.muli"}
+
+
+@pytest.mark.parametrize("target", ["gfx90a", "gfx1100"])
+def test_fused_multiply_adds_are_noticed(monkeypatch, target):
+    compile_ = triton.compile
+    monkeypatch.setattr(
+        triton, "compile", lambda *a, options, **k: compile_(*a, options={"enable_fp_fusion": True}, **k)
+    )
+    for name in ("momentum 32-bit", "adam 8-bit"):
+        assert not fuses_nothing(compiled(SPECIALIZATIONS[name], TARGETS[target])["amdgcn"])
 
 
 def test_every_kernel_is_compiled():
