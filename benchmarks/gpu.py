@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import gc
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -12,7 +13,7 @@ import report
 import torch
 from cpu import OUTPUT, QUICK_ROUNDS, ROUNDS
 from gpu_cases import DEVICE, all_cases
-from measure import measure
+from measure import Case, Result, measure_or_explain
 from rich.console import Console
 from rich.progress import track
 
@@ -20,8 +21,8 @@ from bnb_core import registry
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--json", "json_path", type=OUTPUT, help="Write every round's times here.")
-@click.option("--markdown", "markdown_path", type=OUTPUT, help="Write the table here.")
+@click.option("--json", "json_path", type=OUTPUT, help="Write every round's times here, after each case.")
+@click.option("--markdown", "markdown_path", type=OUTPUT, help="Write the table here, after each case.")
 @click.option("--rounds", type=click.IntRange(min=1), default=ROUNDS, show_default=True)
 @click.option("--quick", is_flag=True, help=f"A selection of the cases, in {QUICK_ROUNDS} rounds.")
 @click.option("--case", "pattern", default="*", help="Only the cases whose name matches this pattern.")
@@ -34,30 +35,57 @@ def command(
     pattern: str,
     backend: str | None,
 ) -> None:
-    """Time bnb_core on the current GPU beside bitsandbytes, torch and what the card can do."""
+    """Time bnb_core on the current GPU beside bitsandbytes, torch and what the card can do.
+
+    A case that fails is reported, and the exit status is then 1.
+    """
     if not torch.cuda.is_available():
         raise click.UsageError("torch sees no GPU")
     name = backend or registry.served_by("gemm_4bit", DEVICE)
     torch.manual_seed(0)
+    rounds = QUICK_ROUNDS if quick else rounds
     chosen = [c for c in all_cases() if fnmatch.fnmatchcase(c.name, pattern) and (c.quick or not quick)]
     if not chosen:
         raise click.BadParameter(f"no case matches {pattern!r}", param_hint="--case")
     console = Console(width=200)
-    results = []
-    with registry.use_backend(name), torch.no_grad():
-        for case in track(chosen, "measuring", console=console, transient=True):
-            results.append(measure(case, QUICK_ROUNDS if quick else rounds, torch.device(DEVICE)))
-            gc.collect()
-            torch.cuda.empty_cache()
     facts = report.gpu_machine(name, rounds)
-    rows = [report.row(result) for result in results]
-    console.print(report.table(rows, torch.cuda.get_device_name()))
-    if json_path is not None:
-        json_path.write_text(json.dumps(report.as_json(facts, results, None), indent=1) + "\n")
-    if markdown_path is not None:
-        markdown_path.write_text(report.markdown(facts, rows, None, "GPU"))
-    verdicts = [verdict for result in results for verdict in result.verdicts]
-    console.print(f"{len(verdicts)} requirements: {sum(v.met is False for v in verdicts)} missed")
+    device_name = torch.cuda.get_device_name()
+    results: list[Result] = []
+    with registry.use_backend(name), torch.no_grad():
+        for result in track(_measured(chosen, rounds), "measuring", len(chosen), console=console, transient=True):
+            results.append(result)
+            if json_path is not None:
+                json_path.write_text(json.dumps(report.as_json(facts, results, None), indent=1) + "\n")
+            if markdown_path is not None:
+                markdown_path.write_text(report.markdown(facts, [report.row(r) for r in results], None, "GPU"))
+    console.print(report.table([report.row(result) for result in results], device_name))
+    console.print(report.summary([verdict for result in results for verdict in result.verdicts]), highlight=False)
+    failed = sum(not result.seconds for result in results)
+    if failed or len(results) < len(chosen):
+        console.print(f"{failed} cases failed, {len(chosen) - len(results)} were not run", highlight=False)
+        raise SystemExit(1)
+
+
+def _measured(cases: Sequence[Case], rounds: int) -> Iterator[Result]:
+    """One result after the other, up to an error of a kernel, after which the device answers no call."""
+    for case in cases:
+        result = measure_or_explain(case, rounds, torch.device(DEVICE))
+        gc.collect()
+        error = _lasting_error()
+        if error is not None:
+            result.remark = f"{result.remark}; the device answers no more: {error}".removeprefix("; ")
+        yield result
+        if error is not None:
+            return
+
+
+def _lasting_error() -> Exception | None:
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        return error
+    return None
 
 
 if __name__ == "__main__":

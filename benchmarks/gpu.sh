@@ -1,17 +1,39 @@
 #!/usr/bin/env bash
 # Builds the kernels for this machine's GPU, holds them to the conformance suite and times them. It needs a torch for
-# the GPU, its compiler (nvcc or hipcc) and this checkout, and changes nothing outside build/gpu.
+# the GPU, its compiler (nvcc or hipcc) and this checkout, installs into build/gpu, and writes nothing outside what
+# building leaves in the checkout (build/, bnb_core.egg-info/) and the files that the arguments name.
 #
-# Arguments go to benchmarks/gpu.py; PYTHON names the interpreter that has torch.
+# Arguments go to benchmarks/gpu.py; PYTHON names the interpreter that has torch. The benchmark runs whatever the suite
+# finds, and the exit status is 0 if neither failed.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")/.."
+checkout=$PWD
 python=${PYTHON:-python3}
 backend=$("$python" -c 'import torch; print("hip" if torch.version.hip else "cuda")')
-target=$PWD/build/gpu
+target=$checkout/build/gpu
+
+"$python" - << 'END'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+needed = {"setuptools": (77, 0), "pybind11": (2, 12)}
+
+
+def is_old(name, least):
+    try:
+        return tuple(map(int, version(name).split(".")[:2])) < least
+    except PackageNotFoundError:
+        return True
+
+
+if any(is_old(name, least) for name, least in needed.items()):
+    wanted = " ".join(f"'{name}>={major}.{minor}'" for name, (major, minor) in needed.items())
+    sys.exit(f"gpu.sh builds with packages that are missing or too old: {sys.executable} -m pip install {wanted}")
+END
 
 install() { "$python" -m pip install --quiet --no-build-isolation --target "$target" --upgrade "$@"; }
 rm -rf "$target"
-"$python" -c 'import setuptools, pybind11' 2> /dev/null || "$python" -m pip install --quiet "setuptools>=77" pybind11
 BNB_BUILD=cpu,$backend install --no-deps .
 export PYTHONPATH=$target${PYTHONPATH:+:$PYTHONPATH}
 for package in numpy packaging safetensors click rich matplotlib pytest hypothesis; do
@@ -21,5 +43,8 @@ done
 # From elsewhere, so that the checkout's folder is not imported in place of what was installed.
 cd "$target"
 "$python" -m bnb_core info
-"$python" -m bnb_core conformance --backend "$backend"
-"$python" "$OLDPWD/benchmarks/gpu.py" "$@"
+status=0
+"$python" -m bnb_core conformance --backend "$backend" || status=$?
+cd "$caller"
+"$python" "$checkout/benchmarks/gpu.py" "$@" || status=$?
+exit $status

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn
 
 import peers
 import torch
@@ -20,6 +21,8 @@ ROTATED_BYTES = 2**30
 """More than any L2 cache: what a call reads was last read this many bytes ago."""
 COPIED_BYTES = 2**28
 GRAPH_CALLS = 16
+MOST_FEW_ROWS = 64
+"""Up to so many rows the product is required to be faster than a dense one."""
 COPY = "copy bandwidth"
 DENSE = "torch dense bf16"
 INT_MM = "torch _int_mm"
@@ -37,19 +40,26 @@ def graphed(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], 
     with torch.cuda.graph(graph):
         results = [function(*turn) for turn in turns]
     del results
-    return Contender(graph.replay, kind, 1 / len(turns))
+    return Contender(partial(_replay, graph, function, turns), kind, 1 / len(turns))
 
 
-def graphed_peer(name: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> dict[str, Contender]:
-    """A peer that may be absent, or refuse this work or a graph: then there is none."""
+def _replay(graph: torch.cuda.CUDAGraph, *_read_by_it: Any) -> None:
+    """A graph holds the addresses of what it reads, so whoever replays it has to hold the tensors."""
+    graph.replay()
+
+
+def peer(make: Callable[[ModuleType], Contender]) -> dict[str, Contender]:
+    """What ``make`` makes of bitsandbytes, where it is installed; if that fails, so do the calls, which is reported."""
     if peers.bitsandbytes is None:
         return {}
     try:
-        return {name: graphed(function, arguments)}
+        return {BITSANDBYTES: make(peers.bitsandbytes)}
     except Exception as error:
-        torch.cuda.synchronize()
-        print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
-        return {}
+        return {BITSANDBYTES: Contender(partial(_fail, error.with_traceback(None)))}
+
+
+def _fail(error: Exception) -> NoReturn:
+    raise error
 
 
 def copies(make: Callable[[], tuple[Any, ...]], moved_bytes: float) -> list[tuple[Any, ...]]:
@@ -80,17 +90,12 @@ def _linear(M: int, N: int, K: int, nested: bool) -> tuple[dict[str, Contender],
     moved = N * K / 2 + N * K / 64 * (1 if nested else 4) + 2 * M * (N + K)
     ours = copies(lambda: functional.quantize_4bit(_random_weight(N, K), **keywords), moved)
     contenders = {OURS: graphed(lambda packed, state: functional.gemm_4bit(x, packed, state), ours, "ours")}
-    if peers.bitsandbytes is not None:
-        theirs = peers.bitsandbytes
-        quantize = theirs.functional.quantize_4bit
-        weights = copies(lambda: quantize(_random_weight(N, K), **keywords), moved)
-        multiply = partial(_bitsandbytes_linear, theirs, x)
-        contenders |= graphed_peer(BITSANDBYTES, multiply, weights)
-    return contenders, moved
 
+    def bitsandbytes_linear(theirs: Any) -> Contender:
+        weights = copies(lambda: theirs.functional.quantize_4bit(_random_weight(N, K), **keywords), moved)
+        return graphed(lambda packed, state: theirs.matmul_4bit(x, packed.t(), state), weights)
 
-def _bitsandbytes_linear(theirs: Any, x: torch.Tensor, packed: torch.Tensor, state: Any) -> torch.Tensor:
-    return theirs.matmul_4bit(x, packed.t(), state)
+    return contenders | peer(bitsandbytes_linear), moved
 
 
 def decode(N: int, K: int, nested: bool) -> Work:
@@ -105,7 +110,10 @@ def decode(N: int, K: int, nested: bool) -> Work:
 def few_rows(M: int, N: int, K: int) -> Work:
     contenders, moved = _linear(M, N, K, False)
     contenders[DENSE] = dense(M, N, K)
-    return Work(contenders, (Requirement(BITSANDBYTES, 1.0), Requirement(DENSE, 1.0)), moved, 2.0 * M * N * K)
+    requirements = [Requirement(BITSANDBYTES, 1.0)]
+    if M <= MOST_FEW_ROWS:
+        requirements.append(Requirement(DENSE, 1.0))
+    return Work(contenders, requirements, moved, 2.0 * M * N * K)
 
 
 def many_rows(M: int, N: int, K: int) -> Work:
@@ -115,17 +123,17 @@ def many_rows(M: int, N: int, K: int) -> Work:
 
 
 def quantize_4bit() -> Work:
+    """The kernel alone: the function above it also copies the codebook into the state that it returns."""
     N = K = 8192
     moved = N * K * (2 + 0.5 + 4 / 64)
-    keywords: dict[str, Any] = {"blocksize": 64, "quant_type": "nf4"}
     weights = copies(lambda: (_random_weight(N, K),), moved)
     contenders = {
-        OURS: graphed(partial(functional.quantize_4bit, **keywords), weights, "ours"),
+        OURS: graphed(lambda A: primitives.quantize_4bit(A, 64, "nf4", torch.uint8), weights, "ours"),
         COPY: copy(moved),
+        **peer(
+            lambda theirs: graphed(partial(theirs.functional.quantize_4bit, blocksize=64, quant_type="nf4"), weights)
+        ),
     }
-    if peers.bitsandbytes is not None:
-        theirs = partial(peers.bitsandbytes.functional.quantize_4bit, **keywords)
-        contenders |= graphed_peer(BITSANDBYTES, theirs, weights)
     return Work(contenders, (Requirement(COPY, 1 / 0.7),), moved)
 
 
@@ -135,11 +143,12 @@ def dequantize_4bit() -> Work:
     keywords: dict[str, Any] = {"blocksize": 64, "quant_type": "nf4"}
     ours = copies(lambda: functional.quantize_4bit(_random_weight(N, K), **keywords), moved)
     contenders = {OURS: graphed(functional.dequantize_4bit, ours, "ours"), COPY: copy(moved)}
-    if peers.bitsandbytes is not None:
-        theirs = peers.bitsandbytes.functional
-        weights = copies(lambda: theirs.quantize_4bit(_random_weight(N, K), **keywords), moved)
-        contenders |= graphed_peer(BITSANDBYTES, theirs.dequantize_4bit, weights)
-    return Work(contenders, (Requirement(COPY, 1 / 0.85),), moved)
+
+    def bitsandbytes_dequantize(theirs: Any) -> Contender:
+        weights = copies(lambda: theirs.functional.quantize_4bit(_random_weight(N, K), **keywords), moved)
+        return graphed(theirs.functional.dequantize_4bit, weights)
+
+    return Work(contenders | peer(bitsandbytes_dequantize), (Requirement(COPY, 1 / 0.85),), moved)
 
 
 def adam_8bit(dtype: torch.dtype) -> Work:
@@ -156,7 +165,7 @@ def adam_8bit(dtype: torch.dtype) -> Work:
         OURS: Contender(peers.step_of(bnb_core.optim.Adam8bit, {}, parameter()), "ours"),
         COPY: copy(moved),
         "torch AdamW, fused": Contender(peers.step_of(torch.optim.AdamW, {"fused": True}, parameter())),
-        **peers.optimizer("Adam8bit", {}, parameter),
+        **peer(lambda theirs: Contender(peers.step_of(theirs.optim.Adam8bit, {}, parameter()))),
     }
     return Work(contenders, (Requirement(COPY, 1 / 0.8),), moved)
 
@@ -171,10 +180,12 @@ def int8_linear(M: int, N: int, K: int) -> Work:
         OURS: graphed(layer, [(x,)], "ours"),
         INT_MM: graphed(lambda: torch._int_mm(a, b.t()), [()], "limit"),
     }
-    if peers.bitsandbytes is not None:
-        theirs = peers.bitsandbytes.nn.Linear8bitLt(K, N, has_fp16_weights=False, threshold=0.0).to(DEVICE).eval()
-        contenders |= graphed_peer(BITSANDBYTES, theirs, [(x.half(),)])
-    return Work(contenders, (Requirement(INT_MM, 1 / 0.8),), N * K, 2.0 * M * N * K)
+
+    def bitsandbytes_linear(theirs: Any) -> Contender:
+        layer = theirs.nn.Linear8bitLt(K, N, has_fp16_weights=False, threshold=0.0).to(DEVICE).eval()
+        return graphed(layer, [(x.half(),)])
+
+    return Work(contenders | peer(bitsandbytes_linear), (Requirement(INT_MM, 1 / 0.8),), N * K, 2.0 * M * N * K)
 
 
 def host_time() -> Work:
@@ -186,11 +197,12 @@ def host_time() -> Work:
         OURS: Contender(lambda: functional.gemv_4bit(x, packed.t(), state=state), "ours"),
         f"{OURS} quantize_blockwise": Contender(lambda: primitives.quantize_blockwise(A, code, 256), "own"),
     }
-    if peers.bitsandbytes is not None:
-        theirs = peers.bitsandbytes.functional
-        p, s = theirs.quantize_4bit(torch.randn(256, 256, device=DEVICE).bfloat16(), quant_type="nf4")
-        contenders |= peers.function("gemv_4bit", x, p.t(), state=s)
-    return Work(contenders, (Requirement(None, 10e-6),))
+
+    def bitsandbytes_gemv(theirs: Any) -> Contender:
+        packed, state = theirs.functional.quantize_4bit(_random_weight(256, 256), quant_type="nf4")
+        return Contender(lambda: theirs.functional.gemv_4bit(x, packed.t(), state=state))
+
+    return Work(contenders | peer(bitsandbytes_gemv), (Requirement(None, 10e-6),))
 
 
 def limit_copy() -> Work:

@@ -82,7 +82,10 @@ class Verdict:
 
 @dataclass
 class Result:
-    """Seconds by contender (scaled, one value per round), and what came of each requirement."""
+    """Seconds by contender (scaled, one value per round), and what came of each requirement.
+
+    A case that failed has no seconds and no verdicts; its remark says why.
+    """
 
     name: str
     moved_bytes: float
@@ -127,8 +130,22 @@ def _drop_failing_peers(work: Work) -> str:
                 contender.call()
         except Exception as error:
             del work.contenders[name]
-            failures.append(f"{name} fails: {type(error).__name__}: {str(error).splitlines()[0]}")
+            failures.append(failure(name, error))
     return "; ".join(failures)
+
+
+def failure(name: str, error: Exception) -> str:
+    """What failed and why, in one line."""
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"{name} fails: {type(error).__name__}: {first_line}"
+
+
+def measure_or_explain(case: Case, rounds: int, device: torch.device = CPU) -> Result:
+    """The same, with the error as the remark where the case itself fails."""
+    try:
+        return measure(case, rounds, device)
+    except Exception as error:
+        return Result(case.name, 0, 0, {}, {}, remark=failure(case.name, error))
 
 
 def _judge(requirement: Requirement, result: Result) -> Verdict:
