@@ -17,18 +17,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from ecosystem.upstream import FACE
 
 import bnb_core
 from bnb_core.compat.names import VERSION
 
-FACE = os.environ.get("BNB_FACE", "process")
 if FACE == "process":
     bnb_core.install_as_bitsandbytes()
 
 # Only now: these import what looks for bitsandbytes.
-import bitsandbytes  # noqa: E402
-from ecosystem import models  # noqa: E402
-from ecosystem.peer import Peer  # noqa: E402
+import bitsandbytes
+from ecosystem import models
+from ecosystem.peer import Peer
 
 assert bitsandbytes.__version__ == ("0.50.2" if FACE == "real" else VERSION), bitsandbytes.__version__
 

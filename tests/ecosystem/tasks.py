@@ -36,6 +36,11 @@ def compare_with_bnb_core() -> dict[str, Any]:
     return {"version": bitsandbytes.__version__, "refused": refused, "same": same}
 
 
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Packed codes that are viewed as bf16 may be NaN, which equals nothing."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
 def quantize(name: str, source: str, quantization: str, target: str) -> None:
     """Save a model of full precision as a quantized one."""
     models.load(name, source, quantization).save_pretrained(target)
@@ -60,40 +65,80 @@ def load_module(module: str, source: str, target: str) -> None:
     """The output of a module loaded from such a file, and what it saves in turn."""
     saved = torch.load(source)
     torch.manual_seed(1)
-    layer = _MODULES[module]().to("cpu")
-    _load(layer, saved["state"])
+    layer = _load(_MODULES[module]().to("cpu"), saved["state"])
     torch.save({"state": layer.state_dict(), "output": layer(saved["input"]).detach()}, target)
 
 
-def _load(layer: torch.nn.Module, state: dict[str, Any]) -> None:
-    """As Transformers does: the real Linear4bit has no loading of its own."""
+def _load(layer: torch.nn.Module, state: dict[str, Any]) -> torch.nn.Module:
+    """As Transformers does: the real Linear4bit has no loading of its own, nor have its quantized parameters."""
     import bitsandbytes
 
+    if isinstance(layer, Experts):
+        return Experts().load_quantized(state)
     if not isinstance(layer, bitsandbytes.nn.Linear4bit):
         layer.load_state_dict(state)
-        return
+        return layer
     parts = {key: value for key, value in state.items() if key.startswith("weight.")}
     layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(
         data=state["weight"], quantized_stats=parts, requires_grad=False, device="cpu", module=layer
     )
     if layer.bias is not None:
         layer.bias.data.copy_(state["bias"])
+    return layer
 
 
-def optimize(optimizer: str, options: dict[str, Any], start: str | None, target: str) -> None:
-    """Five steps, from the beginning or from where a file left off; the state and the parameter go into a file."""
+def parameter_to_optimize(largest: float) -> torch.Tensor:
+    return torch.linspace(-largest, largest, 64 * 128).view(64, 128)
+
+
+def gradient(step: int) -> torch.Tensor:
+    return torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
+
+
+def optimize(optimizer: str, options: dict[str, Any], start: str | None, target: str, largest: float = 2.0) -> None:
+    """Five steps, from the beginning or from where a file left off; the state and the parameter go into a file.
+
+    Args:
+        largest: the parameter's largest entry at the beginning. With 2.0 its norm exceeds that of any update, so that
+            LAMB does not limit it.
+    """
     import bitsandbytes
 
-    saved = torch.load(start) if start else {"parameter": torch.linspace(-1, 1, 64 * 128).view(64, 128), "step": 0}
+    saved = torch.load(start) if start else {"parameter": parameter_to_optimize(largest), "step": 0}
     parameter = torch.nn.Parameter(saved["parameter"].clone())
     run = getattr(bitsandbytes.optim, optimizer)([parameter], **options)
     if start:
         run.load_state_dict(saved["optimizer"])
     for step in range(saved["step"], saved["step"] + 5):
-        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+        parameter.grad = gradient(step)
         run.step()
     state = {"parameter": parameter.detach(), "step": saved["step"] + 5, "optimizer": run.state_dict()}
     torch.save(state, target)
+
+
+class Experts(torch.nn.Module):
+    """Experts in one parameter of three dimensions, which is quantized in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = torch.nn.Parameter(torch.randn(4, 64, 128))
+
+    def quantize(self) -> Experts:
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+        replace_parameter_4bit(self, "down_proj", compress_statistics=True)
+        return self
+
+    def load_quantized(self, state: dict[str, Any]) -> Experts:
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+
+        self.down_proj = torch.nn.Parameter(state["down_proj"], requires_grad=False)
+        parts = {key.removeprefix("down_proj."): value for key, value in state.items() if "." in key}
+        replace_parameter_4bit_prequantized(self, "down_proj", parts, "cpu")
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.down_proj.mT
 
 
 def _linear4bit(quant_type: str, **options: Any) -> Any:
@@ -119,6 +164,7 @@ _MODULES: dict[str, Any] = {
     "Linear4bit fp4": lambda: _linear4bit("fp4", compress_statistics=False, bias=False),
     "Linear4bit nf4 bf16 storage": lambda: _linear4bit("nf4", quant_storage=torch.bfloat16),
     "Linear8bitLt": _linear8bit,
+    "fused experts": lambda: Experts().quantize(),
     "StableEmbedding": lambda: _embedding("StableEmbedding"),
 }
 MODULES = tuple(_MODULES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ecosystem import tasks
+from ecosystem.tasks import same_bytes
 
 WAYS = ["bitsandbytes to bnb_core", "bnb_core to bitsandbytes"]
 
@@ -24,6 +25,8 @@ OPTIMIZERS = {
     "RMSprop8bit": ({"lr": 1e-3}, True),
     "Adagrad": ({"lr": 1e-2}, False),
     "Adagrad8bit": ({"lr": 1e-2}, True),
+    "LARS": ({"lr": 1e-2, "momentum": 0.9}, False),
+    "LAMB8bit": ({"lr": 1e-2}, True),
     "AdEMAMix": ({"lr": 1e-3}, False),
     "AdEMAMix8bit": ({"lr": 1e-3}, True),
 }
@@ -41,11 +44,6 @@ def libraries(request, peer):
     return (peer, tasks) if request.param == WAYS[0] else (tasks, peer)
 
 
-def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Packed codes that are viewed as bf16 may be NaN, which equals nothing."""
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
 @pytest.mark.parametrize("module", tasks.MODULES)
 def test_modules(libraries, tmp_path, module):
     saver, loader = libraries
@@ -57,6 +55,8 @@ def test_modules(libraries, tmp_path, module):
     for key, value in saved["state"].items():
         other = loaded["state"][key]
         assert value.dtype == other.dtype and value.shape == other.shape and same_bytes(value, other), key
+    if module == "fused experts":
+        assert torch.equal(saved["output"], loaded["output"]), "torch multiplies, by the same dequantized weight"
     error = (saved["output"] - loaded["output"]).abs().max()
     assert error <= 0.01 * saved["output"].abs().max(), "more than bf16 and f16 inside the real one explain"
 
@@ -80,3 +80,48 @@ def test_optimizers(libraries, tmp_path, optimizer):
     difference = (ours["parameter"] - theirs["parameter"]).abs()
     assert difference.mean() <= 1e-4 if is_8bit else difference.max() <= 1e-5
     assert flat_keys(ours) == flat_keys(theirs)
+
+
+def steps(library, folder, optimizer, largest=1.0, **options) -> torch.Tensor:
+    """The parameter after five steps. With entries up to 1.0, its norm is less than that of LAMB's updates."""
+    library.optimize(optimizer, options, None, str(folder / "steps.pt"), largest)
+    return torch.load(folder / "steps.pt")["parameter"]
+
+
+LARS = {"lr": 1e-2, "momentum": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("limited", "plain", "options"),
+    [("LARS8bit", "SGD8bit", LARS), ("LAMB8bit", "Adam8bit", {"lr": 1e-2})],
+)
+def test_max_unorm_limits_8_bit_updates_too_unlike_in_the_real_one(peer, tmp_path, limited, plain, options):
+    """The real ones are SGD8bit and Adam8bit to the bit; here they do what the ones with 32-bit state do."""
+    theirs = steps(peer, tmp_path, limited, **options)
+    assert torch.equal(theirs, steps(peer, tmp_path, plain, **options))
+    ours = steps(tasks, tmp_path, limited, **options)
+    of_32_bits = steps(tasks, tmp_path, limited.removesuffix("8bit"), **options)
+    assert (ours - of_32_bits).abs().mean() <= 0.1 * (ours - theirs).abs().mean()
+    assert (steps(tasks, tmp_path, limited, **options, max_unorm=0.0) - theirs).abs().mean() <= 1e-4
+
+
+def lamb(norm_is_corrected: bool, lr: float = 1e-2, beta1: float = 0.9, beta2: float = 0.999) -> torch.Tensor:
+    """Five steps in f64 (docs/SPEC.md section 5); optionally limited by the norm of an update without c1 and c2."""
+    parameter = tasks.parameter_to_optimize(1.0).double()
+    m, v = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    for t in range(1, 6):
+        g = tasks.gradient(t - 1).double()
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        correction = (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+        update = m / (v.sqrt() + 1e-8)
+        norm = update.norm() * (correction if norm_is_corrected else 1)
+        parameter -= lr * min(1, parameter.norm() / norm) * correction * update
+    return parameter
+
+
+@pytest.mark.parametrize("optimizer", ["LAMB", "LAMB32bit"])
+def test_the_norm_that_lamb_limits_is_of_the_corrected_update_unlike_in_the_real_one(peer, tmp_path, optimizer):
+    ours, theirs = steps(tasks, tmp_path, optimizer, lr=1e-2), steps(peer, tmp_path, optimizer, lr=1e-2)
+    assert (ours - lamb(norm_is_corrected=True)).abs().max() <= 1e-5
+    assert (theirs - lamb(norm_is_corrected=False)).abs().max() <= 1e-5
+    assert (ours - theirs).abs().max() > 1e-2

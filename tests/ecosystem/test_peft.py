@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
+import bitsandbytes
 import peft
 import pytest
 import torch
-from ecosystem import models
+from ecosystem import exact, models
 from ecosystem.models import PROMPT, VOCABULARY
-from ecosystem.upstream import REASONS
+from ecosystem.upstream import cannot
 from torch.overrides import TorchFunctionMode
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -26,39 +28,41 @@ ADAPTERS = {
     "IA3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
     "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=32, target_modules=TARGETS, task_type="CAUSAL_LM"),
     "VeRA": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"),
+    "PVeRA": lambda: peft.PveraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"),
     "RandLoRA": lambda: peft.RandLoraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"),
+    "BOFT": lambda: peft.BOFTConfig(boft_block_size=8, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    "MiSS": lambda: peft.MissConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    "SHiRA": lambda: peft.ShiraConfig(r=4, target_modules=TARGETS, random_seed=0, task_type="CAUSAL_LM"),
     "RoAd": lambda: peft.RoadConfig(group_size=32, target_modules=TARGETS, task_type="CAUSAL_LM"),
     "HiRA": lambda: peft.HiraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"),
 }
 
 QUANTIZATIONS = ["nf4", "int8"]
 
-# Merging quantizes the sum anew: as far as one quantization of these weights moves the logits.
-MERGED_TOLERANCE = {"nf4": 0.3, "int8": 0.08}
-
-_MERGING = ("test_it_merges_and_unmerges", "test_it_is_merged_for_good")
-CANNOT = {
-    (test, adapter, quantization): reason
-    for test in _MERGING
-    for adapter, quantization, reason in (
-        *(("AdaLoRA", quantization, "AdaLoRA") for quantization in QUANTIZATIONS),
-        *(("IA3", quantization, "IA3") for quantization in QUANTIZATIONS),
-        ("RandLoRA", "nf4", "RandLoRA, 4-bit"),
-        ("RandLoRA", "int8", "RandLoRA, 8-bit"),
-    )
+_CANNOT_MERGE = {
+    **{(adapter, quantization): adapter for adapter in ("AdaLoRA", "IA3") for quantization in QUANTIZATIONS},
+    ("RandLoRA", "nf4"): "RandLoRA, 4-bit",
+    ("RandLoRA", "int8"): "RandLoRA, 8-bit",
+    ("PVeRA", "nf4"): "PVeRA, 4-bit",
 }
-"""By test, adapter and quantization, the key in upstream.REASONS."""
+"""By adapter and quantization, the key in upstream.CANNOT."""
+
+_CASES = [(adapter, quantization) for quantization in QUANTIZATIONS for adapter in ADAPTERS]
+each_adapter = pytest.mark.parametrize("trained", _CASES, indirect=True, ids=str)
+each_merged_adapter = pytest.mark.parametrize(
+    "trained",
+    [pytest.param(case, marks=[cannot(_CANNOT_MERGE[case])] if case in _CANNOT_MERGE else []) for case in _CASES],
+    indirect=True,
+    ids=str,
+)
 
 LABELS = (PROMPT * 5 + 3) % VOCABULARY
 
 
-@pytest.fixture(params=[(adapter, quantization) for quantization in QUANTIZATIONS for adapter in ADAPTERS], ids=str)
+@pytest.fixture
 def trained(request, full_precision):
     """A model with an adapter that has been trained for a few steps, and the losses."""
     adapter, quantization = request.param
-    reason = CANNOT.get((request.node.originalname, adapter, quantization))
-    if reason is not None:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=REASONS[reason]))
     base = models.load("llama", full_precision["llama"], quantization)
     base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     torch.manual_seed(0)
@@ -78,8 +82,8 @@ def trained(request, full_precision):
     return model
 
 
-def adapted(model) -> list[torch.nn.Module]:
-    return [module for name, module in model.named_modules() if hasattr(module, "base_layer")]
+def adapted(model) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
 
 
 @torch.no_grad()
@@ -91,34 +95,119 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> boo
     return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
 
 
+@each_adapter
 def test_it_trains_on_frozen_quantized_weights(trained):
     assert trained.losses[-1] < trained.losses[0]
-    layers = adapted(trained)
+    layers = adapted(trained).values()
     kind = "Linear8bitLt" if trained.quantization == "int8" else "Linear4bit"
     assert layers and all(type(layer.base_layer).__name__ == kind for layer in layers)
     assert all(not layer.base_layer.weight.requires_grad for layer in layers)
 
 
+@torch.no_grad()
+def effective_weight(layer) -> torch.Tensor:
+    """What the layer and its adapter multiply by together: what they make of the unit vectors, the base in f32."""
+    base = layer.get_base_layer()
+    weight = exact.dense_weight(base)
+    with mock.patch.object(base, "forward", lambda x: torch.nn.functional.linear(x, weight)):
+        return layer(torch.eye(base.in_features)).T
+
+
+def requantized(base, values) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes and the scales of values, quantized as the layer's weight is."""
+    if isinstance(base, bitsandbytes.nn.Linear8bitLt):
+        return bitsandbytes.functional.int8_vectorwise_quant(values)[:2]
+    state = base.weight.quant_state
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        values, blocksize=state.blocksize, quant_type=state.quant_type
+    )
+    return packed, state.absmax
+
+
+def scales(base) -> torch.Tensor:
+    if isinstance(base, bitsandbytes.nn.Linear8bitLt):
+        return base.weight.SCB if base.state.SCB is None else base.state.SCB
+    return base.weight.quant_state.absmax
+
+
+def check_quantized_from(base, values) -> None:
+    """The weight is one quantization, and a little f32 rounding in PEFT, away from the values."""
+    if isinstance(base, bitsandbytes.nn.Linear8bitLt):
+        scale, half_gap = scales(base).view(-1, 1), 1 / 254
+    else:
+        state = base.weight.quant_state
+        scale = state.absmax.repeat_interleave(state.blocksize).view(state.shape)
+        half_gap = state.code.diff().max() / 2
+    distance = (exact.dense_weight(base) - values).abs() / scale
+    assert distance.max() <= half_gap + 1e-5
+
+
+def adapter_removed(adapter, layer, merged, plain, effective) -> torch.Tensor:
+    """The merged weight without the adapter, given a plain weight and what the adapter makes of it."""
+    if adapter == "DoRA":
+        sum_of_both = plain + layer.get_delta_weight("default")
+        return merged * sum_of_both.norm(dim=1, keepdim=True) / effective.norm(dim=1, keepdim=True) - (
+            sum_of_both - plain
+        )
+    if adapter == "HiRA":
+        return merged / (1 + layer.get_delta_weight("default"))
+    if adapter == "OFT":
+        return merged @ layer.get_delta_weight("default").inverse().T
+    if adapter == "BOFT":
+        rotation, factors = layer.get_delta_weight("default")
+        return merged / factors @ rotation.inverse().T
+    if adapter == "RoAd":
+        return (effective @ plain.pinverse()).inverse() @ merged
+    return merged - (effective - plain)
+
+
+# Adapters whose merged weight PEFT computes as the sum that get_delta_weight says: codes are equal to the bit.
+SUMS = ("LoRA", "rsLoRA", "VeRA", "PVeRA")
+
+
+@each_merged_adapter
 def test_it_merges_and_unmerges(trained):
-    before = logits(trained)
+    layers = adapted(trained)
+    bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+    plain = {name: exact.dense_weight(base) for name, base in bases.items()}
+    effective = {name: effective_weight(layer) for name, layer in layers.items()}
     trained.merge_adapter()
-    assert all(layer.merged for layer in adapted(trained))
-    tolerance = MERGED_TOLERANCE[trained.quantization]
-    assert close(logits(trained), before, tolerance)
+    assert all(layer.merged for layer in layers.values())
+    for name, base in bases.items():
+        check_quantized_from(base, effective[name])
+        check_codes(trained, layers[name], plain[name], 1)
+
+    merged = {name: exact.dense_weight(base) for name, base in bases.items()}
     trained.unmerge_adapter()
-    assert not any(layer.merged for layer in adapted(trained))
-    assert close(logits(trained), before, 2 * tolerance)
+    assert not any(layer.merged for layer in layers.values())
+    for name, layer in layers.items():
+        removed = adapter_removed(trained.name, layer, merged[name], plain[name], effective[name])
+        check_quantized_from(bases[name], removed)
+        check_codes(trained, layer, merged[name], -1)
 
 
+@torch.no_grad()
+def check_codes(trained, layer, start, sign) -> None:
+    if trained.name in SUMS:
+        base = layer.get_base_layer()
+        codes, expected = requantized(base, start + sign * layer.get_delta_weight("default"))
+        assert torch.equal(base.weight, codes) and torch.equal(scales(base), expected)
+
+
+@each_merged_adapter
 def test_it_is_merged_for_good(trained):
-    before = logits(trained)
+    effective = {
+        name.removeprefix("base_model.model."): effective_weight(layer) for name, layer in adapted(trained).items()
+    }
     merged = trained.merge_and_unload()
     assert not adapted(merged)
-    layer = merged.model.layers[0].self_attn.q_proj
-    assert type(layer).__name__ == ("Linear8bitLt" if trained.quantization == "int8" else "Linear4bit")
-    assert close(logits(merged), before, MERGED_TOLERANCE[trained.quantization])
+    for name, weight in effective.items():
+        layer = merged.get_submodule(name)
+        assert type(layer).__name__ == ("Linear8bitLt" if trained.quantization == "int8" else "Linear4bit")
+        check_quantized_from(layer, weight)
 
 
+@each_adapter
 def test_it_is_saved_and_loaded(trained, full_precision, tmp_path):
     trained.save_pretrained(tmp_path)
     base = models.load("llama", full_precision["llama"], trained.quantization)
@@ -126,6 +215,7 @@ def test_it_is_saved_and_loaded(trained, full_precision, tmp_path):
     assert close(logits(loaded), logits(trained), 1e-5), "AdaLoRA's file leaves out the ranks that are zero"
 
 
+@each_adapter
 def test_it_is_switched_off_and_copied(trained, full_precision):
     base = models.load("llama", full_precision["llama"], trained.quantization)
     with trained.disable_adapter():
