@@ -10,12 +10,14 @@ namespace {
 // Whether tiles pay: with a whole number of steps along K, and enough rows to fill one.
 bool fits_int8_tiles(int64_t M, int64_t K) { return K % Int8Dot::kStep == 0 && M >= kTileSide; }
 
-// Calls finish(row, rows, column, columns, sums) for blocks of A @ B^T.
-template <class Finish>
-void multiply_int8_tiles(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
+// Calls finish(row, rows, column, columns, sums) for blocks of A @ B^T, and before that open(n, count) for
+// their rows of B, which then stay in the cache.
+template <class Open, class Finish>
+void multiply_int8_tiles(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, const Open& open,
                          const Finish& finish) {
   const RearrangedX x(A, M, K / 4);
   const auto rows_of_B = [&](int64_t n, int64_t count, uint8_t* buffer) -> const uint8_t* {
+    open(n, count);
     const auto* rows = reinterpret_cast<const uint8_t*>(B + n * K);
     const int64_t padding = -count & (kPanelRows - 1);
     if (padding == 0) return rows;
@@ -34,7 +36,7 @@ void int8_linear_matmul_amx(const int8_t* A, const int8_t* B, int64_t M, int64_t
       __builtin_memcpy(C + (row + r) * N + column, sums + r * kPanelRows, width * sizeof(int32_t));
     }
   };
-  multiply_int8_tiles(A, B, M, N, K, finish);
+  multiply_int8_tiles(A, B, M, N, K, [](int64_t, int64_t) {}, finish);
 }
 
 // Outliers for bf16: their products are taken on tiles too, exactly, since a code fits in bf16. B's scale is
@@ -42,13 +44,10 @@ void int8_linear_matmul_amx(const int8_t* A, const int8_t* B, int64_t M, int64_t
 class TileOutliers {
  public:
   TileOutliers(const BFloat16* X, int64_t M, const int8_t* B, int64_t N, int64_t K, const float* col_stats,
-               const uint8_t* outlier_columns)
-      : TileOutliers(X, M, B, N, K, col_stats, ColumnList(outlier_columns, K)) {}
-
-  TileOutliers(const BFloat16* X, int64_t M, const int8_t* B, int64_t N, int64_t K, const float* col_stats,
                const ColumnList& list)
       : count_(list.count()),
         row_length_(ceil_div(count_, kStep) * kStep),
+        codes_(B, K, list, row_length_),
         col_stats_(col_stats),
         x_(M, row_length_ / 2, Constant<kTileSide>{},
            [&](int64_t row, int rows, int64_t word, uint32_t* scratch) {
@@ -59,18 +58,17 @@ class TileOutliers {
              return RowWords{scratch, kTileSide};
            }),
         b_(ceil_div(N, kPanelRows) * kPanelRows * row_length_) {
-    if (count_ == 0) return;
-    __builtin_memset(b_.data(), 0, ceil_div(N, kPanelRows) * kPanelRows * row_length_ * sizeof(BFloat16));
-    parallel_for(N, grain(count_), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; n++) {
-        for (int64_t j = 0; j < count_; j++) {
-          const float code = B[n * K + list.data()[j]];
-          uint32_t bits;
-          __builtin_memcpy(&bits, &code, sizeof bits);
-          b_.data()[n * row_length_ + j] = {static_cast<uint16_t>(bits >> 16)};
-        }
+    const int64_t padding = -N & (kPanelRows - 1);
+    __builtin_memset(b_.data() + N * row_length_, 0, padding * row_length_ * sizeof(BFloat16));
+  }
+
+  // Gathers rows [first, first + rows) of B.
+  void open(int64_t first, int64_t rows) const {
+    for (int64_t n = first; n < first + rows; n++) {
+      for (int64_t j = 0; j < row_length_; j += kLanes) {
+        store(b_.data() + n * row_length_ + j, codes_.read(n, j));
       }
-    });
+    }
   }
 
   bool empty() const { return count_ == 0; }
@@ -87,13 +85,13 @@ class TileOutliers {
     } else {
       multiply_panel<BFloat16Dot, 1>(b, row_bytes, x_, row / kTileSide, sums);
     }
-    for (int64_t r = 0; r < rows; r++) {
-      const auto* sum = reinterpret_cast<const float*>(sums + r * kPanelRows);
-      for_each_vector(width, [&](int64_t n, auto lanes) {
-        const F32 scale = load(col_stats_ + column + n, lanes) / splat(127.0f);
-        store(products + r * kStride + n, load(sum + n, lanes) * scale, lanes);
-      });
-    }
+    for_each_vector(width, [&](int64_t n, auto lanes) {
+      const F32 scale = load(col_stats_ + column + n, lanes) / splat(127.0f);
+      for (int64_t r = 0; r < rows; r++) {
+        const auto* sum = reinterpret_cast<const float*>(sums + r * kPanelRows + n);
+        store(products + r * kStride + n, load(sum, lanes) * scale, lanes);
+      }
+    });
   }
 
  private:
@@ -105,6 +103,7 @@ class TileOutliers {
   }
 
   int64_t count_, row_length_;
+  ColumnCodes codes_;
   const float* col_stats_;
   RearrangedX x_;
   Buffer<BFloat16> b_;
@@ -127,11 +126,13 @@ void int8_mixed_scaled_mm_amx(const int8_t* A, const int8_t* B, int64_t M, int64
     return int8_mixed_scaled_mm<VnniDot>(A, B, M, N, K, row_stats, col_stats, X, outlier_columns, bias, out,
                                          dtype, stream);
   }
+  const ColumnList list(outlier_columns, K);
   with_type(dtype, out, [&](auto* y) {
     const typename OutliersOnTiles<Pointee<decltype(y)>>::type apart(same_type(X, y), M, B, N, K, col_stats,
-                                                                     outlier_columns);
+                                                                     list);
     multiply_int8_tiles(
-        A, B, M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width, const uint32_t* sums) {
+        A, B, M, N, K, [&](int64_t n, int64_t count) { apart.open(n, count); },
+        [&](int64_t row, int64_t rows, int64_t column, int64_t width, const uint32_t* sums) {
           int8_finish_block(reinterpret_cast<const int32_t*>(sums), kPanelRows, row, rows, column, width,
                             row_stats, col_stats, apart, same_type(bias, y), y, N);
         });

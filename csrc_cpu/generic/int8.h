@@ -1,7 +1,7 @@
 // LLM.int8() (docs/SPEC.md section 4).
 #pragma once
 
-#include "common.h"
+#include "int8_outliers.h"
 
 namespace bnb::BNB_TARGET {
 namespace {
@@ -151,11 +151,9 @@ void int8_vectorwise_dequant(const int8_t* q, const float* stats, int64_t M, int
   });
 }
 
-// Tiles of C whose rows of A and B stay in cache, and within them tiles of accumulators in registers.
-constexpr int64_t kInt8BlockRows = 64;
-constexpr int64_t kInt8BlockColumns = 48;
-constexpr int kInt8Rows = kRegisters == 32 ? 4 : 2;
+constexpr int kInt8Rows = kRegisters == 32 ? 4 : 2;  // of a tile of accumulators in registers
 constexpr int kInt8Columns = kRegisters == 32 ? 4 : 3;
+constexpr int64_t kInt8PrefetchBytes = 2048;
 
 // How a step of dot products is taken: 16-bit products of widened values. Another instruction may want its
 // right operand raised by kOffset; the product of the offset and the left operand's sum is then taken off
@@ -191,22 +189,25 @@ BNB_INLINE void for_each_int8_step(int64_t K, const Step& step) {
        [&](const int8_t* p, int64_t = 0) { return Dot::right(pad(p)); });
 }
 
-// Dot products of rows of A with rows of B; `excess` is what Dot's offset adds in each row.
+// Dot products of rows of A with rows of B, which lie `apart` rows from each other; `excess` is what Dot's
+// offset adds in each row.
 template <class Dot, int rows, int columns>
-void int8_tile(const int8_t* const* a, const int8_t* const* b, int64_t K, const int32_t* excess, int32_t* C,
-               int64_t stride) {
+void int8_tile(const int8_t* const* a, const int8_t* B, int64_t apart, int64_t K, const int32_t* excess,
+               int32_t* C, int64_t stride) {
+  const int8_t* b[columns];
+  for (int c = 0; c < columns; c++) b[c] = B + c * apart * K;
   I32 sums[rows][columns] = {};
   for_each_int8_step<Dot>(K, [&](const auto& left, const auto& right) {
     typename Dot::Vector values[columns];
     // One row of A leaves nothing else to do while B comes from memory.
-    for (int c = 0; c < columns; c++) values[c] = right(b[c], rows == 1 ? columns * K : 0);
+    for (int c = 0; c < columns; c++) values[c] = right(b[c], rows == 1 ? kInt8PrefetchBytes : 0);
     for (int r = 0; r < rows; r++) {
       const typename Dot::Vector x = left(a[r]);
       for (int c = 0; c < columns; c++) sums[r][c] = Dot::add(sums[r][c], x, values[c]);
     }
   });
   for (int r = 0; r < rows; r++) {
-    for (int c = 0; c < columns; c++) C[r * stride + c] = reduce_add(sums[r][c]) - excess[r];
+    for (int c = 0; c < columns; c++) C[r * stride + c * apart] = reduce_add(sums[r][c]) - excess[r];
   }
 }
 
@@ -231,15 +232,16 @@ void int8_block(const int8_t* A, const int8_t* B, int64_t rows, int64_t columns,
     constexpr int height = decltype(tile_rows)::value;
     const int8_t* a[height];
     for (int i = 0; i < height; i++) a[i] = A + (r + i) * K;
-    int64_t c = 0;
-    for (; c + kInt8Columns <= columns; c += kInt8Columns) {
-      const int8_t* b[kInt8Columns];
-      for (int i = 0; i < kInt8Columns; i++) b[i] = B + (c + i) * K;
-      int8_tile<Dot, height, kInt8Columns>(a, b, K, excess + r, C + r * stride + c, stride);
+    // One row of A reads B once. Each column of a tile then has a part of B of its own from front to back:
+    // few long streams are what memory delivers fastest.
+    const int64_t tiles = columns / kInt8Columns;
+    const int64_t apart = height == 1 ? tiles : 1;
+    for (int64_t i = 0; i < tiles; i++) {
+      const int64_t c = height == 1 ? i : i * kInt8Columns;
+      int8_tile<Dot, height, kInt8Columns>(a, B + c * K, apart, K, excess + r, C + r * stride + c, stride);
     }
-    for (; c < columns; c++) {
-      const int8_t* b = B + c * K;
-      int8_tile<Dot, height, 1>(a, &b, K, excess + r, C + r * stride + c, stride);
+    for (int64_t c = tiles * kInt8Columns; c < columns; c++) {
+      int8_tile<Dot, height, 1>(a, B + c * K, 1, K, excess + r, C + r * stride + c, stride);
     }
   };
   int64_t r = 0;
@@ -294,120 +296,6 @@ void int8_mm_dequant(const int32_t* C, const float* row_stats, const float* col_
   });
 }
 
-// The columns that are marked, ascending.
-class ColumnList {
- public:
-  ColumnList(const uint8_t* marked, int64_t K) : columns_(marked ? K : 0) {
-    constexpr int64_t kWord = sizeof(uint64_t);
-    for (int64_t k = 0; marked && k < K; k += kWord) {
-      uint64_t any = 0;
-      __builtin_memcpy(&any, marked + k, min(kWord, K - k));
-      if (any == 0) continue;
-      for (int64_t i = k; i < min(k + kWord, K); i++) {
-        if (marked[i]) columns_.data()[count_++] = i;
-      }
-    }
-  }
-  const int64_t* data() const { return columns_.data(); }
-  int64_t count() const { return count_; }
-
- private:
-  Buffer<int64_t> columns_;
-  int64_t count_ = 0;
-};
-
-// The outlier columns of X [M, K] and of the dequantized B [N, K], gathered for a product in full precision.
-// Where every row of B is used for one block only, it is gathered then, while it is in the cache.
-template <class T>
-class Outliers {
- public:
-  Outliers(const T* X, int64_t M, const int8_t* B, int64_t N, int64_t K, const float* col_stats,
-           const uint8_t* outlier_columns)
-      : B_(B),
-        N_(N),
-        K_(K),
-        col_stats_(col_stats),
-        list_(outlier_columns, K),
-        columns_(list_.data()),
-        count_(list_.count()),
-        gathers_late_(M <= kInt8BlockRows),
-        x_(M * count_),
-        b_(count_ * N) {
-    if (count_ == 0) return;
-    parallel_for(M, grain(count_), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++) {
-        for (int64_t j = 0; j < count_; j++) x_.data()[r * count_ + j] = load(X + r * K + columns_[j], 1)[0];
-      }
-    });
-    if (gathers_late_) return;
-    parallel_for(ceil_div(N, kLanes), grain(count_ * kLanes), [&](int64_t begin, int64_t end) {
-      gather_rows(begin * kLanes, min(end * kLanes, N) - begin * kLanes);
-    });
-  }
-
-  // products[rows, kStride]: of `rows` rows of X with `width` rows of B.
-  void multiply(int64_t row, int64_t rows, int64_t column, int64_t width, float* products) const {
-    if (gathers_late_) gather_rows(column, width);
-    int64_t r = 0;
-    for (; r + kRows <= rows; r += kRows) strip<kRows>(row + r, column, width, products + r * kStride);
-    for (; r < rows; r++) strip<1>(row + r, column, width, products + r * kStride);
-  }
-  bool empty() const { return count_ == 0; }
-
-  static constexpr int64_t kStride = kInt8BlockColumns;
-
- private:
-  static constexpr int kRows = kRegisters / 4;
-
-  void gather_rows(int64_t first, int64_t rows) const {
-    for_each_vector(rows, [&](int64_t i, auto lanes) {
-      const int64_t n = first + i;
-      const int64_t valid = min(N_ - n, kLanes);
-      const F32 scale = load(col_stats_ + n, lanes);
-      for (int64_t j = 0; j < count_; j++) {
-        int8_t codes[kLanes] = {};
-        for (int64_t c = 0; c < valid; c++) codes[c] = B_[(n + c) * K_ + columns_[j]];
-        store(b_.data() + j * N_ + n, to_float(load(codes)) * scale / splat(127.0f), lanes);
-      }
-    });
-  }
-
-  template <int rows>
-  void strip(int64_t row, int64_t column, int64_t width, float* products) const {
-    const float* const x = x_.data() + row * count_;
-    const float* const b = b_.data() + column;
-    int64_t n = 0;
-    for (; n + 2 * kLanes <= width; n += 2 * kLanes) tile<rows, 2>(x, b + n, products + n, AllLanes{});
-    for_each_vector(width - n,
-                    [&](int64_t i, auto lanes) { tile<rows, 1>(x, b + n + i, products + n + i, lanes); });
-  }
-
-  template <int rows, int vectors, class Lanes>
-  void tile(const float* x, const float* b, float* products, Lanes lanes) const {
-    F32 sums[rows][vectors] = {};
-    for (int64_t j = 0; j < count_; j++) {
-      F32 values[vectors];
-      for (int v = 0; v < vectors; v++) values[v] = load(b + j * N_ + v * kLanes, lanes);
-      for (int r = 0; r < rows; r++) {
-        const F32 scalar = splat(x[r * count_ + j]);
-        for (int v = 0; v < vectors; v++) sums[r][v] = fma(scalar, values[v], sums[r][v]);
-      }
-    }
-    for (int r = 0; r < rows; r++) {
-      for (int v = 0; v < vectors; v++) store(products + r * kStride + v * kLanes, sums[r][v], lanes);
-    }
-  }
-
-  const int8_t* B_;
-  int64_t N_, K_;
-  const float* col_stats_;
-  ColumnList list_;
-  const int64_t* columns_;
-  int64_t count_;
-  bool gathers_late_;
-  Buffer<float> x_, b_;
-};
-
 // Rows of a block of the result, from products C whose rows are `stride` apart.
 template <class Apart, class T>
 void int8_finish_block(const int32_t* C, int64_t stride, int64_t row, int64_t rows, int64_t column,
@@ -427,13 +315,20 @@ void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N
                           const float* row_stats, const float* col_stats, const void* X,
                           const uint8_t* outlier_columns, const void* bias, void* out, DType dtype, Stream) {
   with_type(dtype, out, [&](auto* y) {
-    const Outliers<Pointee<decltype(y)>> apart(same_type(X, y), M, B, N, K, col_stats, outlier_columns);
-    for_each_int8_block(M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width) {
-      int32_t C[kInt8BlockRows * kInt8BlockColumns];
-      int8_block<Dot>(A + row * K, B + column * K, rows, width, K, C, kInt8BlockColumns);
-      int8_finish_block(C, kInt8BlockColumns, row, rows, column, width, row_stats, col_stats, apart,
-                        same_type(bias, y), y, N);
-    });
+    const auto multiply = [&](const auto& apart) {
+      for_each_int8_block(M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width) {
+        int32_t C[kInt8BlockRows * kInt8BlockColumns];
+        int8_block<Dot>(A + row * K, B + column * K, rows, width, K, C, kInt8BlockColumns);
+        int8_finish_block(C, kInt8BlockColumns, row, rows, column, width, row_stats, col_stats, apart,
+                          same_type(bias, y), y, N);
+      });
+    };
+    const ColumnList list(outlier_columns, K);
+    if (M <= kFewRows && K >= kGatheredBytes) {
+      multiply(OutliersOfFewRows(same_type(X, y), M, B, K, col_stats, list));
+    } else {
+      multiply(Outliers<Pointee<decltype(y)>>(same_type(X, y), M, B, N, K, col_stats, list));
+    }
   });
 }
 
