@@ -120,6 +120,20 @@ class GpuKernels(LargeProducts):
     def __init__(self, module: ModuleType, stream: Callable[[torch.device], int]) -> None:
         super().__init__(NativeKernels(module, stream))
 
+    def int8_mixed_scaled_mm(
+        self,
+        A: Tensor,
+        CA: Tensor,
+        CB: Tensor,
+        row_stats: Tensor,
+        col_stats: Tensor,
+        outlier_mask: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        products = torch._int_mm(CA.view(-1, CA.shape[-1]), CB.t()) if _int_mm_takes(CA, CB) else None
+        self.fused.int8_mm(CA, CB, products, row_stats, col_stats, A, outlier_mask, bias, A.dtype, out)
+
 
 def _is_large(A: Tensor, rows: int) -> bool:
     """Whether the product is for torch's matmul: it is large, and torch computes it as exactly as we do."""

@@ -169,7 +169,7 @@ class NativeKernels:
         dtype: torch.dtype,
         out: Tensor,
     ) -> None:
-        self._int8_mm(A, B, row_stats, col_stats, None, None, bias, dtype, out)
+        self.int8_mm(A, B, None, row_stats, col_stats, None, None, bias, dtype, out)
 
     def int8_mixed_scaled_mm(
         self,
@@ -182,12 +182,13 @@ class NativeKernels:
         bias: Tensor | None,
         out: Tensor,
     ) -> None:
-        self._int8_mm(CA, CB, row_stats, col_stats, A, outlier_mask, bias, A.dtype, out)
+        self.int8_mm(CA, CB, None, row_stats, col_stats, A, outlier_mask, bias, A.dtype, out)
 
-    def _int8_mm(
+    def int8_mm(
         self,
         A: Tensor,
         B: Tensor,
+        products: Tensor | None,
         row_stats: Tensor,
         col_stats: Tensor,
         unquantized: Tensor | None,
@@ -196,10 +197,11 @@ class NativeKernels:
         dtype: torch.dtype,
         out: Tensor,
     ) -> None:
+        """What both of the above are. ``products`` i32[..., N], where they have been taken already, are A @ B^T."""
         self.module.int8_mixed_scaled_mm(
-            A.data_ptr(), B.data_ptr(), math.prod(A.shape[:-1]), B.shape[0], B.shape[1], row_stats.data_ptr(),
-            col_stats.data_ptr(), _pointer(unquantized), _pointer(outlier_mask), _pointer(bias), out.data_ptr(),
-            DTYPE_CODES[dtype], self.stream(A.device),
+            A.data_ptr(), B.data_ptr(), math.prod(A.shape[:-1]), B.shape[0], B.shape[1], _pointer(products),
+            row_stats.data_ptr(), col_stats.data_ptr(), _pointer(unquantized), _pointer(outlier_mask), _pointer(bias),
+            out.data_ptr(), DTYPE_CODES[dtype], self.stream(A.device),
         )  # fmt: skip
 
     def optimizer_update_32bit(

@@ -247,23 +247,26 @@ void int8_mm_dequant(const int32_t* C, const float* row_stats, const float* col_
   });
 }
 
-void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
+void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, const int32_t* C,
                           const float* row_stats, const float* col_stats, const void* X,
                           const uint8_t* outlier_columns, const void* bias, void* out, DType dtype,
                           Stream stream) {
   const Int8Result result = {M, N, nullptr, row_stats, col_stats, bias, out, dtype};
-  if (!outlier_columns) return multiply({A, B, K}, result, stream);
-  const Workspace C(M * N * sizeof(int32_t), stream);
+  if (!outlier_columns) {
+    if (C) return int8_mm_dequant(C, row_stats, col_stats, M, N, bias, out, dtype, stream);
+    return multiply({A, B, K}, result, stream);
+  }
+  const Workspace products(C ? 0 : M * N * sizeof(int32_t), stream);
+  if (!C) int8_linear_matmul(A, B, M, N, K, products.as<int32_t>(), stream);
   const Workspace columns((K + 1) * sizeof(int64_t), stream);
   int64_t* const count = columns.as<int64_t>() + K;
   launch("list_columns", list_columns_kernel, 1, kThreads, stream, 0, outlier_columns, K,
          columns.as<int64_t>(), count);
-  int8_linear_matmul(A, B, M, N, K, C.as<int32_t>(), stream);
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Outliers<T> apart = {static_cast<const T*>(X), B, K, columns.as<int64_t>(), count};
     launch("int8_mixed_dequant", int8_mixed_dequant_kernel<T>, ceil_div(N, kTile) * ceil_div(M, kTile),
-           kTileThreads, stream, 0, C.as<int32_t>(), apart, result);
+           kTileThreads, stream, 0, C ? C : products.as<int32_t>(), apart, result);
   });
 }
 

@@ -84,11 +84,12 @@ struct Kernels {
   void (*int8_mm_dequant)(const int32_t* C, const float* row_stats, const float* col_stats, int64_t M,
                           int64_t N, const void* bias, void* out, DType dtype, Stream stream);
   // int8_linear_matmul and int8_mm_dequant in one, plus, where outlier_columns u8[K] is given,
-  // sum over its columns k of X[m, k] * (B[n, k] * col_stats[n] / 127), X being A before quantization.
+  // sum over its columns k of X[m, k] * (B[n, k] * col_stats[n] / 127), X being A before quantization. C
+  // i32[M, N] are the products where they have been taken already, else null.
   void (*int8_mixed_scaled_mm)(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
-                               const float* row_stats, const float* col_stats, const void* X,
-                               const uint8_t* outlier_columns, const void* bias, void* out, DType dtype,
-                               Stream stream);
+                               const int32_t* C, const float* row_stats, const float* col_stats,
+                               const void* X, const uint8_t* outlier_columns, const void* bias, void* out,
+                               DType dtype, Stream stream);
 
   // g and p share `dtype`; state1 (f32[2, n] for ademamix) and state2 (null where unused) are f32[n].
   // norms f64[2] receives |p|^2 before the step and |update|^2, both over finite entries; null when max_unorm

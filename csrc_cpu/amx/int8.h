@@ -119,12 +119,12 @@ struct OutliersOnTiles<BFloat16> {
 };
 
 void int8_mixed_scaled_mm_amx(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
-                              const float* row_stats, const float* col_stats, const void* X,
+                              const int32_t* C, const float* row_stats, const float* col_stats, const void* X,
                               const uint8_t* outlier_columns, const void* bias, void* out, DType dtype,
                               Stream stream) {
-  if (!fits_int8_tiles(M, K)) {
-    return int8_mixed_scaled_mm<VnniDot>(A, B, M, N, K, row_stats, col_stats, X, outlier_columns, bias, out,
-                                         dtype, stream);
+  if (C || !fits_int8_tiles(M, K)) {
+    return int8_mixed_scaled_mm<VnniDot>(A, B, M, N, K, C, row_stats, col_stats, X, outlier_columns, bias,
+                                         out, dtype, stream);
   }
   const ColumnList list(outlier_columns, K);
   with_type(dtype, out, [&](auto* y) {
