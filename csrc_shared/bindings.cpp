@@ -2,6 +2,10 @@
 // the arguments were checked in Python.
 #include <pybind11/pybind11.h>
 
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -13,85 +17,91 @@ void bind_extras(py::module_& m);
 
 namespace {
 
-// A pointer that Python passes as an integer.
+// What Python passes for a parameter of type T; where it is no such thing, an error of Python's is set.
 template <class T>
-struct Pointer {
-  T* value;
-  operator T*() const { return value; }
-};
-
-}  // namespace
-}  // namespace bnb
-
-namespace pybind11::detail {
-
-template <class T>
-struct type_caster<bnb::Pointer<T>> {
-  PYBIND11_TYPE_CASTER(bnb::Pointer<T>, const_name("int"));
-  bool load(handle source, bool convert) {
-    make_caster<uintptr_t> address;
-    if (!address.load(source, convert)) return false;
-    value.value = reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-    return true;
-  }
-};
-
-template <class Enum>
-struct code_caster {
-  PYBIND11_TYPE_CASTER(Enum, const_name("int"));
-  bool load(handle source, bool convert) {
-    make_caster<int32_t> code;
-    if (!code.load(source, convert)) return false;
-    value = static_cast<Enum>(static_cast<int32_t>(code));
-    return true;
-  }
-};
-template <>
-struct type_caster<bnb::DType> : code_caster<bnb::DType> {};
-template <>
-struct type_caster<bnb::QuantType> : code_caster<bnb::QuantType> {};
-template <>
-struct type_caster<bnb::OptimizerName> : code_caster<bnb::OptimizerName> {};
-
-}  // namespace pybind11::detail
-
-namespace bnb {
-namespace {
-
-// What Python passes for a parameter of type T.
-template <class T>
-struct Passed {
-  using type = T;
-};
-template <class T>
-struct Passed<T*> {
-  using type = Pointer<T>;
-};
-
-// Binds a function of the table with the arguments it has; the table is asked at each call, as a kernel set
-// may choose another one.
-template <class... Arguments>
-void bind(py::module_& m, const char* name, void (*Kernels::*function)(Arguments...)) {
-  m.def(
-      name,
-      [function](typename Passed<Arguments>::type... arguments) { (kernels().*function)(arguments...); },
-      py::call_guard<py::gil_scoped_release>());
+T from_python(PyObject* object) {
+  if constexpr (std::is_pointer_v<T>) return static_cast<T>(PyLong_AsVoidPtr(object));
+  if constexpr (std::is_same_v<T, bool>) return PyObject_IsTrue(object) == 1;
+  if constexpr (std::is_floating_point_v<T>) return static_cast<T>(PyFloat_AsDouble(object));
+  if constexpr (std::is_integral_v<T> || std::is_enum_v<T>) return static_cast<T>(PyLong_AsLongLong(object));
 }
 
-void gemm_4bit(Pointer<const void> A, DType dtype, int64_t M, int64_t N, int64_t K,
-               Pointer<const uint8_t> packed, Pointer<const float> absmax, Pointer<const uint8_t> codes,
-               Pointer<const float> nested_absmax, Pointer<const float> nested_code,
-               Pointer<const float> offset, int64_t nested_blocksize, int64_t blocksize, QuantType quant_type,
-               Pointer<const void> bias, Pointer<void> out, Pointer<void> stream) {
+// Other threads of Python's go on meanwhile.
+class Released {
+ public:
+  Released() : state_(PyEval_SaveThread()) {}
+  ~Released() { PyEval_RestoreThread(state_); }
+  Released(const Released&) = delete;
+  Released& operator=(const Released&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// Functions of the table are looked up in it at each call, as a kernel set may choose another one.
+template <class... Arguments>
+void run(void (*Kernels::*function)(Arguments...), Arguments... arguments) {
+  (kernels().*function)(arguments...);
+}
+template <class... Arguments>
+void run(void (*function)(Arguments...), Arguments... arguments) {
+  function(arguments...);
+}
+
+template <class Function, class... Arguments, size_t... i>
+PyObject* call(Function function, std::tuple<Arguments...>*, std::index_sequence<i...>,
+               PyObject* const* objects, Py_ssize_t count) {
+  if (count != Py_ssize_t{sizeof...(Arguments)})
+    return PyErr_Format(PyExc_TypeError, "expected %zu arguments, got %zd", sizeof...(Arguments), count);
+  const std::tuple<Arguments...> arguments{from_python<Arguments>(objects[i])...};
+  if (PyErr_Occurred()) return nullptr;
+  try {
+    const Released released;
+    run(function, std::get<i>(arguments)...);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+template <class... Arguments>
+std::tuple<Arguments...>* arguments_of(void (*Kernels::*)(Arguments...));
+template <class... Arguments>
+std::tuple<Arguments...>* arguments_of(void (*)(Arguments...));
+
+template <auto function>
+PyObject* method(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  using Arguments = decltype(arguments_of(function));
+  constexpr size_t size = std::tuple_size_v<std::remove_pointer_t<Arguments>>;
+  return call(function, Arguments{}, std::make_index_sequence<size>(), objects, count);
+}
+
+// Binds a function of the table, or any other, by Python's own protocol for fast calls: pybind11's dispatch
+// takes a microsecond for as many arguments as these have.
+template <auto function>
+void bind(py::module_& m, const char* name) {
+  using Erased = void (*)();
+  static PyMethodDef definition{name,
+                                reinterpret_cast<PyCFunction>(reinterpret_cast<Erased>(&method<function>)),
+                                METH_FASTCALL, nullptr};
+  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_New(&definition, nullptr));
+}
+
+void gemm_4bit(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, const uint8_t* packed,
+               const float* absmax, const uint8_t* codes, const float* nested_absmax,
+               const float* nested_code, const float* offset, int64_t nested_blocksize, int64_t blocksize,
+               QuantType quant_type, const void* bias, void* out, void* stream) {
   const BlockScales scales{absmax, codes, nested_absmax, nested_code, offset, nested_blocksize};
   kernels().gemm_4bit(A, dtype, M, N, K, packed, scales, blocksize, quant_type, bias, out, stream);
 }
 
 void optimizer_update_32bit(OptimizerName name, int64_t step, double lr, double beta1, double beta2,
                             double beta3, double alpha, double eps, double weight_decay, double gnorm_scale,
-                            double max_unorm, bool skip_zeros, Pointer<const void> g, Pointer<void> p,
-                            DType dtype, Pointer<float> state1, Pointer<float> state2, int64_t n,
-                            Pointer<double> norms, Pointer<void> stream) {
+                            double max_unorm, bool skip_zeros, const void* g, void* p, DType dtype,
+                            float* state1, float* state2, int64_t n, double* norms, void* stream) {
   const OptimizerStep settings{name,  step, lr,           beta1,       beta2,     beta3,
                                alpha, eps,  weight_decay, gnorm_scale, max_unorm, skip_zeros};
   kernels().optimizer_update_32bit(settings, g, p, dtype, state1, state2, n, norms, stream);
@@ -99,12 +109,10 @@ void optimizer_update_32bit(OptimizerName name, int64_t step, double lr, double 
 
 void optimizer_update_8bit_blockwise(OptimizerName name, int64_t step, double lr, double beta1, double beta2,
                                      double beta3, double alpha, double eps, double weight_decay,
-                                     double gnorm_scale, double max_unorm, bool skip_zeros,
-                                     Pointer<const void> g, Pointer<void> p, DType dtype,
-                                     Pointer<uint8_t> state1, Pointer<uint8_t> state2,
-                                     Pointer<const float> qmap1, Pointer<const float> qmap2,
-                                     Pointer<float> absmax1, Pointer<float> absmax2, int64_t n,
-                                     Pointer<double> norms, Pointer<void> stream) {
+                                     double gnorm_scale, double max_unorm, bool skip_zeros, const void* g,
+                                     void* p, DType dtype, uint8_t* state1, uint8_t* state2,
+                                     const float* qmap1, const float* qmap2, float* absmax1, float* absmax2,
+                                     int64_t n, double* norms, void* stream) {
   const OptimizerStep settings{name,  step, lr,           beta1,       beta2,     beta3,
                                alpha, eps,  weight_decay, gnorm_scale, max_unorm, skip_zeros};
   kernels().optimizer_update_8bit_blockwise(settings, g, p, dtype, state1, state2, qmap1, qmap2, absmax1,
@@ -116,19 +124,18 @@ void optimizer_update_8bit_blockwise(OptimizerName name, int64_t step, double lr
 
 PYBIND11_MODULE(BNB_MODULE_NAME, m) {
   using bnb::Kernels;
-  bnb::bind(m, "quantize_blockwise", &Kernels::quantize_blockwise);
-  bnb::bind(m, "dequantize_blockwise", &Kernels::dequantize_blockwise);
-  bnb::bind(m, "quantize_4bit", &Kernels::quantize_4bit);
-  bnb::bind(m, "dequantize_4bit", &Kernels::dequantize_4bit);
-  bnb::bind(m, "int8_vectorwise_quant", &Kernels::int8_vectorwise_quant);
-  bnb::bind(m, "int8_columnwise_quant", &Kernels::int8_columnwise_quant);
-  bnb::bind(m, "int8_vectorwise_dequant", &Kernels::int8_vectorwise_dequant);
-  bnb::bind(m, "int8_linear_matmul", &Kernels::int8_linear_matmul);
-  bnb::bind(m, "int8_mm_dequant", &Kernels::int8_mm_dequant);
-  bnb::bind(m, "int8_mixed_scaled_mm", &Kernels::int8_mixed_scaled_mm);
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  m.def("gemm_4bit", &bnb::gemm_4bit, no_gil);
-  m.def("optimizer_update_32bit", &bnb::optimizer_update_32bit, no_gil);
-  m.def("optimizer_update_8bit_blockwise", &bnb::optimizer_update_8bit_blockwise, no_gil);
+  bnb::bind<&Kernels::quantize_blockwise>(m, "quantize_blockwise");
+  bnb::bind<&Kernels::dequantize_blockwise>(m, "dequantize_blockwise");
+  bnb::bind<&Kernels::quantize_4bit>(m, "quantize_4bit");
+  bnb::bind<&Kernels::dequantize_4bit>(m, "dequantize_4bit");
+  bnb::bind<&Kernels::int8_vectorwise_quant>(m, "int8_vectorwise_quant");
+  bnb::bind<&Kernels::int8_columnwise_quant>(m, "int8_columnwise_quant");
+  bnb::bind<&Kernels::int8_vectorwise_dequant>(m, "int8_vectorwise_dequant");
+  bnb::bind<&Kernels::int8_linear_matmul>(m, "int8_linear_matmul");
+  bnb::bind<&Kernels::int8_mm_dequant>(m, "int8_mm_dequant");
+  bnb::bind<&Kernels::int8_mixed_scaled_mm>(m, "int8_mixed_scaled_mm");
+  bnb::bind<&bnb::gemm_4bit>(m, "gemm_4bit");
+  bnb::bind<&bnb::optimizer_update_32bit>(m, "optimizer_update_32bit");
+  bnb::bind<&bnb::optimizer_update_8bit_blockwise>(m, "optimizer_update_8bit_blockwise");
   bnb::bind_extras(m);
 }
