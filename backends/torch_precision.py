@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -15,21 +16,23 @@ _lock = Lock()
 
 
 class Demand:
-    """A setting of the whole process that is exact while some thread needs it, and then what it was.
+    """Settings of the whole process that are exact while some thread needs them, and then what they were.
+
+    What another thread sets meanwhile is lost.
 
     Args:
-        make: makes it exact, and returns what undoes that.
+        makes: each makes one exact, and returns what undoes that.
     """
 
-    def __init__(self, make: Callable[[], Restore]) -> None:
-        self._make = make
+    def __init__(self, *makes: Callable[[], Restore]) -> None:
+        self._makes = makes
         self._users = 0
 
     @contextmanager
     def held(self) -> Iterator[None]:
         with _lock:
             if self._users == 0:
-                self._restore = self._make()
+                self._restores = [make() for make in self._makes]
             self._users += 1
         try:
             yield
@@ -39,13 +42,22 @@ class Demand:
                 if self._users == 0:
                     self._restore()
 
+    def _restore(self) -> None:
+        for restore in reversed(self._restores):
+            restore()
+
+    def end(self) -> None:
+        """As if nobody needed them any more: in a child process, no other thread does."""
+        if self._users > 0:
+            self._users = 0
+            self._restore()
+
 
 @contextmanager
 def exact_matmuls(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Within it, no matmul of this dtype multiplies in less than it or adds up in less than f32."""
-    with ExitStack() as stack:
-        for demand in DEMANDS.get((device.type, dtype), ()):
-            stack.enter_context(demand.held())
+    demand = DEMANDS.get((device.type, dtype))
+    with demand.held() if demand else nullcontext():
         yield
 
 
@@ -116,13 +128,23 @@ def _nothing() -> None:
     pass
 
 
+# One for all devices: in the older names of torch's settings they are one setting.
+_F32 = Demand(_no_tf32_on_cuda, _no_bfloat16_on_cpu, _no_tf32_on_xpu)
+
 DEMANDS = {
-    ("cuda", torch.float16): (
-        Demand(_disallowed("allow_fp16_reduced_precision_reduction")),
-        Demand(_disallowed("allow_fp16_accumulation")),
+    ("cuda", torch.float16): Demand(
+        _disallowed("allow_fp16_reduced_precision_reduction"), _disallowed("allow_fp16_accumulation")
     ),
-    ("cuda", torch.bfloat16): (Demand(_disallowed("allow_bf16_reduced_precision_reduction")),),
-    ("cuda", torch.float32): (Demand(_no_tf32_on_cuda),),
-    ("cpu", torch.float32): (Demand(_no_bfloat16_on_cpu),),
-    ("xpu", torch.float32): (Demand(_no_tf32_on_xpu),),
+    ("cuda", torch.bfloat16): Demand(_disallowed("allow_bf16_reduced_precision_reduction")),
+    **{(device_type, torch.float32): _F32 for device_type in ("cuda", "cpu", "xpu")},
 }
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = Lock()
+    for demand in set(DEMANDS.values()):
+        demand.end()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -34,9 +34,8 @@ void bind_extras(pybind11::module_& m) {
         "Run on the OpenMP runtime that this library uses; RuntimeError where it has none.");
   m.def("openmp_path", &openmp_path, "The file of that runtime, None before set_openmp.");
   m.def("gemm_4bit_backward", &gemm_4bit_backward, pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "dA = dY @ dequantized(packed) in one, with the arguments of gemm_4bit but for the bias; False, with "
-        "nothing "
-        "done, where the instruction set that serves has no kernel for them.");
+        "dA = dY @ dequantized(packed) in one, with the arguments of gemm_4bit but for the bias; False, and "
+        "nothing done, where the instruction set that serves has no kernel for them.");
   m.def("isas_built", &isas_built, "Names of the instruction sets in this build, ascending.");
   m.def("isas_available", &isas_available, "Those that this machine can run.");
   m.def("isa", &isa, "The instruction set that serves.");

@@ -252,10 +252,7 @@ void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N
                           const uint8_t* outlier_columns, const void* bias, void* out, DType dtype,
                           Stream stream) {
   const Int8Result result = {M, N, nullptr, row_stats, col_stats, bias, out, dtype};
-  if (!outlier_columns) {
-    if (C) return int8_mm_dequant(C, row_stats, col_stats, M, N, bias, out, dtype, stream);
-    return multiply({A, B, K}, result, stream);
-  }
+  if (!outlier_columns) return multiply({A, B, K}, result, stream);
   const Workspace products(C ? 0 : M * N * sizeof(int32_t), stream);
   if (!C) int8_linear_matmul(A, B, M, N, K, products.as<int32_t>(), stream);
   const Workspace columns((K + 1) * sizeof(int64_t), stream);

@@ -2,6 +2,8 @@
 // the arguments were checked in Python.
 #include <pybind11/pybind11.h>
 
+#include <exception>
+#include <new>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -20,6 +22,7 @@ namespace {
 // What Python passes for a parameter of type T; where it is no such thing, an error of Python's is set.
 template <class T>
 T from_python(PyObject* object) {
+  static_assert(std::is_pointer_v<T> || std::is_arithmetic_v<T> || std::is_enum_v<T>);
   if constexpr (std::is_pointer_v<T>) return static_cast<T>(PyLong_AsVoidPtr(object));
   if constexpr (std::is_same_v<T, bool>) return PyObject_IsTrue(object) == 1;
   if constexpr (std::is_floating_point_v<T>) return static_cast<T>(PyFloat_AsDouble(object));

@@ -36,11 +36,11 @@ struct BlockScales {
   int64_t nested_blocksize;
 };
 
-// The hyperparameters of one optimizer step, schedules already applied (docs/SPEC.md section 5). They stay
-// f64 until they are combined: 1 - beta2 of an f32 beta2 would be off by 5e-5.
 // Weights may be rounded to f16 or bf16 for sums of so many terms: the errors of fewer do not even out.
 constexpr int64_t kLeastTerms = 128;
 
+// The hyperparameters of one optimizer step, schedules already applied (docs/SPEC.md section 5). They stay
+// f64 until they are combined: 1 - beta2 of an f32 beta2 would be off by 5e-5.
 struct OptimizerStep {
   OptimizerName name;
   int64_t step;  // from 1
@@ -85,7 +85,8 @@ struct Kernels {
                           int64_t N, const void* bias, void* out, DType dtype, Stream stream);
   // int8_linear_matmul and int8_mm_dequant in one, plus, where outlier_columns u8[K] is given,
   // sum over its columns k of X[m, k] * (B[n, k] * col_stats[n] / 127), X being A before quantization. C
-  // i32[M, N] are the products where they have been taken already, else null.
+  // i32[M, N] are the products where they have been taken already, else null; a kernel set may take them
+  // anew.
   void (*int8_mixed_scaled_mm)(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
                                const int32_t* C, const float* row_stats, const float* col_stats,
                                const void* X, const uint8_t* outlier_columns, const void* bias, void* out,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from bnb_core.backends.torch_precision import exact_matmuls
 
-CUDA = torch.device("cuda")
+if not hasattr(torch.backends.mkldnn, "matmul"):
+    pytest.skip("this torch, before 2.9, has fewer settings", allow_module_level=True)
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 MATMUL = torch.backends.cuda.matmul
 HALF_SETTINGS = {
     torch.float16: ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"),
@@ -56,7 +61,7 @@ F32_ALLOWANCES = {
 def test_f32_stays_f32(allow):
     allow()
     allowed = _all_settings()
-    with exact_matmuls(CUDA, torch.float32), exact_matmuls(torch.device("cpu"), torch.float32):
+    with exact_matmuls(CUDA, torch.float32):
         assert MATMUL.fp32_precision in ("none", "ieee")
         assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
     assert _all_settings() == allowed
@@ -89,6 +94,27 @@ def test_overlapping_calls_leave_the_setting_as_it_was():
     assert not MATMUL.allow_fp16_accumulation
     second.__exit__(None, None, None)
     assert MATMUL.allow_fp16_accumulation
+
+
+def test_calls_on_two_devices_may_overlap():
+    torch.set_float32_matmul_precision("medium")
+    first, second = exact_matmuls(CUDA, torch.float32), exact_matmuls(CPU, torch.float32)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    second.__exit__(None, None, None)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+def test_a_child_process_has_what_the_user_set():
+    """It is forked while another thread is in a call."""
+    torch.set_float32_matmul_precision("medium")
+    with exact_matmuls(CPU, torch.float32):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_what_is_exact_already_is_not_touched(monkeypatch):

@@ -7,29 +7,41 @@ from contextlib import contextmanager
 
 import torch
 
+from bnb_core.conformance.runner import Skip
+
+HALF_SETTINGS = (
+    "allow_fp16_accumulation",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+)
+
 
 @contextmanager
 def _by_older_names() -> Iterator[None]:
-    precision = torch.get_float32_matmul_precision()
+    settings, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    before = {name: getattr(settings, name) for name in HALF_SETTINGS if hasattr(settings, name)}
     torch.set_float32_matmul_precision("medium")
+    for name in before:
+        setattr(settings, name, True)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        for name, value in before.items():
+            setattr(settings, name, value)
 
 
 @contextmanager
 def _by_newer_names() -> Iterator[None]:
-    """torch 2.9 and later; older ones have one set of names."""
     if not hasattr(torch.backends.mkldnn, "matmul"):
-        yield
-        return
+        raise Skip("torch before 2.9 has the older names only")
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = cuda.fp32_precision, cpu.fp32_precision
     cuda.fp32_precision, cpu.fp32_precision = "tf32", "bf16"
     try:
         yield
     finally:
-        cuda.fp32_precision = cpu.fp32_precision = "none"
+        cuda.fp32_precision, cpu.fp32_precision = before
 
 
 LESS_EXACT = {"older names": _by_older_names, "newer names": _by_newer_names}

@@ -66,7 +66,7 @@ class TileOutliers {
   void open(int64_t first, int64_t rows) const {
     for (int64_t n = first; n < first + rows; n++) {
       for (int64_t j = 0; j < row_length_; j += kLanes) {
-        store(b_.data() + n * row_length_ + j, codes_.read(n, j));
+        store(b_.data() + n * row_length_ + j, codes_.read(n, j) * splat(1 / kCodeScale));
       }
     }
   }
@@ -89,13 +89,15 @@ class TileOutliers {
       const F32 scale = load(col_stats_ + column + n, lanes) / splat(127.0f);
       for (int64_t r = 0; r < rows; r++) {
         const auto* sum = reinterpret_cast<const float*>(sums + r * kPanelRows + n);
-        store(products + r * kStride + n, load(sum, lanes) * scale, lanes);
+        store(products + r * kStride + n, load(sum, lanes) * scale * splat(kCodeScale), lanes);
       }
     });
   }
 
  private:
   static constexpr int64_t kStep = BFloat16Dot::kStep;
+  static constexpr float kCodeScale =
+      128;  // codes are below 1 by it, and no sum overflows that the result does not
 
   static void gather(const BFloat16* x, const int64_t* columns, int64_t count, BFloat16* out) {
     for (int64_t j = 0; j < count; j++) out[j] = x[columns[j]];
@@ -122,7 +124,7 @@ void int8_mixed_scaled_mm_amx(const int8_t* A, const int8_t* B, int64_t M, int64
                               const int32_t* C, const float* row_stats, const float* col_stats, const void* X,
                               const uint8_t* outlier_columns, const void* bias, void* out, DType dtype,
                               Stream stream) {
-  if (C || !fits_int8_tiles(M, K)) {
+  if (!fits_int8_tiles(M, K)) {
     return int8_mixed_scaled_mm<VnniDot>(A, B, M, N, K, C, row_stats, col_stats, X, outlier_columns, bias,
                                          out, dtype, stream);
   }

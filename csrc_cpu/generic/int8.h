@@ -311,17 +311,16 @@ void int8_finish_block(const int32_t* C, int64_t stride, int64_t row, int64_t ro
 }
 
 template <class Dot>
-void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, const int32_t* C,
+void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, const int32_t*,
                           const float* row_stats, const float* col_stats, const void* X,
                           const uint8_t* outlier_columns, const void* bias, void* out, DType dtype, Stream) {
   with_type(dtype, out, [&](auto* y) {
     const auto multiply = [&](const auto& apart) {
       for_each_int8_block(M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width) {
-        int32_t block[kInt8BlockRows * kInt8BlockColumns];
-        const int32_t* products = C ? C + row * N + column : block;
-        if (!C) int8_block<Dot>(A + row * K, B + column * K, rows, width, K, block, kInt8BlockColumns);
-        int8_finish_block(products, C ? N : kInt8BlockColumns, row, rows, column, width, row_stats, col_stats,
-                          apart, same_type(bias, y), y, N);
+        int32_t C[kInt8BlockRows * kInt8BlockColumns];
+        int8_block<Dot>(A + row * K, B + column * K, rows, width, K, C, kInt8BlockColumns);
+        int8_finish_block(C, kInt8BlockColumns, row, rows, column, width, row_stats, col_stats, apart,
+                          same_type(bias, y), y, N);
       });
     };
     const ColumnList list(outlier_columns, K);

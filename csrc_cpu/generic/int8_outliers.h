@@ -155,7 +155,7 @@ class ColumnCodes {
 
 constexpr int64_t kFewRows = 4;
 
-// Outliers for a few rows of X: B is read where it lies, row by row, and its scale applied to the sums.
+// Outliers for a few rows of X: B is read where it lies, row by row.
 class OutliersOfFewRows {
  public:
   template <class T>
@@ -176,14 +176,14 @@ class OutliersOfFewRows {
   void multiply(int64_t row, int64_t rows, int64_t column, int64_t width, float* products) const {
     for (int64_t n = 0; n < width; n++) {
       F32 sums[kFewRows] = {};
+      const F32 scale = splat(col_stats_[column + n] / 127.0f);
       for (int64_t j = 0; j < padded_; j += kLanes) {
-        const F32 codes = codes_.read(column + n, j);
+        const F32 values = codes_.read(column + n, j) * scale;
         for (int64_t r = 0; r < rows; r++) {
-          sums[r] = fma(codes, load(x_.data() + (row + r) * padded_ + j), sums[r]);
+          sums[r] = fma(values, load(x_.data() + (row + r) * padded_ + j), sums[r]);
         }
       }
-      const float scale = col_stats_[column + n] / 127.0f;
-      for (int64_t r = 0; r < rows; r++) products[r * kStride + n] = reduce_add(sums[r]) * scale;
+      for (int64_t r = 0; r < rows; r++) products[r * kStride + n] = reduce_add(sums[r]);
     }
   }
   bool empty() const { return padded_ == 0; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product as product_of
 
 import numpy as np
 import torch
@@ -198,14 +199,16 @@ def _check_scaled_mm(context: Context, sample: Product) -> None:
     within("result", got.double().numpy(), expected, _rounding_bound(sample.dtype, terms, expected))
 
 
-def _check_mixed_scaled_mm(context: Context, sample: Product, outliers: int) -> None:
+def _check_mixed_scaled_mm(context: Context, sample: Product, outliers: int, large: float = 1.0) -> None:
+    """With ``large`` outliers and small scales, so that an outlier times a code would overflow."""
     batch, _, K = PRODUCT_SHAPES[sample.shape]
     generator = context.generator(f"{sample.name},{outliers}")
     (CA, CB), (row_stats, col_stats, bias) = sample.operands(generator), sample.scales(generator)
+    col_stats = col_stats / large**0.125
     mask = torch.zeros(K, dtype=torch.bool)
     mask[torch.randperm(K, generator=generator)[:outliers]] = True
     CA = LAYOUTS[sample.layout](CA.masked_fill(mask, 0))
-    A = LAYOUTS[sample.layout]((torch.randn((*batch, K), generator=generator) * 20).to(sample.dtype))
+    A = LAYOUTS[sample.layout]((torch.randn((*batch, K), generator=generator) * (20 * large)).to(sample.dtype))
     arguments = (A, CA, CB, row_stats, col_stats, mask, bias)
     (got,) = context.call(primitives.int8_mixed_scaled_mm, *arguments)
     C = _exact(CA.contiguous(), CB)
@@ -265,6 +268,10 @@ def cases() -> Iterator[Case]:
                 mixed = partial(_check_mixed_scaled_mm, sample=product, outliers=outliers)
                 traits = {**product.traits, "outliers": str(outliers)}
                 yield Case("int8_mixed_scaled_mm", f"{product.name},{outliers} outliers", mixed, traits)
+    for dtype, shape in product_of((torch.float32, torch.bfloat16), PRODUCT_SHAPES):
+        product = Product(dtype, shape)
+        mixed = partial(_check_mixed_scaled_mm, sample=product, outliers=3, large=1e36)
+        yield Case("int8_mixed_scaled_mm", f"{product.name},3 large outliers", mixed, product.traits)
 
 
 _DTYPES = {"dtype": tuple(dtype_name(dtype) for dtype in DTYPES)}
