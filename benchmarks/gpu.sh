@@ -3,6 +3,7 @@
 # the GPU, its compiler (nvcc or hipcc) and this checkout, installs into build/gpu, and writes nothing outside what
 # building leaves in the checkout (build/, bnb_core.egg-info/) and the files that the arguments name.
 #
+# BNB_BACKEND names another backend that serves this GPU, such as xpu, whose kernels in Triton run on NVIDIA's too.
 # Arguments go to benchmarks/gpu.py; PYTHON names the interpreter that has torch. The benchmark runs whatever the suite
 # finds, and the exit status is 0 if neither failed.
 set -euo pipefail
@@ -11,6 +12,7 @@ cd "$(dirname "$0")/.."
 checkout=$PWD
 python=${PYTHON:-python3}
 backend=$("$python" -c 'import torch; print("hip" if torch.version.hip else "cuda")')
+serving=${BNB_BACKEND:-$backend}
 target=$checkout/build/gpu
 
 "$python" - << 'END'
@@ -44,7 +46,7 @@ done
 cd "$target"
 "$python" -m bnb_core info
 status=0
-"$python" -m bnb_core conformance --backend "$backend" || status=$?
+"$python" -m bnb_core conformance --backend "$serving" || status=$?
 cd "$caller"
-"$python" "$checkout/benchmarks/gpu.py" "$@" || status=$?
+"$python" "$checkout/benchmarks/gpu.py" --backend "$serving" "$@" || status=$?
 exit $status
