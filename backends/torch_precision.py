@@ -147,4 +147,5 @@ def _after_fork_in_child() -> None:
         demand.end()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
