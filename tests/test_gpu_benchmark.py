@@ -155,29 +155,35 @@ case "$*" in
   *torch.version.hip*) echo cuda ;;
   -) exec {python} - ;;
   "-m pip install"*) mkdir -p build/gpu ;;
-  *conformance*) exit {conformance} ;;
+  *"conformance --backend {backend}") exit {conformance} ;;
+  *conformance*) exit 9 ;;
   *benchmarks/gpu.py*) echo "$PWD: $*" > {output}; exit {benchmark} ;;
 esac
 """
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(("asked", "backend"), [("", "cuda"), ("xpu", "xpu")])
 @pytest.mark.parametrize(("conformance", "timing", "status"), [(0, 0, 0), (3, 0, 3), (0, 4, 4), (3, 4, 4)])
-def test_the_script_times_where_it_was_called_whatever_the_suite_finds(tmp_path, conformance, timing, status):
+def test_the_script_times_where_it_was_called_whatever_the_suite_finds(
+    tmp_path, conformance, timing, status, asked, backend
+):
     script = _script_in(tmp_path / "checkout")
     python = tmp_path / "python"
     output = tmp_path / "timed"
     python.write_text(
-        FAKE_PYTHON.format(python=sys.executable, conformance=conformance, output=output, benchmark=timing)
+        FAKE_PYTHON.format(
+            python=sys.executable, backend=backend, conformance=conformance, output=output, benchmark=timing
+        )
     )
     python.chmod(0o755)
     caller = tmp_path / "caller"
     caller.mkdir()
     command = ["bash", str(script), "--json", "out.json"]
-    environment = {**os.environ, "PYTHON": str(python)}
+    environment = {**os.environ, "PYTHON": str(python), "BNB_BACKEND": asked}
     done = subprocess.run(command, cwd=caller, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stderr
-    assert output.read_text() == f"{caller}: {script.with_suffix('.py')} --json out.json\n"
+    assert output.read_text() == f"{caller}: {script.with_suffix('.py')} --backend {backend} --json out.json\n"
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
