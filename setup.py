@@ -74,6 +74,11 @@ def sources(*patterns: str) -> dict[str, list[str]]:
     return {str(path): [] for pattern in patterns for path in sorted(Path().glob(pattern))}
 
 
+def signature() -> KernelExtension:
+    """No kernel, but what makes a call of one cheap; it is built with every kernel set."""
+    return KernelExtension("bnb_core._signature", {"csrc_shared/signature.cpp": []}, ["csrc_shared"])
+
+
 def cpu_kernels() -> list[KernelExtension]:
     # An instruction set's flags go to its target and nowhere else: they let the compiler use instructions that another
     # machine lacks, even in code that runs before the choice.
@@ -200,6 +205,6 @@ def requested() -> list[str]:
 
 
 setup(
-    ext_modules=[extension for name in requested() for extension in KERNEL_SETS[name]()],
+    ext_modules=[signature(), *(extension for name in requested() for extension in KERNEL_SETS[name]())],
     cmdclass={"build_ext": BuildKernels},
 )

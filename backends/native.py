@@ -1,7 +1,7 @@
 """Turns a compiled kernel module into a backend: the one place where tensors become pointers.
 
-The module offers the functions of csrc_shared/kernels.h as csrc_shared/bindings.cpp binds them: pointers and
-handles as integers (0 for null), sizes in elements, dtypes and names as the codes below.
+The module offers the functions of csrc_shared/kernels.h as csrc_shared/bindings.cpp binds them: tensors, or None, for
+pointers, handles as integers (0 for null), sizes in elements, dtypes and names as the codes below.
 """
 
 from __future__ import annotations
@@ -27,21 +27,17 @@ OPTIMIZER_CODES = {
 Outputs = tuple[Tensor, ...]
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def scale_pointers(
+def block_scales(
     absmax: Tensor,
     nested_absmax: Tensor | None,
     nested_code: Tensor | None,
     offset: Tensor | None,
     nested_blocksize: int,
-) -> tuple[int, ...]:
+) -> tuple[Any, ...]:
     """The scales of a 4-bit weight in the order of kernels.h's BlockScales."""
     if nested_absmax is None:
-        return absmax.data_ptr(), 0, 0, 0, 0, nested_blocksize
-    return 0, *map(_pointer, (absmax, nested_absmax, nested_code, offset)), nested_blocksize
+        return absmax, None, None, None, None, nested_blocksize
+    return None, absmax, nested_absmax, nested_code, offset, nested_blocksize
 
 
 class NativeKernels:
@@ -59,7 +55,7 @@ class NativeKernels:
     def quantize_blockwise(self, A: Tensor, code: Tensor, blocksize: int, out: Outputs) -> None:
         q, absmax = out
         self.module.quantize_blockwise(
-            A.data_ptr(), DTYPE_CODES[A.dtype], A.numel(), code.data_ptr(), blocksize, q.data_ptr(), absmax.data_ptr(),
+            A, DTYPE_CODES[A.dtype], A.numel(), code, blocksize, q, absmax,
             self.stream(A.device),
         )  # fmt: skip
 
@@ -67,7 +63,7 @@ class NativeKernels:
         self, A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
     ) -> None:
         self.module.dequantize_blockwise(
-            A.data_ptr(), absmax.data_ptr(), code.data_ptr(), A.numel(), blocksize, out.data_ptr(), DTYPE_CODES[dtype],
+            A, absmax, code, A.numel(), blocksize, out, DTYPE_CODES[dtype],
             self.stream(A.device),
         )  # fmt: skip
 
@@ -76,8 +72,8 @@ class NativeKernels:
     ) -> None:
         packed, absmax = out
         self.module.quantize_4bit(
-            A.data_ptr(), DTYPE_CODES[A.dtype], A.numel(), blocksize, QUANT_TYPE_CODES[quant_type], packed.data_ptr(),
-            absmax.data_ptr(), self.stream(A.device),
+            A, DTYPE_CODES[A.dtype], A.numel(), blocksize, QUANT_TYPE_CODES[quant_type], packed,
+            absmax, self.stream(A.device),
         )  # fmt: skip
 
     def dequantize_4bit(
@@ -91,7 +87,7 @@ class NativeKernels:
         out: Tensor,
     ) -> None:
         self.module.dequantize_4bit(
-            A.data_ptr(), absmax.data_ptr(), out.numel(), blocksize, QUANT_TYPE_CODES[quant_type], out.data_ptr(),
+            A, absmax, out.numel(), blocksize, QUANT_TYPE_CODES[quant_type], out,
             DTYPE_CODES[dtype], self.stream(A.device),
         )  # fmt: skip
 
@@ -111,37 +107,35 @@ class NativeKernels:
         out: Tensor,
     ) -> None:
         N, K = shape
-        scales = scale_pointers(absmax, nested_absmax, nested_code, offset, nested_blocksize)
+        scales = block_scales(absmax, nested_absmax, nested_code, offset, nested_blocksize)
         self.module.gemm_4bit(
-            A.data_ptr(), DTYPE_CODES[A.dtype], out.numel() // N if N else 0, N, K, B.data_ptr(), *scales, blocksize,
-            QUANT_TYPE_CODES[quant_type], _pointer(bias), out.data_ptr(), self.stream(A.device),
+            A, DTYPE_CODES[A.dtype], out.numel() // N if N else 0, N, K, B, *scales, blocksize,
+            QUANT_TYPE_CODES[quant_type], bias, out, self.stream(A.device),
         )  # fmt: skip
 
     def int8_vectorwise_quant(self, A: Tensor, threshold: float, out: Outputs) -> None:
         q, row_stats, outlier_mask = out
-        mask = outlier_mask.data_ptr() if threshold > 0 else 0
+        mask = outlier_mask if threshold > 0 else None
         self.module.int8_vectorwise_quant(
-            A.data_ptr(), DTYPE_CODES[A.dtype], row_stats.numel(), A.shape[-1], threshold, q.data_ptr(),
-            row_stats.data_ptr(), mask, self.stream(A.device),
+            A, DTYPE_CODES[A.dtype], row_stats.numel(), A.shape[-1], threshold, q,
+            row_stats, mask, self.stream(A.device),
         )  # fmt: skip
 
     def int8_double_quant(self, A: Tensor, threshold: float, out: Outputs) -> None:
         q_row, q_col, row_stats, col_stats, outlier_mask = out
         self.int8_vectorwise_quant(A, threshold, (q_row, row_stats, outlier_mask))
-        mask = outlier_mask.data_ptr() if threshold > 0 else 0
+        mask = outlier_mask if threshold > 0 else None
         self.module.int8_columnwise_quant(
-            A.data_ptr(), DTYPE_CODES[A.dtype], row_stats.numel(), A.shape[-1], threshold, q_col.data_ptr(),
-            col_stats.data_ptr(), mask, self.stream(A.device),
+            A, DTYPE_CODES[A.dtype], row_stats.numel(), A.shape[-1], threshold, q_col,
+            col_stats, mask, self.stream(A.device),
         )  # fmt: skip
 
     def int8_vectorwise_dequant(self, A: Tensor, stats: Tensor, out: Tensor) -> None:
-        self.module.int8_vectorwise_dequant(
-            A.data_ptr(), stats.data_ptr(), stats.numel(), A.shape[-1], out.data_ptr(), self.stream(A.device)
-        )
+        self.module.int8_vectorwise_dequant(A, stats, stats.numel(), A.shape[-1], out, self.stream(A.device))
 
     def int8_linear_matmul(self, A: Tensor, B: Tensor, out: Tensor) -> None:
         self.module.int8_linear_matmul(
-            A.data_ptr(), B.data_ptr(), math.prod(A.shape[:-1]), B.shape[0], B.shape[1], out.data_ptr(),
+            A, B, math.prod(A.shape[:-1]), B.shape[0], B.shape[1], out,
             self.stream(A.device),
         )  # fmt: skip
 
@@ -155,8 +149,8 @@ class NativeKernels:
         out: Tensor,
     ) -> None:
         self.module.int8_mm_dequant(
-            A.data_ptr(), row_stats.data_ptr(), col_stats.data_ptr(), row_stats.numel(), A.shape[-1], _pointer(bias),
-            out.data_ptr(), DTYPE_CODES[dtype], self.stream(A.device),
+            A, row_stats, col_stats, row_stats.numel(), A.shape[-1], bias,
+            out, DTYPE_CODES[dtype], self.stream(A.device),
         )  # fmt: skip
 
     def int8_scaled_mm(
@@ -199,9 +193,9 @@ class NativeKernels:
     ) -> None:
         """What both of the above are. ``products`` i32[..., N], where they have been taken already, are A @ B^T."""
         self.module.int8_mixed_scaled_mm(
-            A.data_ptr(), B.data_ptr(), math.prod(A.shape[:-1]), B.shape[0], B.shape[1], _pointer(products),
-            row_stats.data_ptr(), col_stats.data_ptr(), _pointer(unquantized), _pointer(outlier_mask), _pointer(bias),
-            out.data_ptr(), DTYPE_CODES[dtype], self.stream(A.device),
+            A, B, math.prod(A.shape[:-1]), B.shape[0], B.shape[1], products,
+            row_stats, col_stats, unquantized, outlier_mask, bias,
+            out, DTYPE_CODES[dtype], self.stream(A.device),
         )  # fmt: skip
 
     def optimizer_update_32bit(
@@ -216,8 +210,8 @@ class NativeKernels:
     ) -> None:
         norms = _norms(p, hyperparameters)
         self.module.optimizer_update_32bit(
-            *_step_arguments(optimizer_name, *hyperparameters), g.data_ptr(), p.data_ptr(), DTYPE_CODES[p.dtype],
-            state1.data_ptr(), _pointer(state2), p.numel(), _pointer(norms), self.stream(p.device),
+            *_step_arguments(optimizer_name, *hyperparameters), g, p, DTYPE_CODES[p.dtype],
+            state1, state2, p.numel(), norms, self.stream(p.device),
         )  # fmt: skip
         _store_update_norm(norms, unorm_vec)
 
@@ -237,9 +231,9 @@ class NativeKernels:
     ) -> None:
         norms = _norms(p, hyperparameters)
         self.module.optimizer_update_8bit_blockwise(
-            *_step_arguments(optimizer_name, *hyperparameters), g.data_ptr(), p.data_ptr(), DTYPE_CODES[p.dtype],
-            state1.data_ptr(), _pointer(state2), qmap1.data_ptr(), _pointer(qmap2), absmax1.data_ptr(),
-            _pointer(absmax2), p.numel(), _pointer(norms), self.stream(p.device),
+            *_step_arguments(optimizer_name, *hyperparameters), g, p, DTYPE_CODES[p.dtype],
+            state1, state2, qmap1, qmap2, absmax1,
+            absmax2, p.numel(), norms, self.stream(p.device),
         )  # fmt: skip
         _store_update_norm(norms, unorm_vec)
 
@@ -276,28 +270,6 @@ def _store_update_norm(norms: Tensor | None, unorm_vec: Tensor | None) -> None:
 
 def _contiguous(argument: Any) -> Any:
     return argument.contiguous() if isinstance(argument, Tensor) else argument
-
-
-def _tensor_positions(kernel: Callable[..., None]) -> list[int]:
-    """Where a kernel's tensor arguments are, the outputs left out."""
-    parameters = [parameter for name, parameter in signature(kernel).parameters.items() if name != "out"]
-    return [i for i, parameter in enumerate(parameters) if str(parameter.annotation).startswith("Tensor")]
-
-
-def _filling_outputs(kernel: Callable[..., None]) -> Callable[..., None]:
-    """Hand contiguous inputs to a kernel; the outputs are contiguous already."""
-    tensors = _tensor_positions(kernel)
-
-    @wraps(kernel)
-    def call(*arguments: Any, out: Any) -> None:
-        for position in tensors:
-            tensor = arguments[position]
-            if tensor is not None and not tensor.is_contiguous():
-                arguments = tuple(map(_contiguous, arguments))
-                break
-        kernel(*arguments, out)
-
-    return call
 
 
 def _updating_in_place(kernel: Callable[..., None]) -> Callable[..., None]:
@@ -344,6 +316,6 @@ def module_file(module: ModuleType) -> Path:
 def kernels_of(kernels: Any) -> dict[str, Callable[..., None]]:
     """The table for a Backend: a function for each primitive, over contiguous tensors as NativeKernels takes them."""
     return {
-        **{name: _filling_outputs(getattr(kernels, name)) for name in FILLING},
+        **{name: getattr(kernels, name) for name in FILLING},
         **{name: _updating_in_place(getattr(kernels, name)) for name in IN_PLACE},
     }

@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 
 from bnb_core import registry
 from bnb_core.checks import check_dtype, check_same_device, check_shape, check_tensor
+from bnb_core.signature import signature
 
 NAMESPACE = "bnb_core"
 MOST_PLANS = 1024
@@ -45,6 +46,8 @@ class _Plan(NamedTuple):
     outputs: tuple[Out, ...]
     device: torch.device
     device_type: str
+    contiguous: bool
+    """Whether the kernel may have the arguments as they are."""
     allocate: Callable[[], Any]
     """The outputs, as the caller gets them: a tensor, a tuple of them, or None."""
 
@@ -89,7 +92,6 @@ class Primitive:
         if not differentiable:
             _library.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        self._key = _key_function(self.op._schema.arguments)
         self._gives_outputs = bool(self.op._schema.returns)
         self._first_tensor = [str(argument.type) for argument in self.op._schema.arguments].index("Tensor")
         registry.declare(self.name)
@@ -99,9 +101,9 @@ class Primitive:
 
     def __call__(self, *arguments: Any, out: Any = None) -> Any:
         first = arguments[self._first_tensor]
-        check_tensor(self._argument_names[self._first_tensor], first)
         if not goes_to_dispatcher(first):
             return self._run(arguments, out)
+        check_tensor(self._argument_names[self._first_tensor], first)
         result = self.op(*arguments)
         if out is None:
             return result
@@ -117,6 +119,8 @@ class Primitive:
             return self._run_into(out, plan, arguments)
         result = plan.allocate()
         kernel = registry.kernel_for(self.name, plan.device_type, arguments)
+        if not plan.contiguous:
+            arguments = _contiguous(arguments)
         if result is None:
             kernel(*arguments)
         else:
@@ -137,7 +141,7 @@ class Primitive:
                 raise ValueError("out: two of its tensors share memory")
         buffers = tuple(t if t.is_contiguous() else e.allocate(device) for t, e in zip(given, outputs, strict=True))
         kernel = registry.kernel_for(self.name, plan.device_type, arguments)
-        kernel(*arguments, out=buffers if isinstance(out, tuple) else buffers[0])
+        kernel(*_contiguous(arguments), out=buffers if isinstance(out, tuple) else buffers[0])
         for tensor, buffer in zip(given, buffers, strict=True):
             if tensor is not buffer:
                 tensor.copy_(buffer)
@@ -164,28 +168,25 @@ class Primitive:
         All of that follows from the arguments' metadata, so that arguments like those of an earlier call are not
         checked again. An optimizer's are never like them, as they count its steps.
         """
-        if not self._gives_outputs:
-            return self._plan(arguments)
-        try:
-            key = self._key(*arguments)
-            plan = self._plans.get(key)
-        except (TypeError, AttributeError):
-            return self._plan(arguments)
+        key = signature(arguments) if self._gives_outputs else None
+        plan = self._plans.get(key)
         if plan is None:
             plan = self._plan(arguments)
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
-            self._plans[key] = plan
+            if key is not None:
+                if len(self._plans) >= MOST_PLANS:
+                    self._plans.clear()
+                self._plans[key] = plan
         return plan
 
     def _plan(self, arguments: tuple[Any, ...]) -> _Plan:
         outputs, device = self._checked(arguments)
-        if outputs is None:
-            return _Plan((), device, device.type, lambda: None)
+        if outputs is None:  # the kernel changes some of its arguments, and takes any strides
+            return _Plan((), device, device.type, True, lambda: None)
+        contiguous = all(a.is_contiguous() for a in arguments if isinstance(a, Tensor))
         if isinstance(outputs, Out):
-            return _Plan((outputs,), device, device.type, outputs.allocator(device))
+            return _Plan((outputs,), device, device.type, contiguous, outputs.allocator(device))
         allocators = [output.allocator(device) for output in outputs]
-        return _Plan(outputs, device, device.type, lambda: tuple([allocate() for allocate in allocators]))
+        return _Plan(outputs, device, device.type, contiguous, lambda: tuple([allocate() for allocate in allocators]))
 
     def _checked(self, arguments: tuple[Any, ...]) -> tuple[Any, torch.device]:
         outputs = self.declaration(*arguments)
@@ -196,27 +197,6 @@ class Primitive:
         ]
         check_same_device(tensors)
         return outputs, tensors[0][1].device
-
-
-def _key_function(arguments: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
-    """What a primitive's checks look at, as a function of its arguments, for a schema's ``arguments``.
-
-    It is put together as source text, as the methods of a dataclass are: a call of a primitive should cost less than
-    a loop over its arguments.
-    """
-
-    def looked_at(argument: Any) -> str:
-        name = argument.name
-        metadata = f"{name}.dtype, {name}.shape, {name}.device"
-        match str(argument.type):
-            case "Tensor":
-                return metadata
-            case "Optional[Tensor]":
-                return f"None if {name} is None else ({metadata})"
-        return name
-
-    names = ", ".join(argument.name for argument in arguments)
-    return eval(f"lambda {names}: ({', '.join(map(looked_at, arguments))},)")
 
 
 def primitive(schema: str, differentiable: bool = False) -> Callable[[Callable[..., Any]], Primitive]:
@@ -235,6 +215,10 @@ def primitive(schema: str, differentiable: bool = False) -> Callable[[Callable[.
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     """A lone Out is itself a tuple, of shape and dtype."""
     return value if isinstance(value, tuple) and not isinstance(value, Out) else (value,)
+
+
+def _contiguous(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([argument.contiguous() if isinstance(argument, Tensor) else argument for argument in arguments])
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

@@ -1,13 +1,5 @@
-// Every function of kernels.h for Python, once for all kernel sets. Pointers arrive as integers, 0 for null;
-// the arguments were checked in Python.
-#include <pybind11/pybind11.h>
-
-#include <exception>
-#include <new>
-#include <tuple>
-#include <type_traits>
-#include <utility>
-
+// Every function of kernels.h for Python, once for all kernel sets. The arguments were checked in Python.
+#include "bind.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -18,80 +10,6 @@ namespace bnb {
 void bind_extras(py::module_& m);
 
 namespace {
-
-// What Python passes for a parameter of type T; where it is no such thing, an error of Python's is set.
-template <class T>
-T from_python(PyObject* object) {
-  static_assert(std::is_pointer_v<T> || std::is_arithmetic_v<T> || std::is_enum_v<T>);
-  if constexpr (std::is_pointer_v<T>) return static_cast<T>(PyLong_AsVoidPtr(object));
-  if constexpr (std::is_same_v<T, bool>) return PyObject_IsTrue(object) == 1;
-  if constexpr (std::is_floating_point_v<T>) return static_cast<T>(PyFloat_AsDouble(object));
-  if constexpr (std::is_integral_v<T> || std::is_enum_v<T>) return static_cast<T>(PyLong_AsLongLong(object));
-}
-
-// Other threads of Python's go on meanwhile.
-class Released {
- public:
-  Released() : state_(PyEval_SaveThread()) {}
-  ~Released() { PyEval_RestoreThread(state_); }
-  Released(const Released&) = delete;
-  Released& operator=(const Released&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
-// Functions of the table are looked up in it at each call, as a kernel set may choose another one.
-template <class... Arguments>
-void run(void (*Kernels::*function)(Arguments...), Arguments... arguments) {
-  (kernels().*function)(arguments...);
-}
-template <class... Arguments>
-void run(void (*function)(Arguments...), Arguments... arguments) {
-  function(arguments...);
-}
-
-template <class Function, class... Arguments, size_t... i>
-PyObject* call(Function function, std::tuple<Arguments...>*, std::index_sequence<i...>,
-               PyObject* const* objects, Py_ssize_t count) {
-  if (count != Py_ssize_t{sizeof...(Arguments)})
-    return PyErr_Format(PyExc_TypeError, "expected %zu arguments, got %zd", sizeof...(Arguments), count);
-  const std::tuple<Arguments...> arguments{from_python<Arguments>(objects[i])...};
-  if (PyErr_Occurred()) return nullptr;
-  try {
-    const Released released;
-    run(function, std::get<i>(arguments)...);
-  } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-  Py_RETURN_NONE;
-}
-
-template <class... Arguments>
-std::tuple<Arguments...>* arguments_of(void (*Kernels::*)(Arguments...));
-template <class... Arguments>
-std::tuple<Arguments...>* arguments_of(void (*)(Arguments...));
-
-template <auto function>
-PyObject* method(PyObject*, PyObject* const* objects, Py_ssize_t count) {
-  using Arguments = decltype(arguments_of(function));
-  constexpr size_t size = std::tuple_size_v<std::remove_pointer_t<Arguments>>;
-  return call(function, Arguments{}, std::make_index_sequence<size>(), objects, count);
-}
-
-// Binds a function of the table, or any other, by Python's own protocol for fast calls: pybind11's dispatch
-// takes a microsecond for as many arguments as these have.
-template <auto function>
-void bind(py::module_& m, const char* name) {
-  using Erased = void (*)();
-  static PyMethodDef definition{name,
-                                reinterpret_cast<PyCFunction>(reinterpret_cast<Erased>(&method<function>)),
-                                METH_FASTCALL, nullptr};
-  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_New(&definition, nullptr));
-}
 
 void gemm_4bit(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, const uint8_t* packed,
                const float* absmax, const uint8_t* codes, const float* nested_absmax,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import dequantized
-from ..native import DTYPE_CODES, QUANT_TYPE_CODES, NativeKernels, scale_pointers
+from ..native import DTYPE_CODES, QUANT_TYPE_CODES, NativeKernels, block_scales
 
 
 class _Workspace(threading.local):
@@ -51,8 +51,8 @@ class CpuKernels(NativeKernels):
         N, K = shape
         nested = (nested_absmax, nested_code, offset, nested_blocksize)
         if self.module.gemm_4bit_backward(
-            dY.data_ptr(), DTYPE_CODES[dY.dtype], math.prod(dY.shape[:-1]), N, K, B.data_ptr(),
-            *scale_pointers(absmax, *nested), blocksize, QUANT_TYPE_CODES[quant_type], out.data_ptr(),
+            dY, DTYPE_CODES[dY.dtype], math.prod(dY.shape[:-1]), N, K, B,
+            *block_scales(absmax, *nested), blocksize, QUANT_TYPE_CODES[quant_type], out,
         ):  # fmt: skip
             return
         empty = self._workspace.take

@@ -1,0 +1,111 @@
+// Binds functions by Python's own protocol for fast calls: pybind11's dispatch takes a microsecond for as
+// many arguments as ours have. For a pointer Python passes a contiguous tensor, None, or an integer.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <exception>
+#include <new>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "dlpack.h"
+#include "kernels.h"
+
+namespace bnb {
+namespace binding {
+
+inline void* address_of(PyObject* object) {
+  static const dlpack::Exchange* const exchange = dlpack::find_exchange();
+  if (object == Py_None) return nullptr;
+  if (PyLong_Check(object)) return PyLong_AsVoidPtr(object);
+  dlpack::Tensor tensor;
+  if (exchange && exchange->view(object, &tensor) == 0) return tensor.first();
+  PyErr_Clear();
+  PyObject* address = PyObject_CallMethod(object, "data_ptr", nullptr);
+  void* const result = address ? PyLong_AsVoidPtr(address) : nullptr;
+  Py_XDECREF(address);
+  return result;
+}
+
+// What Python passes for a parameter of type T; where it is no such thing, an error of Python's is set.
+template <class T>
+T from_python(PyObject* object) {
+  static_assert(std::is_pointer_v<T> || std::is_arithmetic_v<T> || std::is_enum_v<T>);
+  if (PyErr_Occurred()) return T{};  // of an argument before
+  if constexpr (std::is_pointer_v<T>) return static_cast<T>(address_of(object));
+  if constexpr (std::is_same_v<T, bool>) return PyObject_IsTrue(object) == 1;
+  if constexpr (std::is_floating_point_v<T>) return static_cast<T>(PyFloat_AsDouble(object));
+  if constexpr (std::is_integral_v<T> || std::is_enum_v<T>) return static_cast<T>(PyLong_AsLongLong(object));
+}
+
+// Other threads of Python's go on meanwhile.
+class Released {
+ public:
+  Released() : state_(PyEval_SaveThread()) {}
+  ~Released() { PyEval_RestoreThread(state_); }
+  Released(const Released&) = delete;
+  Released& operator=(const Released&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// Functions of the table are looked up in it at each call, as a kernel set may choose another one.
+template <class Function, class... Arguments>
+auto run(Function function, Arguments... arguments) {
+  const Released released;
+  if constexpr (std::is_member_object_pointer_v<Function>) {
+    return (kernels().*function)(arguments...);
+  } else {
+    return function(arguments...);
+  }
+}
+
+template <class Function, class... Arguments, size_t... i>
+PyObject* call(Function function, std::tuple<Arguments...>*, std::index_sequence<i...>,
+               PyObject* const* objects, Py_ssize_t count) {
+  if (count != Py_ssize_t{sizeof...(Arguments)})
+    return PyErr_Format(PyExc_TypeError, "expected %zu arguments, got %zd", sizeof...(Arguments), count);
+  const std::tuple<Arguments...> arguments{from_python<Arguments>(objects[i])...};
+  if (PyErr_Occurred()) return nullptr;
+  try {
+    if constexpr (std::is_void_v<decltype(run(function, std::get<i>(arguments)...))>) {
+      run(function, std::get<i>(arguments)...);
+      Py_RETURN_NONE;
+    } else {
+      return PyBool_FromLong(run(function, std::get<i>(arguments)...));
+    }
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+template <class Result, class... Arguments>
+std::tuple<Arguments...>* arguments_of(Result (*Kernels::*)(Arguments...));
+template <class Result, class... Arguments>
+std::tuple<Arguments...>* arguments_of(Result (*)(Arguments...));
+
+template <auto function>
+PyObject* method(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  using Arguments = decltype(arguments_of(function));
+  constexpr size_t size = std::tuple_size_v<std::remove_pointer_t<Arguments>>;
+  return call(function, Arguments{}, std::make_index_sequence<size>(), objects, count);
+}
+
+}  // namespace binding
+
+// Binds a function of the table, or any other that returns nothing or a bool.
+template <auto function>
+void bind(pybind11::module_& m, const char* name, const char* documentation = nullptr) {
+  using Erased = void (*)();
+  const auto erased = reinterpret_cast<Erased>(&binding::method<function>);
+  static PyMethodDef definition{name, reinterpret_cast<PyCFunction>(erased), METH_FASTCALL, documentation};
+  m.attr(name) = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&definition, nullptr));
+}
+
+}  // namespace bnb

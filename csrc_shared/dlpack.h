@@ -1,0 +1,67 @@
+// What torch tells of a tensor by C functions: DLPack's exchange API (DLPack 1.3, struct DLPackExchangeAPI),
+// in torch from 2.10 on. It takes no header of torch's, and no build for each of its versions.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+
+namespace bnb::dlpack {
+
+struct Device {
+  int32_t type, index;
+};
+
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+
+// The producer keeps shape and strides, in elements, until Python code runs again.
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t dimensions;
+  DataType dtype;
+  int64_t* shape;
+  int64_t* strides;  // null: contiguous
+  uint64_t byte_offset;
+
+  void* first() const { return static_cast<char*>(data) + byte_offset; }
+
+  bool contiguous() const {
+    int64_t expected = 1;
+    bool same = true;
+    for (int32_t i = dimensions - 1; i >= 0; i--) {
+      if (shape[i] == 0) return true;
+      same = same && (!strides || shape[i] == 1 || strides[i] == expected);
+      expected *= shape[i];
+    }
+    return same;
+  }
+};
+
+struct Exchange {
+  uint32_t major, minor;
+  const Exchange* previous;
+  void (*managed[3])();                // owning tensors, from Python, to it and new
+  int (*view)(void* object, Tensor*);  // 0, or -1 with an error of Python's
+  int (*stream)(int32_t, int32_t, void**);
+};
+
+// torch's functions; null where it has none.
+inline const Exchange* find_exchange() {
+  PyObject* torch = PyImport_ImportModule("torch");
+  PyObject* type = torch ? PyObject_GetAttrString(torch, "Tensor") : nullptr;
+  PyObject* capsule = type ? PyObject_GetAttrString(type, "__dlpack_c_exchange_api__") : nullptr;
+  const void* found = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
+  PyErr_Clear();
+  Py_XDECREF(capsule);
+  Py_XDECREF(type);
+  Py_XDECREF(torch);
+  constexpr uint32_t kMajor = 1;
+  const auto* exchange = static_cast<const Exchange*>(found);
+  return exchange && exchange->major == kMajor && exchange->view ? exchange : nullptr;
+}
+
+}  // namespace bnb::dlpack

@@ -1,0 +1,109 @@
+// bnb_core._signature: what the checks of a call look at, as bytes. bnb_core/signature.py says the same in
+// Python, for where this is not built or torch has no exchange API.
+#include <cstring>
+
+#include "dlpack.h"
+
+namespace bnb {
+namespace {
+
+const dlpack::Exchange* exchange;
+PyTypeObject* tensor_type;
+PyTypeObject* dtype_type;
+
+class Signature {
+ public:
+  // Whether the argument is of a kind that can be told; if not, or if it cannot be read, no error is set.
+  bool add(PyObject* argument) {
+    if (argument == Py_None) return add_value('N', 0);
+    if (PyObject_TypeCheck(argument, tensor_type)) return add_tensor(argument);
+    if (PyBool_Check(argument)) return add_value('B', argument == Py_True);
+    if (PyLong_CheckExact(argument)) return add_integer(argument);
+    if (PyFloat_CheckExact(argument)) return add_value('F', PyFloat_AS_DOUBLE(argument));
+    if (PyUnicode_CheckExact(argument)) return add_text(argument);
+    if (Py_TYPE(argument) == dtype_type) return add_value('D', argument);
+    return PyTuple_Check(argument) && add_items(argument);
+  }
+
+  bool add_items(PyObject* tuple) {
+    const Py_ssize_t count = PyTuple_GET_SIZE(tuple);
+    bool told = add_value('(', count);
+    for (Py_ssize_t i = 0; told && i < count; i++) told = add(PyTuple_GET_ITEM(tuple, i));
+    return told;
+  }
+
+  PyObject* bytes() const { return PyBytes_FromStringAndSize(bytes_, size_); }
+
+ private:
+  bool add_bytes(const void* data, size_t size) {
+    if (size > sizeof bytes_ - size_) return false;
+    std::memcpy(bytes_ + size_, data, size);
+    size_ += size;
+    return true;
+  }
+
+  template <class T>
+  bool add_value(char kind, T value) {
+    return add_bytes(&kind, 1) && add_bytes(&value, sizeof value);
+  }
+
+  bool add_integer(PyObject* argument) {
+    int overflow;
+    const long long value = PyLong_AsLongLongAndOverflow(argument, &overflow);
+    return overflow == 0 && add_value('I', value);
+  }
+
+  bool add_text(PyObject* argument) {
+    Py_ssize_t size;
+    const char* text = PyUnicode_AsUTF8AndSize(argument, &size);
+    if (!text) PyErr_Clear();
+    return text && add_value('S', size) && add_bytes(text, size);
+  }
+
+  bool add_tensor(PyObject* argument) {
+    dlpack::Tensor tensor;
+    if (exchange->view(argument, &tensor) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    return add_value('T', tensor.device) && add_value(':', tensor.dtype) &&
+           add_value(tensor.contiguous() ? 'c' : 's', tensor.dimensions) &&
+           add_bytes(tensor.shape, tensor.dimensions * sizeof(int64_t));
+  }
+
+  char bytes_[1024];
+  size_t size_ = 0;
+};
+
+PyObject* signature(PyObject*, PyObject* arguments) {
+  if (!PyTuple_Check(arguments)) return PyErr_Format(PyExc_TypeError, "arguments: expected a tuple");
+  Signature result;
+  if (!result.add_items(arguments)) Py_RETURN_NONE;
+  return result.bytes();
+}
+
+PyTypeObject* type_of_torch(const char* name) {
+  PyObject* torch = PyImport_ImportModule("torch");
+  PyObject* type = torch ? PyObject_GetAttrString(torch, name) : nullptr;
+  Py_XDECREF(torch);
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
+}  // namespace
+}  // namespace bnb
+
+PyMODINIT_FUNC PyInit__signature() {
+  using namespace bnb;
+  exchange = dlpack::find_exchange();
+  if (!exchange) {
+    PyErr_SetString(PyExc_ImportError, "this torch has no DLPack exchange API; 2.10 and newer have");
+    return nullptr;
+  }
+  tensor_type = type_of_torch("Tensor");
+  dtype_type = type_of_torch("dtype");
+  if (!tensor_type || !dtype_type) return nullptr;
+  static PyMethodDef methods[] = {{"signature", signature, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_signature", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}
