@@ -34,7 +34,7 @@ BNB_HOST_DEVICE constexpr bool divides_by(OptimizerName name, int state) {
 
 // What is the same for every entry, rounded to f32.
 struct Coefficients {
-  float gnorm_scale, beta1, beta2, beta3, rest1, rest2, rest3, alpha, eps, c1, c2, weight_decay, decay;
+  float gnorm_scale, beta1, beta2, beta3, rest1, rest2, rest3, alpha, eps, weight_decay, decay;
   float ignored_gradient;  // an entry whose gradient equals it is left alone; NaN: none
   bool first_step;
   float unit;  // the update is unit * numerator / denominator
@@ -49,14 +49,13 @@ struct Coefficients {
         rest3(round(1 - s.beta3)),
         alpha(round(s.alpha)),
         eps(round(s.eps)),
-        c1(round(correction1(s))),
-        c2(round(correction2(s))),
         weight_decay(round(s.weight_decay)),
         decay(round(1 - s.lr * s.weight_decay)),
         ignored_gradient(s.skip_zeros ? 0.0f : __builtin_nanf("")),
         first_step(s.step == 1),
         unit(1.0f) {
-    if (is_adam(s.name)) {
+    if (is_adam(s.name) || s.name == OptimizerName::ademamix) {
+      alpha = round(s.alpha * correction1(s));
       eps = round(s.eps * correction2(s));
       unit = round(correction2(s) / correction1(s));
     }
@@ -86,7 +85,7 @@ BNB_HOST_DEVICE BNB_ALWAYS_INLINE V advance(const Coefficients& c, float size, V
     m = c.beta1 * m + c.rest1 * g;
     slow = c.beta3 * slow + c.rest3 * g;
     v = c.beta2 * v + c.rest2 * g * g;
-    return size * (m / c.c1 + c.alpha * slow) / (Math::sqrt(v) / c.c2 + c.eps);
+    return size * (m + c.alpha * slow) / (Math::sqrt(v) + c.eps);
   } else if constexpr (has_momentum(name)) {
     m = c.first_step ? g : c.beta1 * m + g;
     return size * m;

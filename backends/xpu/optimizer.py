@@ -45,8 +45,6 @@ def advance(
     rest3,
     alpha,
     eps,
-    c1,
-    c2,
     weight_decay,
 ):
     """size * numerator / denominator of the update, and the three states one step ahead."""
@@ -60,7 +58,7 @@ def advance(
         m = beta1 * m + rest1 * g
         slow = beta3 * slow + rest3 * g
         v = beta2 * v + rest2 * g * g
-        update = tl.div_rn(size * (tl.div_rn(m, c1) + alpha * slow), tl.div_rn(tl.sqrt_rn(v), c2) + eps)
+        update = tl.div_rn(size * (m + alpha * slow), tl.sqrt_rn(v) + eps)
     elif RULE == "momentum":
         m = g if FIRST_STEP else beta1 * m + g
         update = size * m
@@ -142,8 +140,6 @@ def optimizer_kernel(
     rest3,
     alpha,
     eps,
-    c1,
-    c2,
     weight_decay,
     decay,
     RULE: tl.constexpr,
@@ -177,8 +173,8 @@ def optimizer_kernel(
     if ratio is not None:
         size = size * tl.load(ratio)
     update, new_m, new_slow, new_v = advance(
-        RULE, FIRST_STEP, size, gradient, before, m, slow, v, beta1, beta2, beta3, rest1, rest2, rest3, alpha, eps, c1,
-        c2, weight_decay,
+        RULE, FIRST_STEP, size, gradient, before, m, slow, v, beta1, beta2, beta3, rest1, rest2, rest3, alpha, eps,
+        weight_decay,
     )  # fmt: skip
     if SKIP_ZEROS:
         skipped = gradient == 0
@@ -241,11 +237,10 @@ def _coefficients(
     weight_decay: float, gnorm_scale: float,
 ) -> tuple[float, dict[str, float]]:  # fmt: skip
     """The factor of an update beside lr, and what is the same for every entry, each rounded to f32 once."""
-    unit = c1 = c2 = 1.0
+    unit = 1.0
     if rule in ("adam", "ademamix"):
         c1, c2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    if rule == "adam":
-        unit, eps = c2 / c1, eps * c2
+        unit, alpha, eps = c2 / c1, alpha * c1, eps * c2
     exact = {
         "gnorm_scale": gnorm_scale,
         "beta1": beta1,
@@ -256,8 +251,6 @@ def _coefficients(
         "rest3": 1 - beta3,
         "alpha": alpha,
         "eps": eps,
-        "c1": c1,
-        "c2": c2,
         "weight_decay": weight_decay,
         "decay": 1 - lr * weight_decay,
     }
