@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -92,7 +92,8 @@ class Primitive:
         if not differentiable:
             _library.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        self._gives_outputs = bool(self.op._schema.returns)
+        # An optimizer's arguments are never like earlier ones, as they count its steps.
+        self._signature = signature if self.op._schema.returns else lambda arguments: None
         self._first_tensor = [str(argument.type) for argument in self.op._schema.arguments].index("Tensor")
         registry.declare(self.name)
 
@@ -114,7 +115,8 @@ class Primitive:
         return filled if isinstance(out, tuple) else filled[0]
 
     def _run(self, arguments: tuple[Any, ...], out: Any = None) -> Any:
-        plan = self._planned(arguments)
+        key = self._signature(arguments)
+        plan = self._plans.get(key) or self._planned(arguments, key)
         if out is not None:
             return self._run_into(out, plan, arguments)
         result = plan.allocate()
@@ -162,20 +164,16 @@ class Primitive:
             return None if outputs is None else outputs.allocate(device)
         return tuple(o.allocate(device) for o in outputs)
 
-    def _planned(self, arguments: tuple[Any, ...]) -> _Plan:
-        """Check the arguments, and plan the call.
+    def _planned(self, arguments: tuple[Any, ...], key: Hashable | None) -> _Plan:
+        """Check the arguments, plan the call, and remember the plan for arguments of the same signature.
 
-        All of that follows from the arguments' metadata, so that arguments like those of an earlier call are not
-        checked again. An optimizer's are never like them, as they count its steps.
+        All of a plan follows from the arguments' metadata. Without a signature the arguments are checked each time.
         """
-        key = signature(arguments) if self._gives_outputs else None
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plan(arguments)
-            if key is not None:
-                if len(self._plans) >= MOST_PLANS:
-                    self._plans.clear()
-                self._plans[key] = plan
+        plan = self._plan(arguments)
+        if key is not None:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
         return plan
 
     def _plan(self, arguments: tuple[Any, ...]) -> _Plan:

@@ -25,17 +25,23 @@ void parallel_for(int64_t n, int64_t least, const Body& body) {
   parallel_range(n, least, run, const_cast<Body*>(&body));
 }
 
+// Scratch memory: a little of it lies in the object, on the stack, as allocating takes as long as a small matmul.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(allocate(size * sizeof(T)))) {}
-  ~Buffer() { deallocate(data_); }
+  explicit Buffer(int64_t size)
+      : data_(size <= kSmall ? small_ : static_cast<T*>(allocate(size * sizeof(T)))) {}
+  ~Buffer() {
+    if (data_ != small_) deallocate(data_);
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* data() const { return data_; }
 
  private:
-  T* data_;
+  static constexpr int64_t kSmall = 2048 / sizeof(T);
+  alignas(64) T small_[kSmall];
+  T* const data_;
 };
 
 // p as a pointer to what `like` points to.
