@@ -15,30 +15,6 @@ LEAST_TERMS = 128
 section 3)."""
 
 
-def dequantize_weight(
-    kernels: Any,
-    B: Tensor,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-    weight: Tensor,
-) -> None:
-    """Fill ``weight`` [N, K], in its dtype, from what the primitive gemm_4bit takes.
-
-    Args:
-        kernels: functions for each primitive, as NativeKernels has them.
-    """
-    if nested_absmax is not None:
-        scales = torch.empty(absmax.shape, dtype=torch.float32, device=absmax.device)
-        kernels.dequantize_blockwise(absmax, nested_absmax, nested_code, nested_blocksize, torch.float32, scales)
-        absmax = scales.add_(offset)  # type: ignore[arg-type]
-    kernels.dequantize_4bit(B, absmax, blocksize, quant_type, weight.shape, weight.dtype, weight)
-
-
 def gemm_4bit_backward(
     kernels: Any,
     dY: Tensor,
@@ -54,11 +30,16 @@ def gemm_4bit_backward(
     out: Tensor,
     empty: Callable[[Sequence[int], torch.dtype], Tensor],
 ) -> None:
-    """The primitive by torch's dense matmul. ``empty`` gives memory for the weight."""
+    """The primitive by torch's dense matmul.
+
+    Args:
+        kernels: functions for each primitive, as NativeKernels has them.
+        empty: gives memory for the weight.
+    """
     N, K = shape
     weight = empty((N, K), dY.dtype if N >= LEAST_TERMS else torch.float32)
-    scales = (nested_absmax, nested_code, offset, nested_blocksize)
-    dequantize_weight(kernels, B, absmax, blocksize, quant_type, *scales, weight)
+    nested = (nested_absmax, nested_code, offset, nested_blocksize)
+    kernels.dequantize_4bit(B, absmax, blocksize, quant_type, (N, K), weight.dtype, *nested, weight)
     gradient, result = dY.view(-1, N), out.view(-1, K)
     with exact_matmuls(dY.device, weight.dtype):
         if weight.dtype == dY.dtype:

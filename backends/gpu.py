@@ -62,7 +62,7 @@ class LargeProducts:
             self.fused.gemm_4bit(A, B, shape, absmax, blocksize, quant_type, bias, *scales, out)
             return
         weight = torch.empty(tuple(shape), dtype=A.dtype, device=A.device)
-        dequantized.dequantize_weight(self, B, absmax, blocksize, quant_type, *scales, weight)
+        self.dequantize_4bit(B, absmax, blocksize, quant_type, shape, A.dtype, *scales, weight)
         with exact_matmuls(A.device, A.dtype):
             _multiply(A, weight, bias, out)
 

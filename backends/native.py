@@ -84,11 +84,16 @@ class NativeKernels:
         quant_type: str,
         shape: Sequence[int],
         dtype: torch.dtype,
+        nested_absmax: Tensor | None,
+        nested_code: Tensor | None,
+        offset: Tensor | None,
+        nested_blocksize: int,
         out: Tensor,
     ) -> None:
+        scales = block_scales(absmax, nested_absmax, nested_code, offset, nested_blocksize)
         self.module.dequantize_4bit(
-            A, absmax, out.numel(), blocksize, QUANT_TYPE_CODES[quant_type], out,
-            DTYPE_CODES[dtype], self.stream(A.device),
+            A, *scales, out.numel(), blocksize, QUANT_TYPE_CODES[quant_type], out, DTYPE_CODES[dtype],
+            self.stream(A.device),
         )  # fmt: skip
 
     def gemm_4bit(

@@ -42,10 +42,7 @@ def _gradient_of_input(ctx: Any, dY: Tensor) -> Tensor:
     scales = (nested_absmax, nested_code, offset, ctx.nested_blocksize)
     if not torch.is_grad_enabled():
         return primitives.gemm_4bit_backward(dY, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, *scales)
-    if nested_absmax is not None:
-        nested = (nested_absmax, nested_code, ctx.nested_blocksize, torch.float32)
-        absmax = primitives.dequantize_blockwise(absmax, *nested) + offset
-    return dY @ primitives.dequantize_4bit(B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype)
+    return dY @ primitives.dequantize_4bit(B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype, *scales)
 
 
 torch.library.register_autograd(f"{NAMESPACE}::gemm_4bit", _gemm_4bit_backward, setup_context=_gemm_4bit_context)

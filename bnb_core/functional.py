@@ -57,7 +57,6 @@ __all__ = [
 ]
 
 DEFAULT_BLOCKSIZE_4BIT = 64
-NESTED_BLOCKSIZE = 256
 
 
 def _dtype_of(name: str, tensor: Tensor | None, default: Any) -> Any:
@@ -71,7 +70,7 @@ def _dtype_of(name: str, tensor: Tensor | None, default: Any) -> Any:
 def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
     """Double quantization (QLoRA, section 3): the scales less their mean, in 8 bits."""
     offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
-    codes, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    codes, state2 = quantize_blockwise(absmax - offset, blocksize=primitives.NESTED_BLOCKSIZE)
     return codes, offset, state2
 
 
@@ -173,15 +172,13 @@ def dequantize_4bit(
         check_tensor("out", out)
         blocksize = DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
         shape, dtype = out.shape, out.dtype
+        nested = primitives.F32_SCALES
     else:
         quant_state.check_complete()
-        absmax, blocksize, quant_type = (
-            dequantize_absmax(quant_state),
-            quant_state.blocksize,
-            str(quant_state.quant_type),
-        )
+        absmax, blocksize, quant_type = quant_state.absmax, quant_state.blocksize, str(quant_state.quant_type)
         shape, dtype = quant_state.shape, _dtype_of("out", out, quant_state.dtype)
-    result = primitives.dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype, out=out)
+        nested = _nested_arguments(quant_state)
+    result = primitives.dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype, *nested, out=out)
     return result.t() if is_transposed(A) and result.dim() == 2 else result
 
 
@@ -287,11 +284,16 @@ def gemm_4bit(
 def gemm_4bit_weight_arguments(quant_state: QuantState, bias: Tensor | None) -> tuple[Any, ...]:
     """What the primitive gemm_4bit takes after the packed weight."""
     quant_state.check_complete()
-    state2 = quant_state.state2 if quant_state.nested else None
     scales = (quant_state.absmax, quant_state.blocksize, quant_state.quant_type)
+    return quant_state.shape, *scales, bias, *_nested_arguments(quant_state)
+
+
+def _nested_arguments(quant_state: QuantState) -> tuple[Any, ...]:
+    """nested_absmax, nested_code, offset and nested_blocksize of the primitives."""
+    state2 = quant_state.state2 if quant_state.nested else None
     if state2 is None:
-        return quant_state.shape, *scales, bias, None, None, None, NESTED_BLOCKSIZE
-    return quant_state.shape, *scales, bias, state2.absmax, state2.code, quant_state.offset, state2.blocksize
+        return primitives.F32_SCALES
+    return state2.absmax, state2.code, quant_state.offset, state2.blocksize
 
 
 def gemv_4bit(

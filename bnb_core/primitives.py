@@ -28,6 +28,9 @@ from bnb_core.checks import (
 from bnb_core.primitive import Out, primitive
 
 OPTIMIZER_BLOCKSIZE = 256
+NESTED_BLOCKSIZE = 256
+F32_SCALES = (None, None, None, NESTED_BLOCKSIZE)
+"""nested_absmax, nested_code, offset, nested_blocksize of scales that are not double-quantized."""
 MAX_INT8_INNER_SIZE = 2**16
 
 
@@ -142,22 +145,54 @@ def _check_packed(name: str, packed: Tensor, n: int, blocksize: int, quant_type:
         raise ValueError(f"{name}: expected {(n + 1) // 2} bytes for {n} elements of 4 bits, got {packed_bytes}")
 
 
-@primitive("(Tensor A, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, ScalarType dtype) -> Tensor")
+def _check_block_scales(
+    absmax: Tensor,
+    blocks: int,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+) -> None:
+    check_dtype("absmax", absmax, (torch.float32,) if nested_absmax is None else (torch.uint8,))
+    check_numel("absmax", absmax, blocks)
+    if nested_absmax is not None:
+        check_blocksize(nested_blocksize, "nested_blocksize")
+        check_dtype("nested_absmax", nested_absmax, (torch.float32,))
+        check_numel("nested_absmax", nested_absmax, block_count(blocks, nested_blocksize))
+        check_code("nested_code", nested_code)  # type: ignore[arg-type]
+        check_dtype("offset", offset, (torch.float32,))  # type: ignore[arg-type]
+        check_numel("offset", offset, 1)  # type: ignore[arg-type]
+
+
+@primitive(
+    "(Tensor A, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, ScalarType dtype, "
+    "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize) -> Tensor"
+)
 def dequantize_4bit(
-    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
 ) -> Out:
     """Undo :data:`quantize_4bit`: ``code[nibble_i] * absmax_b`` in f32, rounded once to ``dtype``.
 
     Args:
         A: packed bytes in any storage dtype and shape.
-        absmax: f32, one value per block.
+        absmax: f32 per block; with double quantization (QLoRA, section 3) the u8 codes of the scales.
         shape: of the result.
         dtype: of the result: f32, f16 or bf16.
+        nested_absmax, nested_code, offset: with double quantization f32[ceil(blocks / nested_blocksize)], f32[256]
+            and one f32; otherwise None, as in :data:`F32_SCALES`.
     """
     n = _product(shape)
     _check_packed("A", A, n, blocksize, quant_type)
-    check_dtype("absmax", absmax, (torch.float32,))
-    check_numel("absmax", absmax, block_count(n, blocksize))
+    _check_block_scales(absmax, block_count(n, blocksize), nested_absmax, nested_code, offset, nested_blocksize)
     check_dtype_argument("dtype", dtype)
     return Out(tuple(shape), dtype)
 
@@ -188,8 +223,7 @@ def gemm_4bit(
         shape: (N, K).
         absmax: f32 per block; with double quantization (QLoRA, section 3) the u8 codes of the scales.
         bias: [N] in A's dtype, or None.
-        nested_absmax, nested_code, offset: with double quantization f32[ceil(blocks / nested_blocksize)], f32[256]
-            and one f32; otherwise None.
+        nested_absmax, nested_code, offset: as in :data:`dequantize_4bit`.
     """
     check_float("A", A)
     N, K = _check_weight(B, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, nested_blocksize)
@@ -216,16 +250,7 @@ def _check_weight(
         raise ValueError(f"shape: expected (N, K), got {tuple(shape)}")
     N, K = shape
     _check_packed("B", B, N * K, blocksize, quant_type)
-    blocks = block_count(N * K, blocksize)
-    check_dtype("absmax", absmax, (torch.float32,) if nested_absmax is None else (torch.uint8,))
-    check_numel("absmax", absmax, blocks)
-    if nested_absmax is not None:
-        check_blocksize(nested_blocksize, "nested_blocksize")
-        check_dtype("nested_absmax", nested_absmax, (torch.float32,))
-        check_numel("nested_absmax", nested_absmax, block_count(blocks, nested_blocksize))
-        check_code("nested_code", nested_code)  # type: ignore[arg-type]
-        check_dtype("offset", offset, (torch.float32,))  # type: ignore[arg-type]
-        check_numel("offset", offset, 1)  # type: ignore[arg-type]
+    _check_block_scales(absmax, block_count(N * K, blocksize), nested_absmax, nested_code, offset, nested_blocksize)
     return N, K
 
 

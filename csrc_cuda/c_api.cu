@@ -35,8 +35,7 @@ void launch_gemv_4bit_of_code(const Gemm4bit<T>& gemm, const float* code, Stream
 
 void gemm_4bit_of_code(DType dtype, int64_t M, int64_t N, int64_t K, const void* A, const uint8_t* packed,
                        const float* absmax, const float* code, int64_t blocksize, void* out, Stream stream) {
-  const BlockScales scales{absmax, nullptr, nullptr, nullptr, nullptr, 0};
-  const Weight4bit weight{packed, scales, N, K, log2_of(blocksize), 0};
+  const Weight4bit weight{packed, StoredScales(f32_scales(absmax)), N, K, log2_of(blocksize)};
   const bool aligned = K % kChunk == 0 && is_aligned(packed, sizeof(uint32_t));
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;

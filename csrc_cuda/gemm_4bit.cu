@@ -55,8 +55,7 @@ void gemm_4bit(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, cons
                const BlockScales& scales, int64_t blocksize, QuantType quant_type, const void* bias,
                void* out, Stream stream) {
   if (M == 0 || N == 0) return;
-  const int nested_blocksize_log2 = scales.codes ? log2_of(scales.nested_blocksize) : 0;
-  const Weight4bit weight{packed, scales, N, K, log2_of(blocksize), nested_blocksize_log2};
+  const Weight4bit weight{packed, StoredScales(scales), N, K, log2_of(blocksize)};
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Gemm4bit<T> gemm{static_cast<const T*>(A), weight, static_cast<const T*>(bias),

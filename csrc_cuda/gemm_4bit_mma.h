@@ -176,7 +176,7 @@ class WeightStream {
 #pragma unroll
     for (int i = 0; i < Segments::count; i++) {
       const int64_t place = scale_row_ + i * 8 * weight.K + min(column, K_ - Segments::length);
-      step.scales[i] = load_scale(weight, place >> weight.blocksize_log2);
+      step.scales[i] = weight.scales.load(place >> weight.blocksize_log2);
     }
     column_ += step_width;
   }
@@ -202,7 +202,7 @@ class MmaTile {
     float decoded[kScales];
 #pragma unroll
     for (int i = 0; i < kScales; i++)
-      decoded[i] = step.has_scales ? decode_scale(weight, step.scales[i], offset) : 0.0f;
+      decoded[i] = step.has_scales ? weight.scales.decode(step.scales[i], offset) : 0.0f;
 #pragma unroll
     for (int s = 0; s < Segments::count; s++) {
       uint32_t w[kWarpTiles][kSteps][4];
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
   fill_pair_table<T>(codebook, shared);
 
   Tile tile;
-  const float offset = scale_offset(weight);
+  const float offset = weight.scales.offset();
   const int steps = min(plan.steps_per_split, static_cast<int>(ceil_div(weight.K - k, step_width)));
 #pragma unroll 1
   for (int i = 0; i < steps; i++) {

@@ -1,4 +1,5 @@
 // Blockwise quantization to 256-entry and 4-bit codebooks, and back (docs/SPEC.md section 2).
+#include "block_scales.h"
 #include "encode.h"
 #include "grid.h"
 #include "operations.h"
@@ -106,7 +107,7 @@ struct ShortCodebook {
 
 template <class Codebook, class T>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const uint8_t* codes, const float* absmax, Codebook codebook, int64_t n,
+    dequantize_kernel(const uint8_t* codes, StoredScales stored, Codebook codebook, int64_t n,
                       int blocksize_log2, T* out) {
   constexpr int bits = Codebook::kBits;
   constexpr int items = kOutputs<T>;
@@ -116,25 +117,27 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x < 1 << bits) values[threadIdx.x] = codebook[static_cast<int>(threadIdx.x)];
   __syncthreads();
   const bool aligned = are_aligned<bytes>(codes) && are_aligned<items>(out);
+  const float offset = stored.offset();
   for (int64_t first = blockIdx.x * tile; first < n; first += gridDim.x * tile) {
     const bool whole = aligned && n - first >= tile;
     uint8_t packed[kUnrolled][bytes];
-    float scales[kUnrolled];
+    StoredScale scales[kUnrolled];
 #pragma unroll
     for (int u = 0; u < kUnrolled; u++) {
       const int64_t begin = first + (u * kThreads + static_cast<int>(threadIdx.x)) * items;
       const int64_t valid = n - begin;
       load(codes + begin * bits / 8, whole, (valid * bits + 7) / 8, packed[u]);
-      scales[u] = whole || valid > 0 ? absmax[begin >> blocksize_log2] : 0.0f;
+      scales[u] = whole || valid > 0 ? stored.load(begin >> blocksize_log2) : StoredScale{};
     }
 #pragma unroll
     for (int u = 0; u < kUnrolled; u++) {
       const int64_t begin = first + (u * kThreads + static_cast<int>(threadIdx.x)) * items;
+      const float scale = stored.decode(scales[u], offset);
       float y[items];
 #pragma unroll
       for (int i = 0; i < items; i++) {
         const int code = bits == 8 ? packed[u][i] : packed[u][i / 2] >> (i % 2 ? 0 : 4) & 15;
-        y[i] = values[code] * scales[u];
+        y[i] = values[code] * scale;
       }
       store_floats(out + begin, whole, n - begin, y);
     }
@@ -153,14 +156,14 @@ void quantize(const char* name, const void* A, DType dtype, int64_t n, typename 
 }
 
 template <class Codebook>
-void dequantize(const char* name, const uint8_t* codes, const float* absmax, const Codebook& codebook,
+void dequantize(const char* name, const uint8_t* codes, const BlockScales& scales, const Codebook& codebook,
                 int64_t n, int64_t blocksize, void* out, DType dtype, Stream stream) {
   if (n == 0) return;
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t tiles = ceil_div(n, kThreads * kOutputs<T> * kUnrolled);
     launch(name, dequantize_kernel<Codebook, T>, resident_grid(tiles, kThreads), kThreads, stream, 0, codes,
-           absmax, codebook, n, log2_of(blocksize), static_cast<T*>(out));
+           StoredScales(scales), codebook, n, log2_of(blocksize), static_cast<T*>(out));
   });
 }
 
@@ -173,7 +176,8 @@ void gpu::quantize_blockwise(const void* A, DType dtype, int64_t n, const float*
 
 void gpu::dequantize_blockwise(const uint8_t* q, const float* absmax, const float* code, int64_t n,
                                int64_t blocksize, void* out, DType dtype, Stream stream) {
-  dequantize("dequantize_blockwise", q, absmax, LongCodebook{code}, n, blocksize, out, dtype, stream);
+  dequantize("dequantize_blockwise", q, f32_scales(absmax), LongCodebook{code}, n, blocksize, out, dtype,
+             stream);
 }
 
 void gpu::quantize_4bit(const void* A, DType dtype, int64_t n, int64_t blocksize, QuantType quant_type,
@@ -187,12 +191,12 @@ void gpu::quantize_4bit(const void* A, DType dtype, int64_t n, int64_t blocksize
   }
 }
 
-void gpu::dequantize_4bit(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize,
+void gpu::dequantize_4bit(const uint8_t* packed, const BlockScales& scales, int64_t n, int64_t blocksize,
                           QuantType quant_type, void* out, DType dtype, Stream stream) {
   ShortCodebook codebook;
   const float* const values = quant_type == QuantType::nf4 ? kNf4Code : kFp4Code;
   for (int i = 0; i < 16; i++) codebook.values[i] = values[i];
-  dequantize("dequantize_4bit", packed, absmax, codebook, n, blocksize, out, dtype, stream);
+  dequantize("dequantize_4bit", packed, scales, codebook, n, blocksize, out, dtype, stream);
 }
 
 }  // namespace bnb

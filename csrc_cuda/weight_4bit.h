@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../csrc_shared/codebooks.h"
+#include "block_scales.h"
 #include "elements.h"
-#include "launch.h"
 
 namespace bnb {
 
@@ -22,35 +22,10 @@ inline Codebook4bit codebook_4bit(QuantType quant_type, float factor = 1.0f) {
 // W[N, K], whose blocks run over the flat weight.
 struct Weight4bit {
   const uint8_t* packed;
-  BlockScales scales;
+  StoredScales scales;
   int64_t N, K;
-  int blocksize_log2, nested_blocksize_log2;
+  int blocksize_log2;
 };
-
-// A block's scale before it is decoded, so that it can be loaded well before it is used.
-struct StoredScale {
-  float scale;  // of the block, or of its code
-  uint8_t code;
-};
-
-__device__ inline StoredScale load_scale(const Weight4bit& weight, int64_t block) {
-  const BlockScales& scales = weight.scales;
-  if (!scales.codes) return {scales.absmax[block], 0};
-  return {scales.nested_absmax[block >> weight.nested_blocksize_log2], scales.codes[block]};
-}
-
-__device__ inline float scale_offset(const Weight4bit& weight) {
-  return weight.scales.codes ? *weight.scales.offset : 0.0f;
-}
-
-__device__ inline float decode_scale(const Weight4bit& weight, StoredScale stored, float offset) {
-  if (!weight.scales.codes) return stored.scale;
-  return weight.scales.nested_code[stored.code] * stored.scale + offset;
-}
-
-__device__ inline float scale_of_block(const Weight4bit& weight, int64_t block) {
-  return decode_scale(weight, load_scale(weight, block), scale_offset(weight));
-}
 
 // A codebook in shared memory, once for each lane, so that no two lanes ever want the same bank.
 struct LaneCodebook {
@@ -90,7 +65,7 @@ struct AlignedWeight {
                                 float (&w)[kChunk]) {
     const int64_t first = n * weight.K + k;
     const uint32_t codes = *reinterpret_cast<const uint32_t*>(weight.packed + first / 2);
-    const float scale = scale_of_block(weight, first >> weight.blocksize_log2);
+    const float scale = weight.scales.of_block(first >> weight.blocksize_log2);
 #pragma unroll
     for (int i = 0; i < kChunk; i++) w[i] = codebook[codes >> (4 * (i ^ 1)) & 15] * scale;
   }
@@ -107,8 +82,8 @@ struct AnyWeight {
     const int64_t valid = min(weight.K - k, static_cast<int64_t>(kChunk));
     const int64_t block = first >> weight.blocksize_log2;
     const int64_t last_block = (first + valid - 1) >> weight.blocksize_log2;
-    const float scale = scale_of_block(weight, block);
-    const float next_scale = last_block == block ? scale : scale_of_block(weight, last_block);
+    const float scale = weight.scales.of_block(block);
+    const float next_scale = last_block == block ? scale : weight.scales.of_block(last_block);
 #pragma unroll
     for (int i = 0; i < kChunk; i++) {
       w[i] = 0.0f;

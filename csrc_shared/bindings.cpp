@@ -11,6 +11,14 @@ void bind_extras(py::module_& m);
 
 namespace {
 
+void dequantize_4bit(const uint8_t* packed, const float* absmax, const uint8_t* codes,
+                     const float* nested_absmax, const float* nested_code, const float* offset,
+                     int64_t nested_blocksize, int64_t n, int64_t blocksize, QuantType quant_type, void* out,
+                     DType dtype, void* stream) {
+  const BlockScales scales{absmax, codes, nested_absmax, nested_code, offset, nested_blocksize};
+  kernels().dequantize_4bit(packed, scales, n, blocksize, quant_type, out, dtype, stream);
+}
+
 void gemm_4bit(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, const uint8_t* packed,
                const float* absmax, const uint8_t* codes, const float* nested_absmax,
                const float* nested_code, const float* offset, int64_t nested_blocksize, int64_t blocksize,
@@ -48,7 +56,7 @@ PYBIND11_MODULE(BNB_MODULE_NAME, m) {
   bnb::bind<&Kernels::quantize_blockwise>(m, "quantize_blockwise");
   bnb::bind<&Kernels::dequantize_blockwise>(m, "dequantize_blockwise");
   bnb::bind<&Kernels::quantize_4bit>(m, "quantize_4bit");
-  bnb::bind<&Kernels::dequantize_4bit>(m, "dequantize_4bit");
+  bnb::bind<&bnb::dequantize_4bit>(m, "dequantize_4bit");
   bnb::bind<&Kernels::int8_vectorwise_quant>(m, "int8_vectorwise_quant");
   bnb::bind<&Kernels::int8_columnwise_quant>(m, "int8_columnwise_quant");
   bnb::bind<&Kernels::int8_vectorwise_dequant>(m, "int8_vectorwise_dequant");

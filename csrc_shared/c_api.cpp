@@ -18,12 +18,14 @@
   BNB_EXPORT void cdequantize_blockwise_##suffix##_nf4(const float*, const uint8_t* A, const float* absmax,  \
                                                        void* out, int blocksize, int n,                      \
                                                        void* stream) noexcept {                              \
-    bnb::kernels().dequantize_4bit(A, absmax, n, blocksize, bnb::QuantType::nf4, out, dtype, stream);        \
+    bnb::kernels().dequantize_4bit(A, bnb::f32_scales(absmax), n, blocksize, bnb::QuantType::nf4, out,       \
+                                   dtype, stream);                                                           \
   }                                                                                                          \
   BNB_EXPORT void cdequantize_blockwise_##suffix##_fp4(const float*, const uint8_t* A, const float* absmax,  \
                                                        void* out, int blocksize, int n,                      \
                                                        void* stream) noexcept {                              \
-    bnb::kernels().dequantize_4bit(A, absmax, n, blocksize, bnb::QuantType::fp4, out, dtype, stream);        \
+    bnb::kernels().dequantize_4bit(A, bnb::f32_scales(absmax), n, blocksize, bnb::QuantType::fp4, out,       \
+                                   dtype, stream);                                                           \
   }                                                                                                          \
   BNB_EXPORT void cgemm_4bit_inference_naive_##suffix(int out_features, int rows, int in_features,           \
                                                       const void* A, const uint8_t* packed,                  \

@@ -36,6 +36,8 @@ struct BlockScales {
   int64_t nested_blocksize;
 };
 
+inline BlockScales f32_scales(const float* absmax) { return {absmax, nullptr, nullptr, nullptr, nullptr, 0}; }
+
 // Weights may be rounded to f16 or bf16 for sums of so many terms: the errors of fewer do not even out.
 constexpr int64_t kLeastTerms = 128;
 
@@ -58,7 +60,7 @@ struct Kernels {
   // packed u8[bytes], bytes >= ceil(n / 2): elements past n hold the code of 0.0.
   void (*quantize_4bit)(const void* A, DType dtype, int64_t n, int64_t blocksize, QuantType quant_type,
                         uint8_t* packed, float* absmax, Stream stream);
-  void (*dequantize_4bit)(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize,
+  void (*dequantize_4bit)(const uint8_t* packed, const BlockScales& scales, int64_t n, int64_t blocksize,
                           QuantType quant_type, void* out, DType dtype, Stream stream);
 
   // out[M, N] = A[M, K] @ dequantized(packed)[N, K]^T + bias[N]; A, bias and out share `dtype`; bias may be

@@ -43,7 +43,9 @@ def test_tracing_records_the_operator():
 
 def test_out_is_filled_under_compile():
     def dequantize(packed, absmax, out):
-        return primitives.dequantize_4bit(packed, absmax, 64, "nf4", (128,), torch.float32, out=out)
+        return primitives.dequantize_4bit(
+            packed, absmax, 64, "nf4", (128,), torch.float32, *primitives.F32_SCALES, out=out
+        )
 
     packed, absmax = primitives.quantize_4bit(torch.randn(128), 64, "nf4", torch.uint8)
     out, expected = torch.zeros(128), torch.zeros(128)

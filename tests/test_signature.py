@@ -87,9 +87,10 @@ def test_arguments_unlike_checked_ones_are_checked():
     """A plan made for one call never lets another call's bad arguments through."""
     good = torch.zeros(8, 64)
     codes, state = functional.quantize_4bit(good, blocksize=64)
-    primitives.dequantize_4bit(codes, state.absmax, 64, "fp4", (8, 64), torch.float32)
+    arguments = (64, "fp4", (8, 64), torch.float32, *primitives.F32_SCALES)
+    primitives.dequantize_4bit(codes, state.absmax, *arguments)
     with pytest.raises(ValueError, match="absmax: expected 8 elements, got 7"):
-        primitives.dequantize_4bit(codes, state.absmax[1:], 64, "fp4", (8, 64), torch.float32)
+        primitives.dequantize_4bit(codes, state.absmax[1:], *arguments)
     with pytest.raises(ValueError, match="blocksize"):
         primitives.quantize_4bit(good, True, "nf4", torch.uint8)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..torch_precision import exact_matmuls
-from .quantize import dequantize_4bit, dequantize_blockwise
+from .quantize import dequantize_4bit
 
 
 def gemm_4bit(
@@ -24,7 +24,8 @@ def gemm_4bit(
     offset: Tensor | None,
     nested_blocksize: int,
 ) -> Tensor:
-    weight = _weight(B, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, nested_blocksize)
+    nested = (nested_absmax, nested_code, offset, nested_blocksize)
+    weight = dequantize_4bit(B, absmax, blocksize, quant_type, shape, torch.float32, *nested)
     with exact_matmuls(A.device, torch.float32):
         out = A.float() @ weight.t()
     if bias is not None:
@@ -44,23 +45,7 @@ def gemm_4bit_backward(
     offset: Tensor | None,
     nested_blocksize: int,
 ) -> Tensor:
-    weight = _weight(B, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, nested_blocksize)
+    nested = (nested_absmax, nested_code, offset, nested_blocksize)
+    weight = dequantize_4bit(B, absmax, blocksize, quant_type, shape, torch.float32, *nested)
     with exact_matmuls(dY.device, torch.float32):
         return (dY.float() @ weight).to(dY.dtype)
-
-
-def _weight(
-    B: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-) -> Tensor:
-    """W in f32."""
-    if nested_absmax is not None and nested_code is not None and offset is not None:
-        absmax = dequantize_blockwise(absmax, nested_absmax, nested_code, nested_blocksize, torch.float32) + offset
-    return dequantize_4bit(B, absmax, blocksize, quant_type, shape, torch.float32)

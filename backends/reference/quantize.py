@@ -78,8 +78,19 @@ def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: tor
 
 
 def dequantize_4bit(
-    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
 ) -> Tensor:
+    if nested_absmax is not None and nested_code is not None and offset is not None:
+        absmax = dequantize_blockwise(absmax, nested_absmax, nested_code, nested_blocksize, torch.float32) + offset
     n = math.prod(shape)
     packed = A.contiguous().view(-1).view(torch.uint8)
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]

@@ -9,19 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .block_scales import block_scales
 from .encode import values_4bit
 from .launch import SMALLEST_DOT, launch, tile_of_program, tiles
-
-
-@triton.jit
-def block_scales(block, inside, absmax, nested_absmax, nested_code, offset, NESTED_BLOCKSIZE: tl.constexpr):
-    """The f32 scales of blocks of weights; 0 or the offset for those that are not inside."""
-    if nested_absmax is None:
-        return tl.load(absmax + block, mask=inside, other=0.0)
-    else:
-        codes = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-        scales = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=inside, other=0.0)
-        return tl.load(nested_code + codes) * scales + tl.load(offset)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .block_scales import block_scales
 from .encode import codes_4bit, count_below, midpoints_of, scaled_blocks, values_4bit
 from .launch import TILE, launch
 
@@ -56,7 +57,17 @@ def quantize_4bit_kernel(A, packed, absmax, n, QUANT_TYPE: tl.constexpr, BLOCKSI
 
 @triton.jit
 def dequantize_4bit_kernel(
-    packed, absmax, out, n, QUANT_TYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, TILE: tl.constexpr
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    out,
+    n,
+    QUANT_TYPE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * TILE
     left = tl.minimum(n - first, TILE).to(tl.int32)
@@ -64,7 +75,8 @@ def dequantize_4bit_kernel(
     byte = tl.arange(0, TILE // 2)
     pairs = tl.load(packed + first // 2 + byte, mask=byte * 2 < left, other=0).to(tl.int32)
     codes = tl.reshape(tl.join(pairs >> 4, pairs & 15), [TILE])
-    scales = tl.load(absmax + (first + index) // BLOCKSIZE, mask=index < left, other=0.0)
+    block = (first + index) // BLOCKSIZE
+    scales = block_scales(block, index < left, absmax, nested_absmax, nested_code, offset, NESTED_BLOCKSIZE)
     values = tl.gather(values_4bit(QUANT_TYPE), codes, 0) * scales
     tl.store(out + first + index, values.to(out.dtype.element_ty), mask=index < left)
 
@@ -105,10 +117,15 @@ def dequantize_4bit(
     quant_type: str,
     shape: Sequence[int],
     dtype: torch.dtype,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
     out: Tensor,
 ) -> None:
     n = out.numel()
     programs = triton.cdiv(n, TILE)
     packed = A.view(-1).view(torch.uint8)
-    constants = {"QUANT_TYPE": quant_type, "BLOCKSIZE": blocksize, "TILE": TILE}
-    launch(dequantize_4bit_kernel, programs, packed, absmax, out, n, **constants)
+    scales = (absmax, nested_absmax, nested_code, offset)
+    constants = {"QUANT_TYPE": quant_type, "BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize, "TILE": TILE}
+    launch(dequantize_4bit_kernel, programs, packed, *scales, out, n, **constants)

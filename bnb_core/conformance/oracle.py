@@ -80,6 +80,12 @@ def dequantize_4bit(packed: NDArray[np.uint8], scales: F32, n: int, blocksize: i
     return dequantize(codes, scales, np.array(FOUR_BIT_CODES[quant_type], dtype=np.float32), blocksize)
 
 
+def double_quantized_scales(
+    codes: NDArray[np.uint8], nested_blocksize: int, nested_absmax: F32, nested_code: F32, offset: F32
+) -> F32:
+    return dequantize(codes, nested_absmax, nested_code, nested_blocksize) + offset
+
+
 class Int8Rows(NamedTuple):
     """Rows quantized to int8."""
 

@@ -67,7 +67,9 @@ def measure(backend: Backend, device: torch.device, size: int = SIZE) -> list[di
             ),
             "nf4, to f32": (
                 "dequantize_4bit",
-                lambda: primitives.dequantize_4bit(packed, absmax, 64, "nf4", A.shape, torch.float32, out=values),
+                lambda: primitives.dequantize_4bit(
+                    packed, absmax, 64, "nf4", A.shape, torch.float32, *primitives.F32_SCALES, out=values
+                ),
                 4.5625 * n,
                 0,
             ),

@@ -123,6 +123,7 @@ class Embedding4bit(Weight4bitMixin, nn.Embedding):
             quant_state.quant_type,
             (rows.numel(), self.embedding_dim),
             self.dtype,
+            *primitives.F32_SCALES,
         )
         return values.view(*input.shape, self.embedding_dim)
 

@@ -38,7 +38,7 @@ void decode_row(const Weight& w, int64_t row, uint8_t* out) {
   for (const float* scale = nullptr; step < w.K / BFloat16Dot::kStep; block++, scale++) {
     if (block == read_end) {
       const int64_t count = min(end_block - block, kMaxScales);
-      scale = w.read_scales(block, count, scales);
+      scale = w.stored_scales().read(block, count, scales);
       read_end = block + count;
     }
     const __m512i codebook = scaled_codebook(code, *scale);

@@ -218,7 +218,7 @@ const float* all_scales(const Weight& w, float* buffer) {
   if (w.scales.absmax) return w.scales.absmax;
   parallel_for(ceil_div(w.blocks(), kChunk), grain(kChunk), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kChunk;
-    w.decode_scales(first, min(end * kChunk, w.blocks()) - first, buffer + first);
+    w.stored_scales().decode(first, min(end * kChunk, w.blocks()) - first, buffer + first);
   });
   return buffer;
 }

@@ -25,7 +25,8 @@ void parallel_for(int64_t n, int64_t least, const Body& body) {
   parallel_range(n, least, run, const_cast<Body*>(&body));
 }
 
-// Scratch memory: a little of it lies in the object, on the stack, as allocating takes as long as a small matmul.
+// Scratch memory: a little of it lies in the object, on the stack, as allocating takes as long as a small
+// matmul.
 template <class T>
 class Buffer {
  public:

@@ -57,7 +57,7 @@ class RowReader {
     const int64_t first_block = first >> w_->block_shift();
     const int64_t end_block = ((min(first + groups * kGroup, end_) - 1) >> w_->block_shift()) + 1;
     const int64_t blocks = end_block - first_block;
-    scales_ = w_->read_scales(first_block, blocks, buffer_);
+    scales_ = w_->stored_scales().read(first_block, blocks, buffer_);
     for (int64_t i = 0; i < blocks; i += kLanes) __builtin_prefetch(scales_ + blocks + i);
     words_in_block_ = static_cast<int>(first & (w_->blocksize - 1)) / kWord;
     bytes_ = w_->packed + first / 2;

@@ -1,6 +1,7 @@
 // Blockwise quantization to 256-entry and 4-bit codebooks, and back (docs/SPEC.md section 2).
 #pragma once
 
+#include "block_scales.h"
 #include "encoders.h"
 
 namespace bnb::BNB_TARGET {
@@ -131,15 +132,22 @@ void dequantize_4bit_block(const uint8_t* packed, float absmax, const Table<16>&
   store(out + i, code[load_nibbles(tail)] * scale, static_cast<int>(n - i));
 }
 
-void dequantize_4bit(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize,
+void dequantize_4bit(const uint8_t* packed, const BlockScales& scales, int64_t n, int64_t blocksize,
                      QuantType quant_type, void* out, DType dtype, Stream) {
+  constexpr int64_t kScales = 256;  // decoded at a time
+  const StoredScales stored{scales, ceil_div(n, blocksize)};
   with_type(dtype, out, [&](auto* y) {
     advise_huge_pages(y, n * sizeof *y);
-    parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
+    parallel_for(stored.blocks, grain(blocksize), [&](int64_t begin, int64_t end) {
       const Table<16> code(codebook(quant_type));
-      for (int64_t b = begin; b < end; b++) {
-        const int64_t first = b * blocksize;
-        dequantize_4bit_block(packed + first / 2, absmax[b], code, min(blocksize, n - first), y + first);
+      float buffer[kScales + kLanes];
+      for (int64_t b = begin; b < end;) {
+        const int64_t count = min(end - b, kScales);
+        const float* const absmax = stored.read(b, count, buffer);
+        for (int64_t i = 0; i < count; i++, b++) {
+          const int64_t first = b * blocksize;
+          dequantize_4bit_block(packed + first / 2, absmax[i], code, min(blocksize, n - first), y + first);
+        }
       }
     });
   });

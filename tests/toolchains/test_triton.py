@@ -64,6 +64,11 @@ def _int8_matmul(types: str, int8_dot: bool, rows: int = 512) -> Specialization:
     )
 
 
+def _dequantize_4bit(types: str) -> Specialization:
+    constants = {"QUANT_TYPE": "nf4", "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, "TILE": 2048}
+    return Specialization("quantize", "dequantize_4bit_kernel", types, constants)
+
+
 LINES = {"LINES": int8_quantize.ROWS, "LENGTH": int8_quantize.ENTRIES // int8_quantize.ROWS}
 SPECIALIZATIONS = {
     "quantize_blockwise": Specialization(
@@ -78,12 +83,8 @@ SPECIALIZATIONS = {
     "quantize fp4": Specialization(
         "quantize", "quantize_4bit_kernel", "*fp16 *u8 *fp32 i64", {"QUANT_TYPE": "fp4", "BLOCKSIZE": 4096, "BLOCKS": 1}
     ),
-    "dequantize_4bit": Specialization(
-        "quantize",
-        "dequantize_4bit_kernel",
-        "*u8 *fp32 *bf16 i64",
-        {"QUANT_TYPE": "nf4", "BLOCKSIZE": 64, "TILE": 2048},
-    ),
+    "dequantize_4bit": _dequantize_4bit("*u8 *fp32 None None None *bf16 i64"),
+    "dequantize_4bit, double-quantized scales": _dequantize_4bit("*u8 *u8 *fp32 *fp32 *fp32 *bf16 i64"),
     "gemv_4bit": _gemm_4bit(
         "*bf16 *u8 *u8 *fp32 *fp32 *fp32 *bf16 *bf16", 1, torch.bfloat16, K_IS_EVEN=True, SCALE_PER_ROW=True
     ),

@@ -30,6 +30,7 @@ def valid_arguments(primitive: str) -> dict[str, Any]:
     codes = torch.zeros(M, K, dtype=torch.uint8)
     int8_scales = {"row_stats": row_stats, "col_stats": col_stats}
     update = {"optimizer_name": "adam", "g": A, "p": A.clone()}
+    nested = {"nested_absmax": torch.ones(1), "nested_code": code, "offset": torch.zeros(()), "nested_blocksize": 256}
     match primitive:
         case "quantize_blockwise":
             return {"A": A, "code": code, "blocksize": 64}
@@ -38,12 +39,9 @@ def valid_arguments(primitive: str) -> dict[str, Any]:
         case "quantize_4bit":
             return {"A": A, "blocksize": 64, "quant_type": "nf4", "quant_storage": torch.uint8}
         case "dequantize_4bit":
-            tail = {"quant_type": "nf4", "shape": (N, K), "dtype": torch.float32}
-            return {"A": packed, "absmax": scales, "blocksize": 64, **tail}
+            tail = {"quant_type": "nf4", "shape": (N, K), "dtype": torch.float32, **nested}
+            return {"A": packed, "absmax": scales.to(torch.uint8), "blocksize": 64, **tail}
         case "gemm_4bit":
-            nested = {
-                "nested_absmax": torch.ones(1), "nested_code": code, "offset": torch.zeros(()), "nested_blocksize": 256,
-            }  # fmt: skip
             weight = {"absmax": scales.to(torch.uint8), "blocksize": 64, "quant_type": "nf4"}
             return {"A": A, "B": packed, "shape": (N, K), **weight, "bias": bias, **nested}
         case "gemm_4bit_backward":
@@ -81,6 +79,12 @@ class Bad(NamedTuple):
 BLOCKSIZES = [Bad("blocksize", {"blocksize": size}) for size in (0, -64, 63, 8192, 16, None)]
 QUANT_TYPES = [Bad("quant_type", {"quant_type": name}) for name in ("int4", "af4", "NF4", "", None)]
 DTYPES = [Bad("dtype", {"dtype": dtype}, TypeError) for dtype in (torch.float64, torch.int32, None, "float32")]
+NESTED = [
+    Bad("absmax", {"nested_absmax": None}, TypeError),
+    Bad("nested_code", {"nested_code": None}, TypeError),
+    Bad("offset", {"offset": None}, TypeError),
+    Bad("nested_blocksize", {"nested_blocksize": 100}),
+]
 MAX_UNORM = [Bad("max_unorm", {"max_unorm": -1.0}), Bad("unorm_vec", {"max_unorm": 1.0, "unorm_vec": None}, TypeError)]
 STEPS = [
     Bad("optimizer_name", {"optimizer_name": "adamw"}),
@@ -103,7 +107,14 @@ PARTICULAR: dict[str, list[Bad]] = {
         Bad("quant_storage", {"A": torch.ones(10), "quant_storage": torch.float32}),
         Bad("quant_storage", {"A": torch.ones(6), "quant_storage": torch.bfloat16}),
     ],
-    "dequantize_4bit": [*BLOCKSIZES, *QUANT_TYPES, *DTYPES, Bad("A", {"shape": (6, 65)}), Bad("A", {"shape": (5, 64)})],
+    "dequantize_4bit": [
+        *BLOCKSIZES,
+        *QUANT_TYPES,
+        *DTYPES,
+        *NESTED,
+        Bad("A", {"shape": (6, 65)}),
+        Bad("A", {"shape": (5, 64)}),
+    ],
     "gemm_4bit": [
         *BLOCKSIZES,
         *QUANT_TYPES,
@@ -111,10 +122,7 @@ PARTICULAR: dict[str, list[Bad]] = {
         Bad("B", {"shape": (7, 64)}),
         Bad("A", {"shape": (64, 6)}),
         Bad("A", {"A": torch.ones(())}),
-        Bad("absmax", {"nested_absmax": None}, TypeError),
-        Bad("nested_code", {"nested_code": None}, TypeError),
-        Bad("offset", {"offset": None}, TypeError),
-        Bad("nested_blocksize", {"nested_blocksize": 100}),
+        *NESTED,
         Bad("bias", {"bias": torch.zeros(6, dtype=torch.float16)}, TypeError),
     ],
     "gemm_4bit_backward": [

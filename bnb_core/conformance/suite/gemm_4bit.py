@@ -20,8 +20,6 @@ from bnb_core.conformance.compare import matmul_bound, within
 from bnb_core.conformance.precision import LESS_EXACT
 from bnb_core.conformance.values import DTYPES, LAYOUTS, dtype_name
 
-NESTED_BLOCKSIZE = 256
-
 # (batch dimensions of A, N, K)
 SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "gemv": ((1,), 96, 256),
@@ -111,15 +109,16 @@ class Sample:
         absmax: Tensor = torch.rand(blocks, generator=generator) * (2 * unit)
         if self.values == "zero blocks":
             absmax[::2] = 0.0
-        nested: tuple = (None, None, None, NESTED_BLOCKSIZE)
+        nested: tuple = primitives.F32_SCALES
         scales, stored = absmax.numpy(), absmax
         if self.nested:
             stored = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
-            nested_absmax = torch.rand(primitives.block_count(blocks, NESTED_BLOCKSIZE), generator=generator) * unit
-            code, offset = create_dynamic_map(), torch.tensor(0.75 * unit)
-            scales = oracle.dequantize(stored.numpy(), nested_absmax.numpy(), code.numpy(), NESTED_BLOCKSIZE)
-            scales = scales + offset.numpy()
-            nested = (nested_absmax, code, offset, NESTED_BLOCKSIZE)
+            nested_blocks = primitives.block_count(blocks, primitives.NESTED_BLOCKSIZE)
+            nested_absmax = torch.rand(nested_blocks, generator=generator) * unit
+            tensors = (nested_absmax, create_dynamic_map(), torch.tensor(0.75 * unit))
+            nested = (*tensors, primitives.NESTED_BLOCKSIZE)
+            arrays = (tensor.numpy() for tensor in tensors)
+            scales = oracle.double_quantized_scales(stored.numpy(), primitives.NESTED_BLOCKSIZE, *arrays)
         values = oracle.dequantize_4bit(packed.numpy(), scales, n, self.blocksize, self.quant_type)
         bias = torch.randn(N, generator=generator).to(self.dtype) if self.bias else None
         arguments = ((N, K), stored, self.blocksize, self.quant_type, bias, *nested)

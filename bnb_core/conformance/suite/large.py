@@ -65,13 +65,13 @@ def _large_dequantize_4bit(context: Context) -> None:
     _require_memory(context, 8)
     packed = torch.randint(0, 256, ((PAST_32_BITS + 1) // 2, 1), dtype=torch.uint8, device=context.device)
     absmax = torch.rand(primitives.block_count(PAST_32_BITS, BLOCKSIZE), device=context.device)
-    shape = (PAST_32_BITS,)
-    got = primitives.dequantize_4bit(packed, absmax, BLOCKSIZE, "nf4", shape, torch.bfloat16)
+    scales = primitives.F32_SCALES
+    got = primitives.dequantize_4bit(packed, absmax, BLOCKSIZE, "nf4", (PAST_32_BITS,), torch.bfloat16, *scales)
     for spot in _spots(PAST_32_BITS):
         block = spot.start // BLOCKSIZE
         part = primitives.dequantize_4bit(
             packed[spot.start // 2 : (spot.stop + 1) // 2].clone(), absmax[block : block + 1].clone(), BLOCKSIZE, "nf4",
-            (spot.stop - spot.start,), torch.bfloat16,
+            (spot.stop - spot.start,), torch.bfloat16, *scales,
         )  # fmt: skip
         same_bits("values", got[spot].cpu(), part.cpu())
 

@@ -40,7 +40,7 @@ def _quantize(context: Context, A: Tensor, blocksize: int, quant_type: str) -> t
 
 def _dequantize(context: Context, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, n: int) -> Tensor:
     arguments = (context.move(packed), context.move(absmax), blocksize, quant_type, (n,), torch.float32)
-    return primitives.dequantize_4bit(*arguments).cpu()
+    return primitives.dequantize_4bit(*arguments, *primitives.F32_SCALES).cpu()
 
 
 def _per_element(absmax: Tensor, blocksize: int, n: int) -> Tensor:

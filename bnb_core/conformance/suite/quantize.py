@@ -144,15 +144,27 @@ def _check_dequantize_blockwise(context: Context, sample: Sample, code_name: str
     same_bits("values", got, torch.from_numpy(expected).to(sample.dtype).view(sample.size))
 
 
-def _check_dequantize_4bit(context: Context, sample: Sample, quant_type: str, storage: torch.dtype) -> None:
+def _check_dequantize_4bit(
+    context: Context, sample: Sample, quant_type: str, storage: torch.dtype, nested_blocksize: int | None = None
+) -> None:
     generator, n = context.generator(sample.name), sample.numel
     packed = torch.randint(0, 256, ((n + 1) // 2,), generator=generator, dtype=torch.uint8)
-    absmax = _scales(primitives.block_count(n, sample.blocksize), generator)
+    blocks = primitives.block_count(n, sample.blocksize)
+    absmax = _scales(blocks, generator)
+    nested: tuple = primitives.F32_SCALES
+    scales = absmax.numpy()
+    if nested_blocksize is not None:
+        absmax = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
+        nested_absmax = _scales(primitives.block_count(blocks, nested_blocksize), generator)
+        tensors = (nested_absmax, create_dynamic_map(), torch.tensor(0.7))
+        nested = (*tensors, nested_blocksize)
+        with np.errstate(all="ignore"):
+            scales = oracle.double_quantized_scales(absmax.numpy(), nested_blocksize, *(t.numpy() for t in tensors))
     given = LAYOUTS[sample.layout](packed.view(storage).unsqueeze(1))
-    arguments = (given, absmax, sample.blocksize, quant_type, sample.size, sample.dtype)
+    arguments = (given, absmax, sample.blocksize, quant_type, sample.size, sample.dtype, *nested)
     (got,) = context.call(primitives.dequantize_4bit, *arguments)
     with np.errstate(all="ignore"):
-        expected = oracle.dequantize_4bit(packed.numpy(), absmax.numpy(), n, sample.blocksize, quant_type)
+        expected = oracle.dequantize_4bit(packed.numpy(), scales, n, sample.blocksize, quant_type)
     same_bits("values", got, torch.from_numpy(expected).to(sample.dtype).view(sample.size))
 
 
@@ -195,9 +207,27 @@ def cases() -> Iterator[Case]:
             run = partial(_4bit_of, sample=sample, quant_type=quant_type, storage=torch.uint8)
             yield Case("quantize_4bit", f"{quant_type},{name}", run, traits)
             run = partial(_check_dequantize_4bit, sample=sample, quant_type=quant_type, storage=torch.uint8)
-            yield Case("dequantize_4bit", f"{quant_type},{name}", run, traits)
+            yield Case("dequantize_4bit", f"{quant_type},{name}", run, {**traits, "scales": "f32"})
+    yield from _double_quantized_cases()
     yield from _storage_cases()
     yield from _code_cases()
+
+
+def _double_quantized_cases() -> Iterator[Case]:
+    """Of dequantize_4bit: the usual nested blocks, and small ones with several ends in one tensor."""
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            for nested_blocksize in (256, 32):
+                sample = Sample(dtype, 64, shape)
+                run = partial(
+                    _check_dequantize_4bit,
+                    sample=sample,
+                    quant_type="nf4",
+                    storage=torch.uint8,
+                    nested_blocksize=nested_blocksize,
+                )
+                name = f"double-quantized,{nested_blocksize},{sample.name}"
+                yield Case("dequantize_4bit", name, run, {**sample.traits, "scales": "double-quantized"})
 
 
 def _storage_cases() -> Iterator[Case]:
@@ -242,6 +272,6 @@ REQUIRED = {
     "quantize_blockwise": {**_CLASSES, **_VALUES, "code": tuple(CODES)},
     "dequantize_blockwise": {**_CLASSES, "code": tuple(CODES)},
     "quantize_4bit": {**_CLASSES, **_VALUES, **_FOUR_BIT},
-    "dequantize_4bit": {**_CLASSES, **_FOUR_BIT},
+    "dequantize_4bit": {**_CLASSES, **_FOUR_BIT, "scales": ("f32", "double-quantized")},
 }
 """For each primitive, the classes of each trait that must have a case."""

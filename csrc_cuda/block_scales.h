@@ -1,0 +1,36 @@
+// The scales of the blocks of a 4-bit tensor, double-quantized or not.
+#pragma once
+
+#include "../csrc_shared/kernels.h"
+#include "launch.h"
+
+namespace bnb {
+
+// A block's scale before it is decoded, so that it can be loaded well before it is used.
+struct StoredScale {
+  float scale;  // of the block, or of its code
+  uint8_t code;
+};
+
+class StoredScales {
+ public:
+  explicit StoredScales(const BlockScales& scales)
+      : scales_(scales), nested_blocksize_log2_(scales.codes ? log2_of(scales.nested_blocksize) : 0) {}
+
+  __device__ StoredScale load(int64_t block) const {
+    if (!scales_.codes) return {scales_.absmax[block], 0};
+    return {scales_.nested_absmax[block >> nested_blocksize_log2_], scales_.codes[block]};
+  }
+  __device__ float offset() const { return scales_.codes ? *scales_.offset : 0.0f; }
+  __device__ float decode(StoredScale stored, float offset) const {
+    if (!scales_.codes) return stored.scale;
+    return scales_.nested_code[stored.code] * stored.scale + offset;
+  }
+  __device__ float of_block(int64_t block) const { return decode(load(block), offset()); }
+
+ private:
+  BlockScales scales_;
+  int nested_blocksize_log2_;
+};
+
+}  // namespace bnb
