@@ -71,9 +71,8 @@ def command(
     if plot_path is not None:
         report.plot(results, plot_path)
     verdicts = [verdict for result in results for verdict in result.verdicts] + ([peak] if peak else [])
-    missed = [verdict for verdict in verdicts if verdict.met is False]
-    console.print(f"{len(verdicts)} requirements: {len(missed)} missed")
-    if check and missed:
+    console.print(report.summary(verdicts))
+    if check and any(verdict.met is False for verdict in verdicts):
         raise SystemExit(1)
 
 

@@ -11,7 +11,9 @@ import torch
 from safetensors import safe_open
 
 import bnb_core
+from bnb_core import paged
 from bnb_core.conformance.runner import instruction_set
+from bnb_core.optim import GlobalOptimManager
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -33,6 +35,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_optimizer_overrides() -> Iterator[None]:
+    """Those of one test do not reach the next."""
+    yield
+    GlobalOptimManager.get_instance().initialize()
+
+
+@pytest.fixture
+def paged_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where paged memory lies."""
+    monkeypatch.setenv(paged.FOLDER_VARIABLE, str(tmp_path))
+    return tmp_path
 
 
 def load_golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

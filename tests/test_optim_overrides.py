@@ -11,13 +11,6 @@ from bnb_core import optim
 from bnb_core.optim import GlobalOptimManager
 
 
-@pytest.fixture(autouse=True)
-def fresh_manager():
-    GlobalOptimManager.get_instance().initialize()
-    yield
-    GlobalOptimManager.get_instance().initialize()
-
-
 def parameter(*shape):
     return nn.Parameter(torch.ones(shape))
 

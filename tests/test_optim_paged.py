@@ -1,22 +1,23 @@
-"""Paged memory on a CPU: tensors in mapped files that have no name, and clear errors where they cannot be had."""
+"""Paged memory on a CPU: tensors in mapped files that have no name, and clear errors where they cannot be had.
 
+And the optimizers that keep their state there.
+"""
+
+import copy
 import ctypes
 import errno
 import os
+import pickle
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from optimizers import assert_same_state, parameter, take_steps
+from torch import nn
 
-from bnb_core import paged
-
-
-@pytest.fixture
-def paged_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(paged.FOLDER_VARIABLE, str(tmp_path))
-    return tmp_path
+from bnb_core import optim, paged
 
 
 def resident_bytes():
@@ -101,3 +102,39 @@ def test_missing_folder_is_a_clear_error(paged_folder, monkeypatch):
 def test_other_devices_are_an_error():
     with pytest.raises(ValueError, match="device: no backend has paged memory on meta"):
         paged.paged_tensor((10,), torch.float32, "meta")
+
+
+class TestPaged:
+    def test_steps_like_unpaged_state(self, paged_folder, backend):
+        p, expected = parameter(400, 300), parameter(400, 300)
+        optimizer, expected_optimizer = optim.PagedAdamW8bit([p]), optim.AdamW8bit([expected])
+        take_steps(optimizer)
+        take_steps(expected_optimizer)
+        assert torch.equal(p, expected)
+        assert_same_state(optimizer.state[p], expected_optimizer.state[expected])
+        assert optimizer.state[p]["state1"].is_paged and optimizer.state[p]["state2"].is_paged
+
+    def test_small_state_is_not_paged(self):
+        optimizer = optim.PagedAdamW([parameter(300, 300)])
+        take_steps(optimizer, last=1)
+        (state,) = optimizer.state.values()
+        assert not hasattr(state["state1"], "is_paged")
+
+    @pytest.mark.parametrize("duplicate", ["load", "load and move later", "deepcopy", "pickle"])
+    def test_copied_state_is_paged_again(self, paged_folder, duplicate):
+        optimizer = optim.PagedAdamW([parameter(400, 300)])
+        take_steps(optimizer)
+        if duplicate == "deepcopy":
+            twin = copy.deepcopy(optimizer)
+        elif duplicate == "pickle":
+            twin = pickle.loads(pickle.dumps(optimizer))
+        else:
+            twin = optim.PagedAdamW([nn.Parameter(optimizer.param_groups[0]["params"][0].detach().clone())])
+            twin.load_state_dict(optimizer.state_dict(), move_to_device=duplicate == "load")
+        take_steps(optimizer, 3, 4)
+        take_steps(twin, 3, 4)
+        ((p, state),), ((twin_p, twin_state),) = optimizer.state.items(), twin.state.items()
+        assert torch.equal(twin_p, p)
+        assert_same_state(twin_state, state)
+        assert twin_state["state1"].is_paged
+        assert twin_state["state1"].data_ptr() != state["state1"].data_ptr()
