@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ def gemm_4bit_backward(
     weight = empty((N, K), dY.dtype if N >= LEAST_TERMS else torch.float32)
     nested = (nested_absmax, nested_code, offset, nested_blocksize)
     kernels.dequantize_4bit(B, absmax, blocksize, quant_type, (N, K), weight.dtype, *nested, weight)
-    gradient, result = dY.view(-1, N), out.view(-1, K)
+    rows = math.prod(dY.shape[:-1])
+    gradient, result = dY.view(rows, N), out.view(rows, K)
     with exact_matmuls(dY.device, weight.dtype):
         if weight.dtype == dY.dtype:
             torch.mm(gradient, weight, out=result)

@@ -54,7 +54,7 @@ def check_dimensions(name: str, tensor: Tensor, dimensions: int) -> None:
 
 
 def check_blocksize(blocksize: object, name: str = "blocksize") -> None:
-    if blocksize not in BLOCKSIZES or isinstance(blocksize, bool):
+    if not isinstance(blocksize, int) or isinstance(blocksize, bool) or blocksize not in BLOCKSIZES:
         raise ValueError(f"{name}: expected one of {_names(BLOCKSIZES)}, got {blocksize!r}")
 
 

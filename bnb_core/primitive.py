@@ -120,9 +120,9 @@ class Primitive:
         if out is not None:
             return self._run_into(out, plan, arguments)
         result = plan.allocate()
-        kernel = registry.kernel_for(self.name, plan.device_type, arguments)
         if not plan.contiguous:
             arguments = _contiguous(arguments)
+        kernel = registry.kernel_for(self.name, plan.device_type, arguments)
         if result is None:
             kernel(*arguments)
         else:
@@ -142,8 +142,9 @@ class Primitive:
             if _share_memory(tensor, other):
                 raise ValueError("out: two of its tensors share memory")
         buffers = tuple(t if t.is_contiguous() else e.allocate(device) for t, e in zip(given, outputs, strict=True))
+        arguments = _contiguous(arguments)
         kernel = registry.kernel_for(self.name, plan.device_type, arguments)
-        kernel(*_contiguous(arguments), out=buffers if isinstance(out, tuple) else buffers[0])
+        kernel(*arguments, out=buffers if isinstance(out, tuple) else buffers[0])
         for tensor, buffer in zip(given, buffers, strict=True):
             if tensor is not buffer:
                 tensor.copy_(buffer)

@@ -155,8 +155,12 @@ def _check_block_scales(
 ) -> None:
     check_dtype("absmax", absmax, (torch.float32,) if nested_absmax is None else (torch.uint8,))
     check_numel("absmax", absmax, blocks)
-    if nested_absmax is not None:
-        check_blocksize(nested_blocksize, "nested_blocksize")
+    check_blocksize(nested_blocksize, "nested_blocksize")
+    if nested_absmax is None:
+        for name, tensor in (("nested_code", nested_code), ("offset", offset)):
+            if tensor is not None:
+                raise TypeError(f"{name}: expected None, as nested_absmax is None, got {type(tensor).__name__}")
+    else:
         check_dtype("nested_absmax", nested_absmax, (torch.float32,))
         check_numel("nested_absmax", nested_absmax, block_count(blocks, nested_blocksize))
         check_code("nested_code", nested_code)  # type: ignore[arg-type]

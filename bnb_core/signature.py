@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def signature_in_python(arguments: tuple[Any, ...]) -> Hashable | None:
-    """Dtype, shape, device and contiguity of every tensor, type and value of everything else.
+    """Dtype, shape, device and contiguity of every tensor, type and value of everything else, in sequences too.
 
     None where that cannot be told, as the arguments have to be checked each time then.
     """
     try:
-        key = tuple([_described(argument) for argument in arguments])
+        key = _described(arguments)
         hash(key)
     except (TypeError, RuntimeError):
         return None
@@ -25,6 +25,8 @@ def signature_in_python(arguments: tuple[Any, ...]) -> Hashable | None:
 def _described(argument: Any) -> Hashable:
     if isinstance(argument, Tensor):
         return argument.dtype, argument.device, argument.shape, argument.is_contiguous()
+    if isinstance(argument, tuple | list):
+        return tuple([_described(item) for item in argument])
     return type(argument), argument
 
 

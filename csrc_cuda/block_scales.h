@@ -12,6 +12,16 @@ struct StoredScale {
   uint8_t code;
 };
 
+// Scales as dequantizing needs them when they are f32: what it takes to decode others costs registers.
+struct F32Scales {
+  const float* absmax;
+
+  __device__ float load(int64_t block) const { return absmax[block]; }
+  __device__ float offset() const { return 0.0f; }
+  __device__ float decode(float scale, float) const { return scale; }
+};
+
+// Either kind.
 class StoredScales {
  public:
   explicit StoredScales(const BlockScales& scales)

@@ -105,10 +105,10 @@ struct ShortCodebook {
   __device__ float operator[](int i) const { return values[i]; }
 };
 
-template <class Codebook, class T>
+template <class Codebook, class Scales, class T>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const uint8_t* codes, StoredScales stored, Codebook codebook, int64_t n,
-                      int blocksize_log2, T* out) {
+    dequantize_kernel(const uint8_t* codes, Scales stored, Codebook codebook, int64_t n, int blocksize_log2,
+                      T* out) {
   constexpr int bits = Codebook::kBits;
   constexpr int items = kOutputs<T>;
   constexpr int bytes = items * bits / 8;
@@ -121,13 +121,13 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t first = blockIdx.x * tile; first < n; first += gridDim.x * tile) {
     const bool whole = aligned && n - first >= tile;
     uint8_t packed[kUnrolled][bytes];
-    StoredScale scales[kUnrolled];
+    decltype(stored.load(0)) scales[kUnrolled];
 #pragma unroll
     for (int u = 0; u < kUnrolled; u++) {
       const int64_t begin = first + (u * kThreads + static_cast<int>(threadIdx.x)) * items;
       const int64_t valid = n - begin;
       load(codes + begin * bits / 8, whole, (valid * bits + 7) / 8, packed[u]);
-      scales[u] = whole || valid > 0 ? stored.load(begin >> blocksize_log2) : StoredScale{};
+      scales[u] = whole || valid > 0 ? stored.load(begin >> blocksize_log2) : decltype(stored.load(0)){};
     }
 #pragma unroll
     for (int u = 0; u < kUnrolled; u++) {
@@ -155,15 +155,15 @@ void quantize(const char* name, const void* A, DType dtype, int64_t n, typename 
   });
 }
 
-template <class Codebook>
-void dequantize(const char* name, const uint8_t* codes, const BlockScales& scales, const Codebook& codebook,
+template <class Scales, class Codebook>
+void dequantize(const char* name, const uint8_t* codes, const Scales& scales, const Codebook& codebook,
                 int64_t n, int64_t blocksize, void* out, DType dtype, Stream stream) {
   if (n == 0) return;
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t tiles = ceil_div(n, kThreads * kOutputs<T> * kUnrolled);
-    launch(name, dequantize_kernel<Codebook, T>, resident_grid(tiles, kThreads), kThreads, stream, 0, codes,
-           StoredScales(scales), codebook, n, log2_of(blocksize), static_cast<T*>(out));
+    launch(name, dequantize_kernel<Codebook, Scales, T>, resident_grid(tiles, kThreads), kThreads, stream, 0,
+           codes, scales, codebook, n, log2_of(blocksize), static_cast<T*>(out));
   });
 }
 
@@ -176,7 +176,7 @@ void gpu::quantize_blockwise(const void* A, DType dtype, int64_t n, const float*
 
 void gpu::dequantize_blockwise(const uint8_t* q, const float* absmax, const float* code, int64_t n,
                                int64_t blocksize, void* out, DType dtype, Stream stream) {
-  dequantize("dequantize_blockwise", q, f32_scales(absmax), LongCodebook{code}, n, blocksize, out, dtype,
+  dequantize("dequantize_blockwise", q, F32Scales{absmax}, LongCodebook{code}, n, blocksize, out, dtype,
              stream);
 }
 
@@ -196,7 +196,11 @@ void gpu::dequantize_4bit(const uint8_t* packed, const BlockScales& scales, int6
   ShortCodebook codebook;
   const float* const values = quant_type == QuantType::nf4 ? kNf4Code : kFp4Code;
   for (int i = 0; i < 16; i++) codebook.values[i] = values[i];
-  dequantize("dequantize_4bit", packed, scales, codebook, n, blocksize, out, dtype, stream);
+  const auto run = [&](const auto& stored) {
+    dequantize("dequantize_4bit", packed, stored, codebook, n, blocksize, out, dtype, stream);
+  };
+  if (scales.codes) return run(StoredScales(scales));
+  run(F32Scales{scales.absmax});
 }
 
 }  // namespace bnb

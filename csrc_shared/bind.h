@@ -16,17 +16,37 @@
 namespace bnb {
 namespace binding {
 
+inline const dlpack::Exchange* exchange = nullptr;  // the module's initialization looks for it
+
+inline long long number_from(PyObject* tensor, const char* method) {
+  PyObject* number = PyObject_CallMethod(tensor, method, nullptr);
+  const long long result = number ? PyLong_AsLongLong(number) : 0;
+  Py_XDECREF(number);
+  return result;
+}
+
+// Where the elements of a tensor begin. torch gives null for one that only stands for another: those go
+// through torch's dispatcher, which replaces them.
 inline void* address_of(PyObject* object) {
-  static const dlpack::Exchange* const exchange = dlpack::find_exchange();
   if (object == Py_None) return nullptr;
   if (PyLong_Check(object)) return PyLong_AsVoidPtr(object);
   dlpack::Tensor tensor;
-  if (exchange && exchange->view(object, &tensor) == 0) return tensor.first();
-  PyErr_Clear();
-  PyObject* address = PyObject_CallMethod(object, "data_ptr", nullptr);
-  void* const result = address ? PyLong_AsVoidPtr(address) : nullptr;
-  Py_XDECREF(address);
-  return result;
+  void* address;
+  bool empty;
+  if (exchange && exchange->view(object, &tensor) == 0) {
+    address = tensor.first();
+    empty = tensor.empty();
+  } else {
+    PyErr_Clear();
+    address = reinterpret_cast<void*>(number_from(object, "data_ptr"));
+    empty = !PyErr_Occurred() && !address && number_from(object, "numel") == 0;
+  }
+  if (!address && !empty && !PyErr_Occurred()) {
+    PyErr_SetString(PyExc_RuntimeError,
+                    "a tensor has no memory: fake, functional and wrapped tensors go through "
+                    "torch.ops.bnb_core, all of a call's or none");
+  }
+  return address;
 }
 
 // What Python passes for a parameter of type T; where it is no such thing, an error of Python's is set.
@@ -81,8 +101,10 @@ PyObject* call(Function function, std::tuple<Arguments...>*, std::index_sequence
     return PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
+  } catch (...) {
+    PyErr_SetString(PyExc_RuntimeError, "a kernel threw what is no std::exception");
   }
+  return nullptr;
 }
 
 template <class Result, class... Arguments>

@@ -53,6 +53,7 @@ void optimizer_update_8bit_blockwise(OptimizerName name, int64_t step, double lr
 
 PYBIND11_MODULE(BNB_MODULE_NAME, m) {
   using bnb::Kernels;
+  bnb::binding::exchange = bnb::dlpack::find_exchange();
   bnb::bind<&Kernels::quantize_blockwise>(m, "quantize_blockwise");
   bnb::bind<&Kernels::dequantize_blockwise>(m, "dequantize_blockwise");
   bnb::bind<&Kernels::quantize_4bit>(m, "quantize_4bit");

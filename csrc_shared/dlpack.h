@@ -29,15 +29,21 @@ struct Tensor {
 
   void* first() const { return static_cast<char*>(data) + byte_offset; }
 
-  bool contiguous() const {
-    int64_t expected = 1;
-    bool same = true;
-    for (int32_t i = dimensions - 1; i >= 0; i--) {
+  bool empty() const {
+    for (int32_t i = 0; i < dimensions; i++) {
       if (shape[i] == 0) return true;
-      same = same && (!strides || shape[i] == 1 || strides[i] == expected);
+    }
+    return false;
+  }
+
+  bool contiguous() const {
+    if (!strides || empty()) return true;
+    int64_t expected = 1;
+    for (int32_t i = dimensions - 1; i >= 0; i--) {
+      if (shape[i] != 1 && strides[i] != expected) return false;
       expected *= shape[i];
     }
-    return same;
+    return true;
   }
 };
 

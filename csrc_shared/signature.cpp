@@ -22,13 +22,13 @@ class Signature {
     if (PyFloat_CheckExact(argument)) return add_value('F', PyFloat_AS_DOUBLE(argument));
     if (PyUnicode_CheckExact(argument)) return add_text(argument);
     if (Py_TYPE(argument) == dtype_type) return add_value('D', argument);
-    return PyTuple_Check(argument) && add_items(argument);
+    return (PyTuple_Check(argument) || PyList_Check(argument)) && add_items(argument);
   }
 
-  bool add_items(PyObject* tuple) {
-    const Py_ssize_t count = PyTuple_GET_SIZE(tuple);
+  bool add_items(PyObject* sequence) {
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence);
     bool told = add_value('(', count);
-    for (Py_ssize_t i = 0; told && i < count; i++) told = add(PyTuple_GET_ITEM(tuple, i));
+    for (Py_ssize_t i = 0; told && i < count; i++) told = add(PySequence_Fast_GET_ITEM(sequence, i));
     return told;
   }
 

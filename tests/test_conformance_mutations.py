@@ -29,8 +29,9 @@ def _tie_upwards(arguments):
 
 
 def _forget_offset(arguments):
-    if arguments[9] is not None:
-        arguments[9] = torch.zeros_like(arguments[9])
+    offset = len(arguments) - 2
+    if arguments[offset] is not None:
+        arguments[offset] = torch.zeros_like(arguments[offset])
 
 
 def _add_bias_twice(arguments):
@@ -66,6 +67,7 @@ BUGS = {
     "last block dropped": lambda: after("dequantize_blockwise", _drop_last_block),
     "midpoint tie the wrong way": lambda: before("quantize_blockwise", _tie_upwards),
     "missing offset in double quantization": lambda: before("gemm_4bit", _forget_offset),
+    "missing offset in dequantizing": lambda: before("dequantize_4bit", _forget_offset),
     "stale state": lambda: before("optimizer_update_32bit", _keep_stale_state),
     "bias added twice": lambda: before("gemm_4bit", _add_bias_twice),
     "f32 silently computed in bf16": lambda: before("gemm_4bit", _compute_in_bf16),

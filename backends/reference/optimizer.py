@@ -64,7 +64,7 @@ def _ademamix(h: Hyperparameters, g: Tensor, p: Tensor, moments: Tensor, v: Tens
     fast = h.beta1 * moments[0] + (1 - h.beta1) * g
     slow = h.beta3 * moments[1] + (1 - h.beta3) * g
     v = h.beta2 * v + (1 - h.beta2) * g * g
-    update = (fast / h.c1 + h.alpha * slow) / (v.sqrt() / h.c2 + h.eps)
+    update = h.c2 / h.c1 * (fast + h.alpha * h.c1 * slow) / (v.sqrt() + h.eps * h.c2)
     return Result(p * h.decay, update, (torch.stack([fast, slow]), v))
 
 

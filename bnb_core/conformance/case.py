@@ -161,4 +161,9 @@ def snapshot(value: Any) -> bytes | None:
     """The bytes of a tensor; None for anything else."""
     if not isinstance(value, Tensor):
         return None
-    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    if value.numel() == 0:
+        return b""
+    # A clone, as a contiguous tensor of one element may have any stride, which no view as bytes takes.
+    return (
+        value.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
+    )

@@ -80,6 +80,10 @@ BLOCKSIZES = [Bad("blocksize", {"blocksize": size}) for size in (0, -64, 63, 819
 QUANT_TYPES = [Bad("quant_type", {"quant_type": name}) for name in ("int4", "af4", "NF4", "", None)]
 DTYPES = [Bad("dtype", {"dtype": dtype}, TypeError) for dtype in (torch.float64, torch.int32, None, "float32")]
 NESTED = [
+    Bad("nested_code", {"nested_absmax": None, "absmax": torch.ones(6), "offset": None}, TypeError),
+    Bad("offset", {"nested_absmax": None, "absmax": torch.ones(6), "nested_code": None}, TypeError),
+    Bad("absmax", {"nested_absmax": None, "absmax": torch.ones(7), "offset": None, "nested_code": None}),
+    Bad("nested_blocksize", {"nested_blocksize": None}),
     Bad("absmax", {"nested_absmax": None}, TypeError),
     Bad("nested_code", {"nested_code": None}, TypeError),
     Bad("offset", {"offset": None}, TypeError),

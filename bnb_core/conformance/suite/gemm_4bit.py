@@ -44,6 +44,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "4-D": ((2, 1, 3), 40, 64),
     "no rows": ((0,), 16, 64),
     "no rows in a batch": ((2, 0), 16, 64),
+    "N of 0": ((3,), 0, 64),
+    "K of 0": ((3,), 8, 0),
     "K long": ((1,), 8, 8200),
     "N long": ((40,), 600, 128),
     "N long, K no multiple of 256": ((70,), 131, 320),

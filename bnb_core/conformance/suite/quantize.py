@@ -52,6 +52,7 @@ SHAPES: dict[str, Callable[[int], tuple[int, ...]]] = {
     "3-D": lambda B: (3, 5, B // 2 + 3),
     "4-D": lambda B: (2, 3, 4, B // 4 + 1),
     "many blocks": lambda B: (67, 3 * B),
+    "more blocks than a nested one": lambda B: (1300 * B + 7,),
 }
 
 
@@ -137,8 +138,9 @@ def _check_dequantize_blockwise(context: Context, sample: Sample, code_name: str
     generator, code = context.generator(sample.name), CODES[code_name]()
     codes = torch.randint(0, 256, sample.size, generator=generator, dtype=torch.uint8)
     absmax = _scales(primitives.block_count(sample.numel, sample.blocksize), generator)
-    given = LAYOUTS[sample.layout](codes)
-    (got,) = context.call(primitives.dequantize_blockwise, given, absmax, code, sample.blocksize, sample.dtype)
+    given, given_absmax, given_code = map(LAYOUTS[sample.layout], (codes, absmax, code))
+    arguments = (given, given_absmax, given_code, sample.blocksize, sample.dtype)
+    (got,) = context.call(primitives.dequantize_blockwise, *arguments)
     with np.errstate(all="ignore"):
         expected = oracle.dequantize(codes.view(-1).numpy(), absmax.numpy(), code.numpy(), sample.blocksize)
     same_bits("values", got, torch.from_numpy(expected).to(sample.dtype).view(sample.size))
@@ -157,11 +159,11 @@ def _check_dequantize_4bit(
         absmax = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
         nested_absmax = _scales(primitives.block_count(blocks, nested_blocksize), generator)
         tensors = (nested_absmax, create_dynamic_map(), torch.tensor(0.7))
-        nested = (*tensors, nested_blocksize)
+        nested = (*map(LAYOUTS[sample.layout], tensors[:2]), tensors[2], nested_blocksize)
         with np.errstate(all="ignore"):
             scales = oracle.double_quantized_scales(absmax.numpy(), nested_blocksize, *(t.numpy() for t in tensors))
-    given = LAYOUTS[sample.layout](packed.view(storage).unsqueeze(1))
-    arguments = (given, absmax, sample.blocksize, quant_type, sample.size, sample.dtype, *nested)
+    given, given_absmax = map(LAYOUTS[sample.layout], (packed.view(storage).unsqueeze(1), absmax))
+    arguments = (given, given_absmax, sample.blocksize, quant_type, sample.size, sample.dtype, *nested)
     (got,) = context.call(primitives.dequantize_4bit, *arguments)
     with np.errstate(all="ignore"):
         expected = oracle.dequantize_4bit(packed.numpy(), scales, n, sample.blocksize, quant_type)
@@ -215,19 +217,19 @@ def cases() -> Iterator[Case]:
 
 def _double_quantized_cases() -> Iterator[Case]:
     """Of dequantize_4bit: the usual nested blocks, and small ones with several ends in one tensor."""
-    for dtype in DTYPES:
-        for shape in SHAPES:
-            for nested_blocksize in (256, 32):
-                sample = Sample(dtype, 64, shape)
-                run = partial(
-                    _check_dequantize_4bit,
-                    sample=sample,
-                    quant_type="nf4",
-                    storage=torch.uint8,
-                    nested_blocksize=nested_blocksize,
-                )
-                name = f"double-quantized,{nested_blocksize},{sample.name}"
-                yield Case("dequantize_4bit", name, run, {**sample.traits, "scales": "double-quantized"})
+    samples = [Sample(dtype, 64, shape) for dtype in DTYPES for shape in SHAPES]
+    samples += [Sample(torch.float32, 64, layout=layout) for layout in LAYOUTS if layout != "contiguous"]
+    for sample in samples:
+        for nested_blocksize in (256, 32):
+            run = partial(
+                _check_dequantize_4bit,
+                sample=sample,
+                quant_type="nf4",
+                storage=torch.uint8,
+                nested_blocksize=nested_blocksize,
+            )
+            name = f"double-quantized,{nested_blocksize},{sample.name}"
+            yield Case("dequantize_4bit", name, run, {**sample.traits, "scales": "double-quantized"})
 
 
 def _storage_cases() -> Iterator[Case]:
