@@ -116,6 +116,7 @@ def test_kernels_and_signatures_do_without_the_exchange_api():
     older_torch = (
         "import torch; torch.Tensor.__dlpack_c_exchange_api__ = None\n"
         "from bnb_core import signature; assert signature.compiled_signature is None\n"
+        "assert 'torch has no DLPack exchange API' in signature.implementation\n"
         "from bnb_core.cli import main; main()"
     )
     arguments = ("conformance", "--backend", "cpu", "--primitive", "gemm_4bit_backward")

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import bnb_core
-from bnb_core import registry
+from bnb_core import registry, signature
 
 from .errors import BadInput
 
@@ -53,7 +53,11 @@ def collect() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version_of(name) for name in PACKAGES},
         },
-        "cpu": {"model": cpu_model(), "torch threads": str(torch.get_num_threads())},
+        "cpu": {
+            "model": cpu_model(),
+            "torch threads": str(torch.get_num_threads()),
+            "signatures of calls": signature.implementation,
+        },
         "gpus": gpus,
         "backends": {name: describe(backend) for name, backend in registry.backends().items()},
         "serving": {name: {d: serving[d][name] for d in devices} for name in registry.primitive_names()},
