@@ -27,7 +27,7 @@ TARGETS = {
     **{name: GPUTarget("hip", name, 32) for name in ("gfx1100", "gfx1200", "gfx1201")},
 }
 
-STEP = "fp32 " * 14
+STEP = "fp32 " * 12
 """size and the coefficients of an optimizer."""
 
 STATE_8BIT = "*bf16 *bf16 *u8 *u8 *fp32 *fp32 *fp32 *fp32"
