@@ -16,6 +16,11 @@ LEAST_TERMS = 128
 section 3)."""
 
 
+def as_matrix(tensor: Tensor) -> Tensor:
+    """[..., columns] as [rows, columns]; columns may be 0, for which view(-1, columns) is ambiguous."""
+    return tensor.view(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
 def gemm_4bit_backward(
     kernels: Any,
     dY: Tensor,
@@ -41,8 +46,7 @@ def gemm_4bit_backward(
     weight = empty((N, K), dY.dtype if N >= LEAST_TERMS else torch.float32)
     nested = (nested_absmax, nested_code, offset, nested_blocksize)
     kernels.dequantize_4bit(B, absmax, blocksize, quant_type, (N, K), weight.dtype, *nested, weight)
-    rows = math.prod(dY.shape[:-1])
-    gradient, result = dY.view(rows, N), out.view(rows, K)
+    gradient, result = as_matrix(dY), as_matrix(out)
     with exact_matmuls(dY.device, weight.dtype):
         if weight.dtype == dY.dtype:
             torch.mm(gradient, weight, out=result)

@@ -89,7 +89,7 @@ class LargeProducts:
 
     def int8_linear_matmul(self, A: Tensor, B: Tensor, out: Tensor) -> None:
         if _int_mm_takes(A, B):
-            torch._int_mm(A.view(-1, A.shape[-1]), B.t(), out=out.view(-1, B.shape[0]))
+            torch._int_mm(dequantized.as_matrix(A), B.t(), out=dequantized.as_matrix(out))
         else:
             self.fused.int8_linear_matmul(A, B, out)
 
@@ -106,7 +106,7 @@ class LargeProducts:
         if not _int_mm_takes(A, B):
             self.fused.int8_scaled_mm(A, B, row_stats, col_stats, bias, dtype, out)
             return
-        product = torch._int_mm(A.view(-1, A.shape[-1]), B.t())
+        product = torch._int_mm(dequantized.as_matrix(A), B.t())
         self.int8_mm_dequant(product, row_stats, col_stats, bias, dtype, out)
 
 
@@ -131,7 +131,7 @@ class GpuKernels(LargeProducts):
         bias: Tensor | None,
         out: Tensor,
     ) -> None:
-        products = torch._int_mm(CA.view(-1, CA.shape[-1]), CB.t()) if _int_mm_takes(CA, CB) else None
+        products = torch._int_mm(dequantized.as_matrix(CA), CB.t()) if _int_mm_takes(CA, CB) else None
         self.fused.int8_mm(CA, CB, products, row_stats, col_stats, A, outlier_mask, bias, A.dtype, out)
 
 
@@ -156,7 +156,7 @@ def _has_int_mm(device_type: str) -> bool:
 
 def _multiply(A: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = A @ weight^T + bias, the bias in the matmul's epilogue."""
-    rows, result = A.view(-1, A.shape[-1]), out.view(-1, weight.shape[0])
+    rows, result = dequantized.as_matrix(A), dequantized.as_matrix(out)
     if bias is None:
         torch.mm(rows, weight.t(), out=result)
     else:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnb_core.primitive import made_contiguous
+
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 QUANT_TYPE_CODES = {"fp4": 0, "nf4": 1}
 OPTIMIZER_CODES = {
@@ -55,16 +57,14 @@ class NativeKernels:
     def quantize_blockwise(self, A: Tensor, code: Tensor, blocksize: int, out: Outputs) -> None:
         q, absmax = out
         self.module.quantize_blockwise(
-            A, DTYPE_CODES[A.dtype], A.numel(), code, blocksize, q, absmax,
-            self.stream(A.device),
+            A, DTYPE_CODES[A.dtype], A.numel(), code, blocksize, q, absmax, self.stream(A.device),
         )  # fmt: skip
 
     def dequantize_blockwise(
         self, A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
     ) -> None:
         self.module.dequantize_blockwise(
-            A, absmax, code, A.numel(), blocksize, out, DTYPE_CODES[dtype],
-            self.stream(A.device),
+            A, absmax, code, A.numel(), blocksize, out, DTYPE_CODES[dtype], self.stream(A.device),
         )  # fmt: skip
 
     def quantize_4bit(
@@ -72,8 +72,8 @@ class NativeKernels:
     ) -> None:
         packed, absmax = out
         self.module.quantize_4bit(
-            A, DTYPE_CODES[A.dtype], A.numel(), blocksize, QUANT_TYPE_CODES[quant_type], packed,
-            absmax, self.stream(A.device),
+            A, DTYPE_CODES[A.dtype], A.numel(), blocksize, QUANT_TYPE_CODES[quant_type], packed, absmax,
+            self.stream(A.device),
         )  # fmt: skip
 
     def dequantize_4bit(
@@ -122,8 +122,8 @@ class NativeKernels:
         q, row_stats, outlier_mask = out
         mask = outlier_mask if threshold > 0 else None
         self.module.int8_vectorwise_quant(
-            A, DTYPE_CODES[A.dtype], row_stats.numel(), A.shape[-1], threshold, q,
-            row_stats, mask, self.stream(A.device),
+            A, DTYPE_CODES[A.dtype], row_stats.numel(), A.shape[-1], threshold, q, row_stats, mask,
+            self.stream(A.device),
         )  # fmt: skip
 
     def int8_double_quant(self, A: Tensor, threshold: float, out: Outputs) -> None:
@@ -131,8 +131,8 @@ class NativeKernels:
         self.int8_vectorwise_quant(A, threshold, (q_row, row_stats, outlier_mask))
         mask = outlier_mask if threshold > 0 else None
         self.module.int8_columnwise_quant(
-            A, DTYPE_CODES[A.dtype], row_stats.numel(), A.shape[-1], threshold, q_col,
-            col_stats, mask, self.stream(A.device),
+            A, DTYPE_CODES[A.dtype], row_stats.numel(), A.shape[-1], threshold, q_col, col_stats, mask,
+            self.stream(A.device),
         )  # fmt: skip
 
     def int8_vectorwise_dequant(self, A: Tensor, stats: Tensor, out: Tensor) -> None:
@@ -140,8 +140,7 @@ class NativeKernels:
 
     def int8_linear_matmul(self, A: Tensor, B: Tensor, out: Tensor) -> None:
         self.module.int8_linear_matmul(
-            A, B, math.prod(A.shape[:-1]), B.shape[0], B.shape[1], out,
-            self.stream(A.device),
+            A, B, math.prod(A.shape[:-1]), B.shape[0], B.shape[1], out, self.stream(A.device),
         )  # fmt: skip
 
     def int8_mm_dequant(
@@ -154,8 +153,8 @@ class NativeKernels:
         out: Tensor,
     ) -> None:
         self.module.int8_mm_dequant(
-            A, row_stats, col_stats, row_stats.numel(), A.shape[-1], bias,
-            out, DTYPE_CODES[dtype], self.stream(A.device),
+            A, row_stats, col_stats, row_stats.numel(), A.shape[-1], bias, out, DTYPE_CODES[dtype],
+            self.stream(A.device),
         )  # fmt: skip
 
     def int8_scaled_mm(
@@ -198,9 +197,8 @@ class NativeKernels:
     ) -> None:
         """What both of the above are. ``products`` i32[..., N], where they have been taken already, are A @ B^T."""
         self.module.int8_mixed_scaled_mm(
-            A, B, math.prod(A.shape[:-1]), B.shape[0], B.shape[1], products,
-            row_stats, col_stats, unquantized, outlier_mask, bias,
-            out, DTYPE_CODES[dtype], self.stream(A.device),
+            A, B, math.prod(A.shape[:-1]), B.shape[0], B.shape[1], products, row_stats, col_stats, unquantized,
+            outlier_mask, bias, out, DTYPE_CODES[dtype], self.stream(A.device),
         )  # fmt: skip
 
     def optimizer_update_32bit(
@@ -215,8 +213,8 @@ class NativeKernels:
     ) -> None:
         norms = _norms(p, hyperparameters)
         self.module.optimizer_update_32bit(
-            *_step_arguments(optimizer_name, *hyperparameters), g, p, DTYPE_CODES[p.dtype],
-            state1, state2, p.numel(), norms, self.stream(p.device),
+            *_step_arguments(optimizer_name, *hyperparameters), g, p, DTYPE_CODES[p.dtype], state1, state2, p.numel(),
+            norms, self.stream(p.device),
         )  # fmt: skip
         _store_update_norm(norms, unorm_vec)
 
@@ -236,9 +234,8 @@ class NativeKernels:
     ) -> None:
         norms = _norms(p, hyperparameters)
         self.module.optimizer_update_8bit_blockwise(
-            *_step_arguments(optimizer_name, *hyperparameters), g, p, DTYPE_CODES[p.dtype],
-            state1, state2, qmap1, qmap2, absmax1,
-            absmax2, p.numel(), norms, self.stream(p.device),
+            *_step_arguments(optimizer_name, *hyperparameters), g, p, DTYPE_CODES[p.dtype], state1, state2, qmap1,
+            qmap2, absmax1, absmax2, p.numel(), norms, self.stream(p.device),
         )  # fmt: skip
         _store_update_norm(norms, unorm_vec)
 
@@ -273,10 +270,6 @@ def _store_update_norm(norms: Tensor | None, unorm_vec: Tensor | None) -> None:
         unorm_vec.copy_(norms[1:].sqrt())
 
 
-def _contiguous(argument: Any) -> Any:
-    return argument.contiguous() if isinstance(argument, Tensor) else argument
-
-
 def _updating_in_place(kernel: Callable[..., None]) -> Callable[..., None]:
     """Hand contiguous tensors to a kernel that changes some of them, and carry the changes back."""
     changed = [name in CHANGED_IN_PLACE for name in signature(kernel).parameters]
@@ -284,7 +277,7 @@ def _updating_in_place(kernel: Callable[..., None]) -> Callable[..., None]:
     @wraps(kernel)
     @torch.no_grad()
     def call(*arguments: Any) -> None:
-        contiguous = [_contiguous(argument) for argument in arguments]
+        contiguous = made_contiguous(arguments)
         kernel(*contiguous)
         for given, used, is_changed in zip(arguments, contiguous, changed, strict=False):
             if is_changed and given is not used:

@@ -121,7 +121,7 @@ class Primitive:
             return self._run_into(out, plan, arguments)
         result = plan.allocate()
         if not plan.contiguous:
-            arguments = _contiguous(arguments)
+            arguments = made_contiguous(arguments)
         kernel = registry.kernel_for(self.name, plan.device_type, arguments)
         if result is None:
             kernel(*arguments)
@@ -142,7 +142,7 @@ class Primitive:
             if _share_memory(tensor, other):
                 raise ValueError("out: two of its tensors share memory")
         buffers = tuple(t if t.is_contiguous() else e.allocate(device) for t, e in zip(given, outputs, strict=True))
-        arguments = _contiguous(arguments)
+        arguments = made_contiguous(arguments)
         kernel = registry.kernel_for(self.name, plan.device_type, arguments)
         kernel(*arguments, out=buffers if isinstance(out, tuple) else buffers[0])
         for tensor, buffer in zip(given, buffers, strict=True):
@@ -216,7 +216,8 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) and not isinstance(value, Out) else (value,)
 
 
-def _contiguous(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def made_contiguous(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with a contiguous copy of each tensor that is not so itself."""
     return tuple([argument.contiguous() if isinstance(argument, Tensor) else argument for argument in arguments])
 
 

@@ -93,9 +93,9 @@ class QuantState:
 
     def check_complete(self) -> None:
         """Raise ValueError if this cannot describe a 4-bit tensor, as one that was put together by hand may not."""
-        if self.shape is None or self.dtype is None or self.blocksize is None or self.quant_type is None:
-            missing = [name for name in ("shape", "dtype", "blocksize", "quant_type") if getattr(self, name) is None]
-            raise ValueError(f"quant_state: its {missing[0]} is None")
+        for name in ("shape", "dtype", "blocksize", "quant_type"):
+            if getattr(self, name) is None:
+                raise ValueError(f"quant_state: its {name} is None")
         if self.nested and (self.state2 is None or self.offset is None):
             raise ValueError("quant_state: it is nested, but its state2 or its offset is None")
 

@@ -349,8 +349,7 @@ def _override_in_force() -> Mapping[str, str]:
 
 def _candidates(primitive: str, device_type: str, override: Mapping[str, str]) -> list[_Candidate]:
     """The kernels that may serve, in the order in which they are asked."""
-    name = (override.get(primitive) or override.get(EVERY_PRIMITIVE)) if override else None
-    return _look_up(primitive, device_type, name)
+    return _look_up(primitive, device_type, override.get(primitive) or override.get(EVERY_PRIMITIVE))
 
 
 @cache

@@ -55,16 +55,22 @@ struct Exchange {
   int (*stream)(int32_t, int32_t, void**);
 };
 
+// A new reference, or null with an error of Python's.
+inline PyObject* attribute_of_torch(const char* name) {
+  PyObject* torch = PyImport_ImportModule("torch");
+  PyObject* attribute = torch ? PyObject_GetAttrString(torch, name) : nullptr;
+  Py_XDECREF(torch);
+  return attribute;
+}
+
 // torch's functions; null where it has none.
 inline const Exchange* find_exchange() {
-  PyObject* torch = PyImport_ImportModule("torch");
-  PyObject* type = torch ? PyObject_GetAttrString(torch, "Tensor") : nullptr;
+  PyObject* type = attribute_of_torch("Tensor");
   PyObject* capsule = type ? PyObject_GetAttrString(type, "__dlpack_c_exchange_api__") : nullptr;
   const void* found = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
   PyErr_Clear();
   Py_XDECREF(capsule);
   Py_XDECREF(type);
-  Py_XDECREF(torch);
   constexpr uint32_t kMajor = 1;
   const auto* exchange = static_cast<const Exchange*>(found);
   return exchange && exchange->major == kMajor && exchange->view ? exchange : nullptr;

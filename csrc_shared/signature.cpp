@@ -83,10 +83,7 @@ PyObject* signature(PyObject*, PyObject* arguments) {
 }
 
 PyTypeObject* type_of_torch(const char* name) {
-  PyObject* torch = PyImport_ImportModule("torch");
-  PyObject* type = torch ? PyObject_GetAttrString(torch, name) : nullptr;
-  Py_XDECREF(torch);
-  return reinterpret_cast<PyTypeObject*>(type);
+  return reinterpret_cast<PyTypeObject*>(dlpack::attribute_of_torch(name));
 }
 
 }  // namespace

@@ -8,16 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from optimizers import (
-    FAMILY,
-    SIGNATURES,
-    TWO_STATES,
-    assert_same_state,
-    build,
-    every_class,
-    parameter,
-    take_steps,
-)
+from optimizers import FAMILY, SIGNATURES, TWO_STATES, assert_same_state, build, every_class, parameter, take_steps
 from torch import nn
 
 from bnb_core import optim

@@ -74,8 +74,8 @@ void hash_quantizers(const Kernels& k, int d, bool any_bits) {
   for (QuantType type : {QuantType::fp4, QuantType::nf4}) {
     k.quantize_4bit(A.data(), kDTypes[d], kElements, kBlocksize, type, packed.data(), absmax.data(), nullptr);
     four_bit.add(packed);
-    k.dequantize_4bit(packed.data(), f32_scales(absmax.data()), kElements, kBlocksize, type, values.data(), kDTypes[d],
-                      nullptr);
+    k.dequantize_4bit(packed.data(), f32_scales(absmax.data()), kElements, kBlocksize, type, values.data(),
+                      kDTypes[d], nullptr);
     if (!any_bits) four_bit.add(values);
   }
   print(any_bits ? "blockwise, any bits" : "blockwise", d, blockwise);

@@ -45,6 +45,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "no rows": ((0,), 16, 64),
     "no rows in a batch": ((2, 0), 16, 64),
     "N of 0": ((3,), 0, 64),
+    "N of 0, 70 rows": ((70,), 0, 128),
     "K of 0": ((3,), 8, 0),
     "K long": ((1,), 8, 8200),
     "N long": ((40,), 600, 128),
