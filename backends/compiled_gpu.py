@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -21,6 +22,9 @@ from .native import kernels_of, module_file
 DEVICE_TYPE = "cuda"
 """What torch calls the GPUs of NVIDIA and, in its ROCm builds, those of AMD."""
 
+WGMMA_VARIABLE = "BNB_WGMMA_ROWS"
+"""Up to so many rows of A a 4-bit product is left to the kernel on Hopper's wgmma. None by default: in simulation the
+kernel is right, but whether and where it pays has not been measured on hardware yet."""
 
 MAKERS = {"cuda": "NVIDIA", "hip": "AMD"}
 """Whose GPUs a build of torch is for, by the field of torch.version that it has set; our backends have these names."""
@@ -54,13 +58,15 @@ def make_backend(platform: GpuPlatform) -> Backend:
     reason = _why_unavailable(platform, module)
     if reason is not None:
         return _unavailable(platform, reason)
+    try:
+        kernels = GpuKernels(module, current_stream, _wgmma_rows())
+    except ValueError as error:
+        return _unavailable(platform, str(error))
     return Backend(
         name=platform.name,
         device_types=(DEVICE_TYPE,),
         priority=100,
-        kernels={
-            name: _on_its_device(kernel) for name, kernel in kernels_of(GpuKernels(module, current_stream)).items()
-        },
+        kernels={name: _on_its_device(kernel) for name, kernel in kernels_of(kernels).items()},
         details=lambda: {
             "built for": module.archs,
             "driver": _version(module.driver_version()),
@@ -98,6 +104,13 @@ def _why_unavailable(platform: GpuPlatform, module: ModuleType) -> str | None:
     if torch.cuda.device_count() == 0:
         return f"torch sees no {platform.maker} GPU"
     return None
+
+
+def _wgmma_rows() -> int:
+    text = os.environ.get(WGMMA_VARIABLE) or "0"
+    if not text.isdecimal():
+        raise ValueError(f"{WGMMA_VARIABLE} must be a number of rows, got {text!r}")
+    return int(text)
 
 
 def _version(number: int) -> str:

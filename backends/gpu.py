@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import dequantized
-from .native import NativeKernels
+from .native import DTYPE_CODES, NativeKernels
 from .torch_precision import exact_matmuls
 
 FUSED_ROWS = 64
@@ -58,7 +58,7 @@ class LargeProducts:
         out: Tensor,
     ) -> None:
         scales = (nested_absmax, nested_code, offset, nested_blocksize)
-        if not _is_large(A, math.prod(A.shape[:-1])):
+        if not self._is_large(A, B, blocksize):
             self.fused.gemm_4bit(A, B, shape, absmax, blocksize, quant_type, bias, *scales, out)
             return
         weight = torch.empty(tuple(shape), dtype=A.dtype, device=A.device)
@@ -86,6 +86,17 @@ class LargeProducts:
             return torch.empty(tuple(shape), dtype=dtype, device=dY.device)
 
         dequantized.gemm_4bit_backward(self, dY, B, shape, absmax, blocksize, quant_type, *nested, out, empty)
+
+    def most_fused_rows(self, A: Tensor, B: Tensor, blocksize: int) -> int:
+        """Up to so many rows of A the fused kernels are faster than torch's matmul, for operands like these."""
+        return FUSED_ROWS
+
+    def _is_large(self, A: Tensor, B: Tensor, blocksize: int) -> bool:
+        """Whether the product is for torch's matmul: it is large, and torch computes it as exactly as we do."""
+        rows = math.prod(A.shape[:-1])
+        if rows <= FUSED_ROWS or A.shape[-1] < dequantized.LEAST_TERMS:
+            return False
+        return rows > self.most_fused_rows(A, B, blocksize)
 
     def int8_linear_matmul(self, A: Tensor, B: Tensor, out: Tensor) -> None:
         if _int_mm_takes(A, B):
@@ -115,10 +126,18 @@ class GpuKernels(LargeProducts):
 
     Args:
         module, stream: as for NativeKernels.
+        wgmma_rows: up to so many rows of A products are left to the kernel on Hopper's wgmma where it takes them.
     """
 
-    def __init__(self, module: ModuleType, stream: Callable[[torch.device], int]) -> None:
+    def __init__(self, module: ModuleType, stream: Callable[[torch.device], int], wgmma_rows: int = 0) -> None:
         super().__init__(NativeKernels(module, stream))
+        self.module = module
+        self.wgmma_rows = wgmma_rows
+
+    def most_fused_rows(self, A: Tensor, B: Tensor, blocksize: int) -> int:
+        if self.wgmma_rows > FUSED_ROWS and self.module.takes_wgmma(A, DTYPE_CODES[A.dtype], A.shape[-1], B, blocksize):
+            return self.wgmma_rows
+        return FUSED_ROWS
 
     def int8_mixed_scaled_mm(
         self,
@@ -133,11 +152,6 @@ class GpuKernels(LargeProducts):
     ) -> None:
         products = torch._int_mm(dequantized.as_matrix(CA), CB.t()) if _int_mm_takes(CA, CB) else None
         self.fused.int8_mm(CA, CB, products, row_stats, col_stats, A, outlier_mask, bias, A.dtype, out)
-
-
-def _is_large(A: Tensor, rows: int) -> bool:
-    """Whether the product is for torch's matmul: it is large, and torch computes it as exactly as we do."""
-    return rows > FUSED_ROWS and A.shape[-1] >= dequantized.LEAST_TERMS
 
 
 def _int_mm_takes(A: Tensor, B: Tensor) -> bool:

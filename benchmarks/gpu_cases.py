@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -13,6 +14,8 @@ from measure import OURS, Case, Contender, Requirement, Work
 
 import bnb_core.optim
 from bnb_core import functional, nn, primitives
+from bnb_core.backends import compiled_gpu, gpu
+from bnb_core.backends.native import DTYPE_CODES
 
 DEVICE = "cuda"
 BITSANDBYTES = peers.BITSANDBYTES
@@ -23,9 +26,13 @@ COPIED_BYTES = 2**28
 GRAPH_CALLS = 16
 MOST_FEW_ROWS = 64
 """Up to so many rows the product is required to be faster than a dense one."""
+REQUIRED_ROWS = (512, 4096)
+"""With so many it is required to be nearly as fast; what lies between shows where which kernel is the faster one."""
 COPY = "copy bandwidth"
 DENSE = "torch dense bf16"
 INT_MM = "torch _int_mm"
+WGMMA = f"{OURS} on wgmma"
+HOPPER = (9, 0)
 
 
 def graphed(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], kind: str = "peer") -> Contender:
@@ -98,6 +105,37 @@ def _linear(M: int, N: int, K: int, nested: bool) -> tuple[dict[str, Contender],
     return contenders | peer(bitsandbytes_linear), moved
 
 
+def on_wgmma(M: int, N: int, K: int) -> dict[str, Contender]:
+    """The same product by the kernel on Hopper's wgmma, where this GPU has it: what BNB_WGMMA_ROWS is set by.
+
+    Its result is looked at before it is timed: at these sizes blocks have another shape than at the suite's.
+    """
+    if M <= gpu.FUSED_ROWS or torch.cuda.get_device_capability() != HOPPER:
+        return {}
+    try:
+        module = import_module("bnb_core.backends.cuda._kernels")
+    except ImportError:
+        return {}
+    x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
+    fused = gpu.GpuKernels(module, compiled_gpu.current_stream, wgmma_rows=M).fused
+
+    def multiply(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
+        fused.gemm_4bit(x, packed, (N, K), absmax, 64, "nf4", None, *primitives.F32_SCALES, out)
+
+    def operands() -> tuple[torch.Tensor, ...]:
+        packed, absmax = primitives.quantize_4bit(_random_weight(N, K), 64, "nf4", torch.uint8)
+        return packed, absmax, x.new_empty(M, N)
+
+    made = copies(operands, N * K / 2)
+    packed, absmax, out = made[0]
+    if not module.takes_wgmma(x, DTYPE_CODES[x.dtype], K, packed, 64):
+        return {}
+    multiply(*made[0])
+    weight = primitives.dequantize_4bit(packed, absmax, 64, "nf4", (N, K), x.dtype, *primitives.F32_SCALES)
+    torch.testing.assert_close(out, torch.nn.functional.linear(x, weight), rtol=2**-7, atol=2**-7 * K**0.5)
+    return {WGMMA: graphed(multiply, made, "own")}
+
+
 def decode(N: int, K: int, nested: bool) -> Work:
     contenders, moved = _linear(1, N, K, nested)
     contenders[COPY] = copy(moved)
@@ -109,7 +147,7 @@ def decode(N: int, K: int, nested: bool) -> Work:
 
 def few_rows(M: int, N: int, K: int) -> Work:
     contenders, moved = _linear(M, N, K, False)
-    contenders[DENSE] = dense(M, N, K)
+    contenders |= {DENSE: dense(M, N, K), **on_wgmma(M, N, K)}
     requirements = [Requirement(BITSANDBYTES, 1.0)]
     if M <= MOST_FEW_ROWS:
         requirements.append(Requirement(DENSE, 1.0))
@@ -118,8 +156,9 @@ def few_rows(M: int, N: int, K: int) -> Work:
 
 def many_rows(M: int, N: int, K: int) -> Work:
     contenders, moved = _linear(M, N, K, False)
-    contenders[DENSE] = dense(M, N, K)
-    return Work(contenders, (Requirement(DENSE, 1 / 0.9),), moved, 2.0 * M * N * K)
+    contenders |= {DENSE: dense(M, N, K), **on_wgmma(M, N, K)}
+    requirements = [Requirement(DENSE, 1 / 0.9)] if M in REQUIRED_ROWS else []
+    return Work(contenders, requirements, moved, 2.0 * M * N * K)
 
 
 def quantize_4bit() -> Work:
@@ -231,7 +270,7 @@ def all_cases() -> list[Case]:
         *(
             Case(f"many rows/M={M} {N}x{K}", partial(many_rows, M, N, K), quick=(N, M) == (8192, 512))
             for N, K in SHAPES
-            for M in (512, 4096)
+            for M in (256, 512, 1024, 2048, 4096)
         ),
         Case("quantize_4bit/nf4 bf16 8192x8192", quantize_4bit),
         Case("dequantize_4bit/nf4 bf16 8192x8192", dequantize_4bit),

@@ -13,16 +13,41 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
                "r"(valid ? 16 : 0)
                : "memory");
 #else
-  *static_cast<Pack<uint32_t, 4>*>(shared) =
-      valid ? *static_cast<const Pack<uint32_t, 4>*>(global) : Pack<uint32_t, 4>{};
+  const auto copy = [=] {
+    using Piece = Pack<uint32_t, 4>;
+    *static_cast<Piece*>(shared) = valid ? *static_cast<const Piece*>(global) : Piece{};
+  };
+#if defined(BNB_SIMULATED)
+  simulator::start(simulator::Unit::copies, copy);
+#else
+  copy();
+#endif
 #endif
 }
 
-// Waits for this thread's copies; a barrier shows them to the others.
+// Makes a group of the copies that this thread has started since the last one.
+__device__ inline void commit_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#elif defined(BNB_SIMULATED)
+  simulator::commit(simulator::Unit::copies);
+#endif
+}
+
+// Waits for all groups of this thread's copies but the last `pending`; a barrier shows them to the others.
+template <int pending>
 __device__ inline void wait_for_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#elif defined(BNB_SIMULATED)
+  simulator::wait(simulator::Unit::copies, pending);
 #endif
+}
+
+// Waits for all of them.
+__device__ inline void wait_for_copies() {
+  commit_copies();
+  wait_for_copies<0>();
 }
 
 // A load of what is read once: it passes by the L1 cache, and fetches its 128 bytes into the L2.

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../csrc_shared/gpu_platform.h"
 #include "../csrc_shared/host_device.h"
@@ -58,13 +59,13 @@ __device__ inline int32_t warp_max(int32_t value) {
 #endif
 }
 
-// Shared memory whose size the launch gives.
+// Shared memory whose size the launch gives, from a multiple of 1024 on.
 template <class T>
 __device__ inline T* dynamic_shared() {
 #if defined(BNB_SIMULATED)
   return static_cast<T*>(simulated_dynamic_shared());
 #else
-  extern __shared__ __align__(16) unsigned char bytes[];
+  extern __shared__ __align__(1024) unsigned char bytes[];
   return reinterpret_cast<T*>(bytes);
 #endif
 }
@@ -97,6 +98,15 @@ struct alignas(sizeof(T) * count) Pack {
   __device__ T& operator[](int i) { return values[i]; }
   __device__ const T& operator[](int i) const { return values[i]; }
 };
+
+// Two values of 16 bits as one register.
+template <class Pair>
+__device__ inline uint32_t bits_of_pair(const Pair& pair) {
+  static_assert(sizeof(Pair) == sizeof(uint32_t));
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
 
 template <class T>
 struct Type {

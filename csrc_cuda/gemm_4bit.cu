@@ -1,6 +1,7 @@
 // Matmul with a 4-bit weight (docs/SPEC.md section 3): which kernel serves which product.
 #include "gemm_4bit_mma.h"
 #include "gemm_4bit_tiles.h"
+#include "gemm_4bit_wgmma.h"
 #include "gemv_4bit.h"
 #include "operations.h"
 
@@ -28,15 +29,22 @@ void multiply_by_mma(const Gemm4bit<T>& gemm, QuantType quant_type, Stream strea
   return launch_gemm_4bit_mma<T, 8, segment>(gemm, quant_type, stream);
 }
 
+constexpr int64_t kFewRows = 64;  // up to so many of A read the weight faster in gemm_4bit_mma.h
+
 template <class Weights, class T>
 void multiply_in_f32(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
   if (gemm.M <= 8) return launch_gemv_4bit<Weights>(gemm, quant_type, stream);
   launch_gemm_4bit_tiles<Weights>(gemm, quant_type, stream);
 }
 
-// The place for further kernels, such as one on wgmma: asked in this order.
+// Kernels are asked in this order.
 template <class T>
 void multiply(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
+  if constexpr (kBuiltForHopper && !std::is_same_v<T, float>) {
+    const Weight4bit& weight = gemm.weight;
+    if (gemm.M > kFewRows && fits_wgmma(gemm.A, weight.K, weight.packed, int64_t{1} << weight.blocksize_log2))
+      return launch_gemm_4bit_wgmma<T>(gemm, quant_type, stream);
+  }
   if constexpr (kMayHaveMma && !std::is_same_v<T, float>) {
     const int segment = has_mma<T>() ? mma_segment(gemm) : 0;
     if (segment == 64) return multiply_by_mma<T, 64>(gemm, quant_type, stream);
@@ -62,6 +70,10 @@ void gemm_4bit(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, cons
                            static_cast<T*>(out), M};
     multiply(gemm, quant_type, stream);
   });
+}
+
+bool takes_wgmma(const void* A, DType dtype, int64_t K, const uint8_t* packed, int64_t blocksize) {
+  return dtype != DType::f32 && fits_wgmma(A, K, packed, blocksize);
 }
 
 }  // namespace gpu

@@ -15,6 +15,8 @@ struct Gemm4bit {
   int64_t M;
 };
 
+constexpr int64_t kMostMmaColumns = int64_t{1} << 30;  // on tensor cores columns are counted in 32 bits
+
 template <class T>
 __device__ inline void store_output(const Gemm4bit<T>& gemm, int64_t m, int64_t n, float value) {
   if (gemm.bias) value += to_float(gemm.bias[n]);

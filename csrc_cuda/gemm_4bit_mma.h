@@ -20,7 +20,8 @@
 #include "device_limits.h"
 #include "gemm_4bit.h"
 #include "mma_sums.h"
-#include "workspace.h"
+#include "pair_table.h"
+#include "split_k.h"
 
 namespace bnb {
 
@@ -31,18 +32,13 @@ struct Segments {
   static constexpr int length = length_, count = count_, span = length * count;
 };
 
-constexpr int64_t kMostMmaColumns = int64_t{1} << 30;  // columns are counted in 32 bits
-
-// Each byte's pair of codes, the earlier element in the low half, once for each lane.
-constexpr int kPairTableBytes = 256 * kWarp * static_cast<int>(sizeof(uint32_t));
-
 // How the work is shared out.
 struct MmaPlan {
   int row_warps, k_warps;  // their product is kMmaWarps
   int copied_row_step;     // from one row of X to the next that a thread copies
-  int row_blocks, splits, steps_per_split;
-  float unit;       // sums times it are results: codes are stored as multiples of it
-  float* partials;  // [splits][M][N], null where splits is 1
+  int row_blocks;
+  float unit;  // sums times it are results: codes are stored as multiples of it
+  SplitK split;
 };
 
 // A factor for the codes that makes all of them all but representable in T: after rounding the worst one is
@@ -51,24 +47,6 @@ template <class T>
 inline float code_factor(QuantType quant_type) {
   if (quant_type == QuantType::fp4) return 3.0f;
   return std::is_same_v<T, __half> ? 0x1.a374b0p+0f : 0x1.3055e8p+0f;
-}
-
-template <class T>
-__device__ inline void fill_pair_table(const Codebook4bit& codebook, unsigned char* table) {
-  constexpr int kEqual = 4;  // neighbouring lanes' copies, written at once
-  constexpr int kCopies = kWarp / kEqual;
-  const float value = value_of_lane(codebook);
-  for (int i = static_cast<int>(threadIdx.x); i < 256 * kCopies; i += kMmaThreads) {
-    const T first = from_float<T>(shuffle(value, i / kCopies >> 4)),
-            second = from_float<T>(shuffle(value, i / kCopies & 15));
-    Pack<T, 2 * kEqual> pairs;
-#pragma unroll
-    for (int j = 0; j < kEqual; j++) {
-      pairs[2 * j] = first;
-      pairs[2 * j + 1] = second;
-    }
-    reinterpret_cast<Pack<T, 2 * kEqual>*>(table)[i] = pairs;
-  }
 }
 
 // The part of X that a block's warps multiply in one step: [k_warps][rows][span], in pieces of 16 bytes.
@@ -126,7 +104,7 @@ class StagedX {
 
   // Two stages, behind the table.
   __device__ static Piece* stages() {
-    return reinterpret_cast<Piece*>(dynamic_shared<unsigned char>() + kPairTableBytes);
+    return reinterpret_cast<Piece*>(dynamic_shared<unsigned char>() + PairTable<T>::kBytes);
   }
 
   __device__ static int place(int k_warp, int row, int piece) {
@@ -196,7 +174,7 @@ class MmaTile {
   using Step = WeightStep<Segments>;
 
   // Adds the products of a step with a stage of X, of which the lane reads from `place` on.
-  __device__ void add(const Weight4bit& weight, float offset, const Step& step, const unsigned char* table,
+  __device__ void add(const Weight4bit& weight, float offset, const Step& step, PairTable<T> table,
                       int place) {
     constexpr int kScales = Segments::count;
     float decoded[kScales];
@@ -212,7 +190,8 @@ class MmaTile {
         scales[r] = shuffle_lanes<kQuad>(decoded[r % kScales], r / kScales * kScales + s);
 #pragma unroll
         for (int byte = 0; byte < 2 * kSteps; byte++)
-          w[r / 2][byte / 2][byte % 2 * 2 + r % 2] = pair(table, step.codes[s][r][byte / 4], byte % 4);
+          w[r / 2][byte / 2][byte % 2 * 2 + r % 2] =
+              bits_of_pair(table.of_byte(step.codes[s][r][byte / 4], byte % 4));
       }
 #pragma unroll
       for (int tile = 0; tile < n_tiles; tile++) add_segment(tile, w, scales, place, s);
@@ -222,14 +201,6 @@ class MmaTile {
   MmaSums<float, n_tiles> sums = {};
 
  private:
-  // One shift and one logical operation make the offset, which is byte * 128 + lane * 4.
-  __device__ static uint32_t pair(const unsigned char* table, uint32_t word, int byte) {
-    static_assert(kWarp * sizeof(uint32_t) == 1 << 7, "the shift below");
-    const int shift = byte * 8 - 7;
-    const uint32_t offset = (shift < 0 ? word << -shift : word >> shift) & (255 << 7);
-    return *reinterpret_cast<const uint32_t*>(table + (offset | lane() * sizeof(uint32_t)));
-  }
-
   __device__ void add_segment(int tile, const uint32_t (&w)[kWarpTiles][kSteps][4], const float (&scales)[4],
                               int place, int s) {
     uint32_t x[kSteps][2];
@@ -267,8 +238,8 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
   using X = typename Tile::X;
   const Weight4bit& weight = gemm.weight;
   const int block = static_cast<int>(blockIdx.x);
-  const int split = block / plan.row_blocks % plan.splits;
-  const int64_t first_m = int64_t{block / plan.row_blocks / plan.splits} * Tile::kRows;
+  const int part = block / plan.row_blocks % plan.split.splits;
+  const int64_t first_m = int64_t{block / plan.row_blocks / plan.split.splits} * Tile::kRows;
   const int x_rows = static_cast<int>(min(gemm.M - first_m, static_cast<int64_t>(Tile::kRows)));
   const int row_warp = warp() % plan.row_warps, k_warp = warp() / plan.row_warps;
   const int block_rows = plan.row_warps * kWarpRows;
@@ -276,7 +247,7 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
   // The last warps take rows that others have too, so that none reads past the end.
   const auto first_row = [&](int warp) { return min(first_n + warp * kWarpRows, weight.N - kWarpRows); };
   const int step_width = plan.k_warps * Segments::span;
-  const int k = split * plan.steps_per_split * step_width;
+  const int k = part * plan.split.steps_per_split * step_width;
   unsigned char* const shared = dynamic_shared<unsigned char>();
 
   WeightStream<Segments> stream(weight, first_row(row_warp), k + k_warp * Segments::span);
@@ -284,11 +255,12 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
   stream.load(weight, step_width, next);
   X x(gemm.A + first_m * weight.K, x_rows, weight.K, k, plan.k_warps);
   x.copy(weight.K, plan.k_warps, plan.copied_row_step, 0);
-  fill_pair_table<T>(codebook, shared);
+  const PairTable<T> table(shared);
+  table.template fill<kMmaThreads>(codebook);
 
   Tile tile;
   const float offset = weight.scales.offset();
-  const int steps = min(plan.steps_per_split, static_cast<int>(ceil_div(weight.K - k, step_width)));
+  const int steps = min(plan.split.steps_per_split, static_cast<int>(ceil_div(weight.K - k, step_width)));
 #pragma unroll 1
   for (int i = 0; i < steps; i++) {
     wait_for_copies();
@@ -299,7 +271,7 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
       stream.load(weight, step_width, next);
       x.copy(weight.K, plan.k_warps, plan.copied_row_step, 1 - stage);
     }
-    tile.add(weight, offset, step, shared, X::place_of_lane(stage, plan.k_warps, k_warp));
+    tile.add(weight, offset, step, table, X::place_of_lane(stage, plan.k_warps, k_warp));
   }
 
   __syncthreads();
@@ -313,22 +285,11 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
   if (row % kWarpRows + row_shift < 0) return;  // an earlier warp's row
   for (int m = static_cast<int>(threadIdx.x) / block_rows; m < x_rows; m += kMmaThreads / block_rows) {
     const float sum = Sums::add(sums, plan.k_warps, m, row, block_rows) * plan.unit;
-    if (plan.splits == 1) {
+    if (plan.split.splits == 1) {
       store_output(gemm, first_m + m, n, sum);
     } else {
-      plan.partials[(split * gemm.M + first_m + m) * weight.N + n] = sum;
+      plan.split.partials[(part * gemm.M + first_m + m) * weight.N + n] = sum;
     }
-  }
-}
-
-template <class T>
-__global__ void __launch_bounds__(kMmaThreads) add_partials_kernel(Gemm4bit<T> gemm, MmaPlan plan) {
-  const int64_t size = gemm.M * gemm.weight.N;
-  const int64_t threads = int64_t{gridDim.x} * kMmaThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kMmaThreads + threadIdx.x; i < size; i += threads) {
-    float sum = 0.0f;
-    for (int64_t split = 0; split < plan.splits; split++) sum += plan.partials[split * size + i];
-    store_output(gemm, i / gemm.weight.N, i % gemm.weight.N, sum);
   }
 }
 
@@ -338,7 +299,7 @@ template <class Tile, class Segments>
 MmaPlan mma_plan(int64_t M, int64_t N, int64_t K) {
   constexpr int kMostStagedBytes = 16 * 1024;  // 64 KiB in all, which every chip has
   constexpr int kRowsPerRowOfX = 8;
-  constexpr int64_t kFewestSteps = 2;  // for each split, or the second kernel costs more than it saves
+  constexpr int64_t kFewestSteps = 2;
   const int64_t multiprocessors = device_limits().multiprocessors;
   const int64_t m_tiles = ceil_div(M, Tile::kRows);
   const auto row_blocks = [&](int row_warps) { return ceil_div(N, row_warps * kWarpRows); };
@@ -353,11 +314,7 @@ MmaPlan mma_plan(int64_t M, int64_t N, int64_t K) {
   plan.k_warps = kMmaWarps / row_warps;
   plan.copied_row_step = kMmaThreads / (plan.k_warps * Tile::X::kPieces);
   plan.row_blocks = static_cast<int>(row_blocks(row_warps));
-  const int64_t steps = ceil_div(K, plan.k_warps * Segments::span);
-  const int64_t splits =
-      std::max<int64_t>(1, std::min(multiprocessors / (plan.row_blocks * m_tiles), steps / kFewestSteps));
-  plan.steps_per_split = static_cast<int>(ceil_div(steps, splits));
-  plan.splits = static_cast<int>(ceil_div(steps, plan.steps_per_split));
+  plan.split = split_k(plan.row_blocks * m_tiles, ceil_div(K, plan.k_warps * Segments::span), kFewestSteps);
   return plan;
 }
 
@@ -365,20 +322,17 @@ template <class T, int n_tiles, int segment>
 void launch_gemm_4bit_mma(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
   using Parts = Segments<segment, n_tiles == 8 ? 1 : 2>;
   using Tile = MmaTile<T, n_tiles, Parts>;
-  const int64_t N = gemm.weight.N;
-  MmaPlan plan = mma_plan<Tile, Parts>(gemm.M, N, gemm.weight.K);
+  MmaPlan plan = mma_plan<Tile, Parts>(gemm.M, gemm.weight.N, gemm.weight.K);
   const float factor = code_factor<T>(quant_type);
   plan.unit = 1.0f / factor;
-  const Workspace partials(plan.splits > 1 ? plan.splits * gemm.M * N * sizeof(float) : 0, stream);
-  plan.partials = partials.as<float>();
   const size_t staged = 2 * plan.k_warps * Tile::X::kBytes;
   const size_t sums = MmaSums<float, n_tiles>::kBytes;
-  launch("gemm_4bit", gemm_4bit_mma_kernel<T, n_tiles, Parts>,
-         int64_t{plan.row_blocks} * plan.splits * ceil_div(gemm.M, Tile::kRows), kMmaThreads, stream,
-         std::max(kPairTableBytes + staged, sums), gemm, codebook_4bit(quant_type, factor), plan);
-  if (plan.splits > 1)
-    launch("gemm_4bit_add_partials", add_partials_kernel<T>, ceil_div(gemm.M * N, kMmaThreads), kMmaThreads,
-           stream, 0, gemm, plan);
+  const int64_t blocks = int64_t{plan.row_blocks} * plan.split.splits * ceil_div(gemm.M, Tile::kRows);
+  multiply_in_splits(gemm, plan.split, stream, [&](const SplitK& with_memory) {
+    plan.split = with_memory;
+    launch("gemm_4bit", gemm_4bit_mma_kernel<T, n_tiles, Parts>, blocks, kMmaThreads, stream,
+           std::max(PairTable<T>::kBytes + staged, sums), gemm, codebook_4bit(quant_type, factor), plan);
+  });
 }
 
 }  // namespace bnb

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "check.h"
-#include "managed_memory_bindings.h"
+#include "device_bindings.h"
 
 namespace bnb {
 namespace {
@@ -26,7 +26,7 @@ void bind_extras(pybind11::module_& m) {
   m.def("driver_version", &driver_version, "The version of the driver's API; 0 without a driver.");
   m.def("runtime_version", &runtime_version, "The version of the runtime in this module.");
   m.attr("archs") = BNB_GPU_ARCHS;
-  bind_managed_memory(m);
+  bind_device_extras(m);
 }
 
 }  // namespace bnb

@@ -18,6 +18,8 @@ extern Function<decltype(Kernels::dequantize_4bit)> dequantize_4bit;
 
 // gemm_4bit.cu
 extern Function<decltype(Kernels::gemm_4bit)> gemm_4bit;
+// Whether the kernel on wgmma takes products of many rows of A with such a weight on the current device.
+bool takes_wgmma(const void* A, DType dtype, int64_t K, const uint8_t* packed, int64_t blocksize);
 
 // int8_quantize.cu
 extern Function<decltype(Kernels::int8_vectorwise_quant)> int8_vectorwise_quant;

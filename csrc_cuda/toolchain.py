@@ -71,9 +71,18 @@ LINK_FLAGS = ["-Wl,--exclude-libs,ALL"]
 
 
 def known_archs() -> list[str]:
-    """The architectures that this nvcc compiles for, such as 75 and 90a."""
+    """The architectures that this nvcc compiles for, such as 75 and 90."""
     command = [str(nvcc()), "--list-gpu-code"]
     return re.findall(r"sm_(\w+)", subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def release() -> int:
+    """The major version of this nvcc."""
+    report = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+)", report)
+    if match is None:
+        raise SystemExit(f"{nvcc()} --version names no release: {report!r}")
+    return int(match[1])
 
 
 def visible_archs() -> list[str]:
@@ -98,6 +107,9 @@ def archs() -> list[str]:
 
 def compile_command(archs: list[str]) -> list[str]:
     """nvcc with its flags: machine code for each architecture, and the last one's PTX for chips to come."""
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    # Hopper's own instructions (csrc_cuda/wgmma.h) are in the target 90a, which compilers before CUDA 12 lack.
+    own = {"90": "90a"} if release() >= 12 else {}
+    targets = [own.get(arch, arch) for arch in archs]
+    codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
     newest = archs[-1]
     return [str(nvcc()), *FLAGS, "-t", "2", *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]

@@ -41,6 +41,24 @@ __device__ inline void store_relaxed(uint8_t* address, uint8_t value) {
 #endif
 }
 
+// Whether this build has code with the instructions that only Hopper has, or simulates it. BNB_HOPPER is
+// defined where that code is compiled: for the target 90a, which toolchain.py names where 90 is asked for.
+#if defined(__HIP_PLATFORM_AMD__)
+constexpr bool kBuiltForHopper = false;
+#elif defined(__CUDACC_VER_MAJOR__)
+constexpr bool is_built_for(int arch) {
+  for (const int built : {__CUDA_ARCH_LIST__})
+    if (built == arch) return true;
+  return false;
+}
+constexpr bool kBuiltForHopper = __CUDACC_VER_MAJOR__ >= 12 && is_built_for(900);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define BNB_HOPPER 1
+#endif
+#else
+constexpr bool kBuiltForHopper = true;
+#endif
+
 #if defined(__HIP_PLATFORM_AMD__)
 using GpuError = hipError_t;
 using GpuStream = hipStream_t;

@@ -10,8 +10,7 @@ __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace bnb::simulator {
 namespace {
 
-// The block that this OS thread runs.
-__thread Block* current = nullptr;
+__thread Block* current_block = nullptr;
 
 char fence_order = 0;
 
@@ -26,6 +25,8 @@ uint3 index_in(uint64_t rank, const dim3& size) {
 }  // namespace
 
 Block::Block() = default;
+
+Block& Block::current() { return *current_block; }
 
 void Block::prepare(const Launch& launch) {
   launch_ = launch;
@@ -44,7 +45,7 @@ void Block::prepare(const Launch& launch) {
 
 void Block::begin(uint64_t index) {
   shared_.fill();
-  current = this;
+  current_block = this;
   block_index_ = index_in(index, launch_.grid);
   blockIdx = block_index_;
   blockDim = launch_.block;
@@ -54,6 +55,7 @@ void Block::begin(uint64_t index) {
   released_.clear();
   for (Thread& thread : threads_) {
     thread.fiber = nullptr;
+    for (Started& started : thread.started) started.clear();
     released_.push_back(&thread);
   }
   ready_.clear();
@@ -109,6 +111,8 @@ void Block::run_thread(Thread& thread) {
   try {
     launch_.run_thread(launch_.call);
     enter_simulator();
+    for (const Started& started : thread.started)
+      if (started.has_any()) find_fault("returns without waiting for what it has started", &thread);
   } catch (const Abandoned&) {
     enter_simulator();
   } catch (const std::exception& error) {
@@ -203,12 +207,12 @@ void Block::fail(const std::string& message) {
 
 int barrier(const char* name, Site site, bool predicate) {
   const InSimulator scope;
-  return current->barrier(name, site, predicate);
+  return Block::current().barrier(name, site, predicate);
 }
 
 uint64_t exchange(WarpRequest& request) {
   const InSimulator scope;
-  return current->exchange(request);
+  return Block::current().exchange(request);
 }
 
 // Fences order what precedes one with what follows a later one; that orders a little more than a device does.
@@ -219,13 +223,13 @@ void fence() {
 
 void fail(const char* message, Site site) {
   const InSimulator scope;
-  current->fail(std::string(message) + " at " + site.file + ":" + std::to_string(site.line));
+  Block::current().fail(std::string(message) + " at " + site.file + ":" + std::to_string(site.line));
 }
 
 }  // namespace bnb::simulator
 
 namespace bnb {
 
-void* simulated_dynamic_shared() { return simulator::current->dynamic_shared(); }
+void* simulated_dynamic_shared() { return simulator::Block::current().dynamic_shared(); }
 
 }  // namespace bnb

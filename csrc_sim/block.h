@@ -4,10 +4,13 @@
 // runs the next thread that has not started, so that a kernel without barriers and shuffles is a plain loop.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "asynchronous.h"
+#include "device/asynchronous.h"
 #include "device/launch.h"
 #include "device/threads.h"
 #include "fiber.h"
@@ -28,7 +31,8 @@ struct Thread {
   Site site;
   WarpRequest* request;
   uint64_t result;
-  char* order;  // for the thread sanitizer: of the operation it was in
+  char* order;                     // for the thread sanitizer: of the operation it was in
+  std::array<Started, 2> started;  // by Unit
 };
 
 // Neighbouring threads that exchange values.
@@ -44,6 +48,9 @@ class Block {
  public:
   Block();
 
+  // The one that this OS thread runs.
+  static Block& current();
+
   // Makes ready for the blocks of a launch.
   void prepare(const Launch& launch);
   // Runs one of them; returns what its kernel did wrong, empty for nothing.
@@ -53,6 +60,7 @@ class Block {
   int barrier(const char* name, Site site, bool predicate);
   uint64_t exchange(WarpRequest& request);
   [[noreturn]] void fail(const std::string& message);
+  Started& started(Unit unit) { return running_->started[static_cast<size_t>(unit)]; }
   void* dynamic_shared() const { return shared_.dynamic(); }
 
  private:

@@ -1,14 +1,14 @@
 // What a simulated kernel module has besides the kernels: the settings of the simulator.
 #include <pybind11/pybind11.h>
 
-#include "../csrc_cuda/managed_memory_bindings.h"
+#include "../csrc_cuda/device_bindings.h"
 #include "settings.h"
 
 namespace bnb {
 
 void bind_extras(pybind11::module_& m) {
   namespace py = pybind11;
-  bind_managed_memory(m);
+  bind_device_extras(m);
   m.def("set_warp_size", &simulator::set_warp_size, py::arg("lanes"),
         "32 or 64; ValueError for another number.");
   m.def("warp_size", &simulator::warp_size, "The lanes of a warp.");

@@ -62,6 +62,12 @@ std::string order() {
   return kind == Turns::Kind::forward ? "forward" : "reverse";
 }
 
+bool happens_late(Unit unit, uint64_t i) {
+  const bool is_product = unit == Unit::products;
+  if (kind == Turns::Kind::shuffled) return mixed(seed * kGolden + 2 * i + is_product) & 1;
+  return is_product == (kind == Turns::Kind::forward);
+}
+
 void set_workers(int workers) {
   if (workers < 1 || workers > kMostWorkers)
     throw std::invalid_argument("workers must be 1 to " + std::to_string(kMostWorkers) + ", not " +

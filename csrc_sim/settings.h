@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "device/asynchronous.h"
+
 namespace bnb::simulator {
 
 // 32 or 64 lanes; throws std::invalid_argument for another number.
@@ -12,9 +14,14 @@ void set_warp_size(int lanes);
 int warp_size();
 
 // The order in which blocks, and the threads of a block that can go on, take their turns: "forward",
-// "reverse" or "shuffled:SEED" with a whole number; throws std::invalid_argument for anything else.
+// "reverse" or "shuffled:SEED" with a whole number; throws std::invalid_argument for anything else. What a
+// thread starts and does not wait for happens at once or as late as it may: in "forward" copies at once and
+// products late, in "reverse" the other way round.
 void set_order(const std::string& order);
 std::string order();
+
+// Whether the i-th of a thread's copies or products happens only when it is waited for.
+bool happens_late(Unit unit, uint64_t i);
 
 // OS threads that run blocks, from 1; block i runs on thread i modulo their number.
 void set_workers(int workers);

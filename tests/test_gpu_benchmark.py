@@ -18,6 +18,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from bnb_core import registry
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 OURS = "bnb_core"
 
@@ -111,12 +113,45 @@ def test_few_rows_must_beat_a_dense_product_up_to_64_of_them(benchmark, monkeypa
     contender = benchmark.measure.Contender(lambda: None)
     monkeypatch.setattr(benchmark.gpu_cases, "_linear", lambda *shape: ({OURS: contender}, 1.0))
     monkeypatch.setattr(benchmark.gpu_cases, "dense", lambda *shape: contender)
+    monkeypatch.setattr(benchmark.gpu_cases, "on_wgmma", lambda *shape: {})
     held_to = {
         M: [requirement.against for requirement in benchmark.gpu_cases.few_rows(M, 8, 8).requirements]
         for M in (2, 64, 96, 128)
     }
     beside, dense = benchmark.gpu_cases.BITSANDBYTES, benchmark.gpu_cases.DENSE
     assert held_to == {2: [beside, dense], 64: [beside, dense], 96: [beside], 128: [beside]}
+
+
+@pytest.fixture
+def on_hopper(benchmark, monkeypatch):
+    """The benchmark's cases with the simulator's kernels in the place of a GPU of a given compute capability."""
+    simulated = registry.backends()["cuda-sim"]
+    if simulated.unavailable:
+        pytest.skip(f"cuda-sim: {simulated.unavailable}")
+    module = import_module("bnb_core.backends.sim._cuda_kernels")
+    cases = benchmark.gpu_cases
+    monkeypatch.setattr(cases, "DEVICE", "cpu")
+    monkeypatch.setattr(cases, "ROTATED_BYTES", 1)
+    monkeypatch.setattr(cases, "graphed", lambda call, operands, kind: benchmark.measure.Contender(call, kind))
+    monkeypatch.setattr(cases, "import_module", lambda name: module)
+    monkeypatch.setattr(cases.compiled_gpu, "current_stream", lambda device: 0)
+
+    def timed(capability, rows, K=128):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        return list(cases.on_wgmma(rows, 32, K))
+
+    return timed
+
+
+def test_hoppers_kernel_is_timed_where_the_gpu_has_it_and_it_takes_the_product(benchmark, on_hopper):
+    assert on_hopper((9, 0), 65) == [benchmark.gpu_cases.WGMMA]
+    assert on_hopper((9, 0), 64) == on_hopper((8, 0), 65) == on_hopper((9, 0), 65, K=96) == []
+
+
+def test_hoppers_kernel_is_not_timed_where_its_result_is_wrong(benchmark, on_hopper, monkeypatch):
+    monkeypatch.setattr(benchmark.gpu_cases.gpu.NativeKernels, "gemm_4bit", lambda *operands: operands[-1].zero_())
+    with pytest.raises(AssertionError, match="not close"):
+        on_hopper((9, 0), 65)
 
 
 def test_what_a_graph_reads_lives_as_long_as_the_contender_that_replays_it(benchmark, monkeypatch):
@@ -156,6 +191,7 @@ case "$*" in
   -) exec {python} - ;;
   "-m pip install"*) mkdir -p build/gpu ;;
   *"conformance --backend {backend}") exit {conformance} ;;
+  *"conformance --backend cuda --primitive gemm_4bit") echo "$BNB_WGMMA_ROWS" > {wgmma} ;;
   *conformance*) exit 9 ;;
   *benchmarks/gpu.py*) echo "$PWD: $*" > {output}; exit {benchmark} ;;
 esac
@@ -170,10 +206,15 @@ def test_the_script_times_where_it_was_called_whatever_the_suite_finds(
 ):
     script = _script_in(tmp_path / "checkout")
     python = tmp_path / "python"
-    output = tmp_path / "timed"
+    output, wgmma = tmp_path / "timed", tmp_path / "wgmma"
     python.write_text(
         FAKE_PYTHON.format(
-            python=sys.executable, backend=backend, conformance=conformance, output=output, benchmark=timing
+            python=sys.executable,
+            backend=backend,
+            conformance=conformance,
+            output=output,
+            benchmark=timing,
+            wgmma=wgmma,
         )
     )
     python.chmod(0o755)
@@ -184,6 +225,9 @@ def test_the_script_times_where_it_was_called_whatever_the_suite_finds(
     done = subprocess.run(command, cwd=caller, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stderr
     assert output.read_text() == f"{caller}: {script.with_suffix('.py')} --backend {backend} --json out.json\n"
+    assert wgmma.exists() == (backend == "cuda")
+    if wgmma.exists():
+        assert wgmma.read_text() == "4096\n"
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bnb_core
 from bnb_core import functional, registry
-from bnb_core.backends import gpu
+from bnb_core.backends import compiled_gpu, gpu
+from bnb_core.backends.native import DTYPE_CODES
 
 SIMULATED = {"cuda-sim": "_cuda_kernels", "hip-sim": "_hip_kernels"}
 
@@ -32,14 +34,62 @@ def simulated(request):
 def test_the_fused_kernel_takes_as_many_rows_as_torch(simulated, monkeypatch, dtype, rows):
     weight, A = torch.randn(48, 320), torch.randn(rows, 320).to(dtype)
     packed, state = functional.quantize_4bit(weight, compress_statistics=True, blocksize=64)
-    through_torch = functional.gemm_4bit(A, packed, state)
-    monkeypatch.setattr(gpu, "FUSED_ROWS", rows)
-    fused = functional.gemm_4bit(A, packed, state)
     exact = A.double() @ functional.dequantize_4bit(packed, state).double().t()
     terms = A.double().abs() @ functional.dequantize_4bit(packed, state).double().abs().t()
     bound = {torch.float32: 2**-18, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
-    for product in (fused, through_torch):
+    for fused_rows in (gpu.FUSED_ROWS, rows):
+        monkeypatch.setattr(gpu.GpuKernels, "most_fused_rows", lambda *operands, most=fused_rows: most)
+        product = functional.gemm_4bit(A, packed, state)
         assert ((product.double() - exact).abs() <= bound * terms).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("nested", [False, True])
+def test_many_rows_are_multiplied_by_the_weights_that_dequantizing_gives(simulated, dtype, nested):
+    """To the bit: rows of the identity pick them."""
+    packed, state = functional.quantize_4bit(torch.randn(200, 448), compress_statistics=nested)
+    state.dtype = dtype
+    weights = functional.gemm_4bit(torch.eye(448, dtype=dtype), packed, state).t()
+    assert torch.equal(weights, functional.dequantize_4bit(packed, state))
+
+
+def test_hoppers_kernel_takes_what_it_can_read(simulated):
+    """Whole steps of 64 columns, each in one block, at addresses that are multiples of 16."""
+    A, packed = torch.zeros(2**16, dtype=torch.bfloat16), torch.zeros(2**16, dtype=torch.uint8)
+
+    def takes(A=A, dtype=torch.bfloat16, K=192, packed=packed, blocksize=64):
+        return simulated.takes_wgmma(A, DTYPE_CODES[dtype], K, packed, blocksize)
+
+    assert takes() == takes(dtype=torch.float16) == takes(blocksize=4096) == ("cuda" in simulated.__name__)
+    assert not any(
+        (
+            takes(dtype=torch.float32),
+            takes(K=64),
+            takes(K=200),
+            takes(blocksize=32),
+            takes(A[1:]),
+            takes(packed=packed[8:]),
+        )
+    )
+
+
+def test_many_rows_go_to_hoppers_kernel_where_it_takes_them(simulated, monkeypatch):
+    multiplied = []
+    monkeypatch.setattr(gpu, "_multiply", lambda A, weight, bias, out: multiplied.append(A.shape))
+    for blocksize, rows in ((64, gpu.FUSED_ROWS), (64, 100), (32, 100)):
+        packed, state = functional.quantize_4bit(torch.randn(16, 192), blocksize=blocksize)
+        functional.gemm_4bit(torch.randn(rows, 192, dtype=torch.bfloat16), packed, state)
+    assert len(multiplied) == (1 if "cuda" in simulated.__name__ else 2)
+
+
+@pytest.mark.parametrize("variable", ["-1", "many", "64.0"])
+def test_a_number_of_rows_that_is_none_makes_the_backend_unavailable(monkeypatch, variable):
+    monkeypatch.setenv(compiled_gpu.WGMMA_VARIABLE, variable)
+    for name in ("_other_maker", "_why_unavailable"):
+        monkeypatch.setattr(compiled_gpu, name, lambda *of: None)
+    monkeypatch.setattr(compiled_gpu, "import_module", lambda name: SimpleNamespace())
+    backend = compiled_gpu.make_backend(compiled_gpu.GpuPlatform("cuda", build="", compiler=""))
+    assert backend.unavailable == f"BNB_WGMMA_ROWS must be a number of rows, got '{variable}'"
 
 
 def test_torch_multiplies_int8_operands_at_aligned_addresses_only():

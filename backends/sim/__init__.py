@@ -18,6 +18,9 @@ from ..native import kernels_of, module_file
 
 ORDERS = ("forward", "reverse", "shuffled:1")
 
+WGMMA_ROWS = 2**20
+"""The kernel for Hopper is simulated where it takes a product."""
+
 
 def _no_stream(device: torch.device) -> int:
     return 0
@@ -39,7 +42,7 @@ def _make_backend(name: str, module_name: str, warp_size: int) -> Backend:
         name=name,
         device_types=("cpu",),
         priority=0,
-        kernels=kernels_of(GpuKernels(module, _no_stream)),
+        kernels=kernels_of(GpuKernels(module, _no_stream, WGMMA_ROWS)),
         by_name_only=True,
         details=lambda: {"warp": str(module.warp_size()), "order": module.order(), "threads": str(module.workers())},
         instruction_sets=InstructionSets(lambda: list(ORDERS), module.order, module.set_order),

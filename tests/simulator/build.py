@@ -12,7 +12,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SIMULATOR = HERE.parents[1] / "csrc_sim"
 SIMULATOR_SOURCES = [source for source in sorted(SIMULATOR.glob("*.cpp")) if source.name != "module.cpp"]
-KERNELS = [HERE / name for name in ("right.cu", "faults.cu", "hip.cu", "main.cpp")] + SIMULATOR_SOURCES
+KERNELS = [
+    HERE / name for name in ("right.cu", "faults.cu", "asynchronous.cu", "hip.cu", "main.cpp")
+] + SIMULATOR_SOURCES
 FLAGS = [
     *("-std=c++17", "-g", "-O1", "-fPIC", "-pthread", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),

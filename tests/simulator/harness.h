@@ -49,5 +49,5 @@ using Cases = std::map<std::string, void (*)()>;
 
 #define CASE(name) {#name, name}
 
-extern const Cases kRight, kHip;  // kernels that must pass
-extern const Cases kFaults;       // kernels with a fault each
+extern const Cases kRight, kAsynchronous, kHip;   // kernels that must pass
+extern const Cases kFaults, kAsynchronousFaults;  // kernels with a fault each

@@ -23,7 +23,7 @@ int run(const std::string& name, void (*body)()) {
 }
 
 int run_right() {
-  for (const Cases* cases : {&kRight, &kHip})
+  for (const Cases* cases : {&kRight, &kAsynchronous, &kHip})
     for (const auto& [name, body] : *cases)
       if (const int status = run(name, body)) return status;
   return 0;
@@ -42,6 +42,7 @@ int main(int, char** arguments) {
     return 2;
   }
   if (name == "right") return run_right();
-  const int status = run(name, kFaults.at(name));
+  const Cases& faults = kFaults.count(name) ? kFaults : kAsynchronousFaults;
+  const int status = run(name, faults.at(name));
   return status == 4 && run_right() != 0 ? 5 : status;
 }

@@ -17,6 +17,19 @@ WRONG = (
 )
 """Faults that show in the result, whatever the order of the lanes."""
 
+LATE_COPIES, LATE_PRODUCTS = "reverse", "forward"
+
+UNAWAITED = {
+    "copy_read_before_it_is_waited_for": (LATE_COPIES, WRONG_RESULT),
+    "copy_over_what_is_still_read": (LATE_PRODUCTS, WRONG_RESULT),
+    "sums_read_before_their_product_is_done": (LATE_PRODUCTS, WRONG_RESULT),
+    "operand_overwritten_before_its_product_is_done": (LATE_PRODUCTS, WRONG_RESULT),
+    "copy_over_what_a_product_reads": (LATE_PRODUCTS, WRONG_RESULT),
+    "return_before_products_are_done": (LATE_PRODUCTS, THROWN),
+}
+"""Faults that show by when copies and products happen that a thread has started: the order of the two in which they do,
+and how."""
+
 REPORTED = {
     "thread_missing_at_a_barrier": ("threads 0-4, 6-63: at __syncthreads", "thread 5: returned"),
     "different_barriers": ("at another barrier than others", "__syncthreads"),
@@ -56,6 +69,13 @@ def test_a_fault_shows_in_the_result(program, case, warp_size, order):
 def test_another_order_of_lanes_shows_what_relies_on_one(program, warp_size):
     statuses = {order: run(program, "order_taken_for_granted", warp_size, order)[0] for order in ORDERS}
     assert statuses == {"forward": 0, "reverse": WRONG_RESULT, "shuffled:1": WRONG_RESULT}
+
+
+@pytest.mark.parametrize("case", UNAWAITED)
+def test_what_is_started_and_not_waited_for_shows_in_one_order_and_in_a_shuffled_one(program, case):
+    order, status = UNAWAITED[case]
+    statuses = {each: run(program, case, 32, each)[0] for each in ORDERS}
+    assert statuses == {"forward": 0, "reverse": 0, order: status, "shuffled:1": status}
 
 
 @pytest.mark.parametrize("order", ORDERS)

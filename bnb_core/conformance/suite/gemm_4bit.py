@@ -32,6 +32,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "33 rows": ((33,), 50, 200),
     "130 rows": ((130,), 80, 288),
     "many rows, K a multiple of 64": ((70,), 75, 192),
+    "260 rows, K a multiple of 64": ((260,), 139, 576),
+    "70 rows, K long": ((70,), 72, 1088),
     "K odd": ((3,), 17, 67),
     "K odd, gemv": ((1,), 18, 131),
     "K odd, 70 rows": ((70,), 19, 65),

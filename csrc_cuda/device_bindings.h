@@ -1,13 +1,16 @@
-// Managed memory for Python: addresses as integers.
+// What every GPU's module has for Python besides the primitives, on hardware or simulated.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include "../csrc_shared/bind.h"
 #include "managed_memory.h"
+#include "operations.h"
 
 namespace bnb {
 
-inline void bind_managed_memory(pybind11::module_& m) {
+// Managed memory has its addresses as integers.
+inline void bind_device_extras(pybind11::module_& m) {
   const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
   m.def("allocate_managed", &allocate_managed, pybind11::arg("bytes"), no_gil);
   m.def("free_managed", &free_managed, pybind11::arg("address"), no_gil);
@@ -17,6 +20,7 @@ inline void bind_managed_memory(pybind11::module_& m) {
         prefetch_managed(address, bytes, to_host, reinterpret_cast<Stream>(stream));
       },
       no_gil);
+  bind<&gpu::takes_wgmma>(m, "takes_wgmma");
 }
 
 }  // namespace bnb
