@@ -15,7 +15,7 @@ from bnb_core.quant_state import QuantState
 
 
 def _sum_to_bias(dY: Tensor) -> Tensor:
-    return dY.reshape(-1, dY.shape[-1]).sum(0)
+    return dY.sum_to_size(dY.shape[-1])
 
 
 def _gemm_4bit_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -159,7 +159,8 @@ class _Int8Linear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             dbias = _sum_to_bias(dY)
         if ctx.needs_input_grad[4]:
-            dweight = dY.reshape(-1, dY.shape[-1]).t() @ A.reshape(-1, A.shape[-1])
+            rows = tuple(range(dY.dim() - 1))
+            dweight = torch.tensordot(dY, A, (rows, rows))
         return dA, None, None, dbias, dweight, None
 
 

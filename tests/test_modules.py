@@ -237,3 +237,15 @@ def test_embeddings_give_rows_of_the_dequantized_weight(backend, build, dtype):
     for bad in (-1, 30):
         with pytest.raises((IndexError, RuntimeError)):
             module(torch.tensor([bad]))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("out_features", [0, 5])
+@pytest.mark.parametrize("build", [LinearNF4, Linear8bitLt, partial(Linear8bitLt, has_fp16_weights=False)])
+def test_gradients_have_the_shapes_of_what_they_are_of(build, out_features, batch):
+    layer = build(8, out_features).to("cpu")
+    A = torch.randn(*batch, 8, requires_grad=True)
+    layer(A).sum().backward()
+    trained = [A, layer.bias, *([layer.weight] if layer.weight.requires_grad else [])]
+    assert [tensor.grad.shape for tensor in trained] == [tensor.shape for tensor in trained]
