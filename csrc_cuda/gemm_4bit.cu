@@ -8,51 +8,39 @@
 namespace bnb {
 namespace {
 
-// The length of the segments of K in which the tensor cores' kernel can take the weight: each row a whole
-// number of them, each of them in one block. 0 where it cannot, and where K is so short that rounding the
-// codes would not average out.
-template <class T>
-int mma_segment(const Gemm4bit<T>& gemm) {
-  const int64_t K = gemm.weight.K;
-  if (K < kLeastTerms || K > kMostMmaColumns || gemm.weight.N < kWarpRows || !is_aligned(gemm.A, 16))
-    return 0;
-  if (K % 64 == 0 && gemm.weight.blocksize_log2 >= 6 && is_aligned(gemm.weight.packed, 8)) return 64;
-  if (K % 32 == 0 && is_aligned(gemm.weight.packed, 4)) return 32;
-  return 0;
-}
-
 template <class T, int segment>
-void multiply_by_mma(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
-  if (gemm.M <= 8) return launch_gemm_4bit_mma<T, 1, segment>(gemm, quant_type, stream);
-  if (gemm.M <= 16) return launch_gemm_4bit_mma<T, 2, segment>(gemm, quant_type, stream);
-  if (gemm.M <= 32) return launch_gemm_4bit_mma<T, 4, segment>(gemm, quant_type, stream);
-  return launch_gemm_4bit_mma<T, 8, segment>(gemm, quant_type, stream);
+void multiply_by_mma(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
+  if (gemm.M <= 8) return launch_gemm_4bit_mma<T, 1, segment>(gemm, codebook, stream);
+  if (gemm.M <= 16) return launch_gemm_4bit_mma<T, 2, segment>(gemm, codebook, stream);
+  if (gemm.M <= 32) return launch_gemm_4bit_mma<T, 4, segment>(gemm, codebook, stream);
+  return launch_gemm_4bit_mma<T, 8, segment>(gemm, codebook, stream);
 }
 
 constexpr int64_t kFewRows = 64;  // up to so many of A read the weight faster in gemm_4bit_mma.h
 
 template <class Weights, class T>
-void multiply_in_f32(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
-  if (gemm.M <= 8) return launch_gemv_4bit<Weights>(gemm, quant_type, stream);
-  launch_gemm_4bit_tiles<Weights>(gemm, quant_type, stream);
+void multiply_in_f32(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
+  if (gemm.M == 1) return launch_gemv_4bit<Weights, 1>(gemm, codebook, stream);
+  if (gemm.M <= 8) return launch_gemv_4bit<Weights, 4>(gemm, codebook, stream);
+  launch_gemm_4bit_tiles<Weights>(gemm, codebook, stream);
 }
 
 // Kernels are asked in this order.
 template <class T>
-void multiply(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
+void multiply(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
   if constexpr (kBuiltForHopper && !std::is_same_v<T, float>) {
     const Weight4bit& weight = gemm.weight;
     if (gemm.M > kFewRows && fits_wgmma(gemm.A, weight.K, weight.packed, int64_t{1} << weight.blocksize_log2))
-      return launch_gemm_4bit_wgmma<T>(gemm, quant_type, stream);
+      return launch_gemm_4bit_wgmma<T>(gemm, codebook, stream);
   }
   if constexpr (kMayHaveMma && !std::is_same_v<T, float>) {
-    const int segment = has_mma<T>() ? mma_segment(gemm) : 0;
-    if (segment == 64) return multiply_by_mma<T, 64>(gemm, quant_type, stream);
-    if (segment == 32) return multiply_by_mma<T, 32>(gemm, quant_type, stream);
+    const int segment = mma_segment(gemm);
+    if (segment == 64) return multiply_by_mma<T, 64>(gemm, codebook, stream);
+    if (segment == 32) return multiply_by_mma<T, 32>(gemm, codebook, stream);
   }
   if (gemm.weight.K % kChunk == 0 && is_aligned(gemm.weight.packed, sizeof(uint32_t)))
-    return multiply_in_f32<AlignedWeight>(gemm, quant_type, stream);
-  multiply_in_f32<AnyWeight>(gemm, quant_type, stream);
+    return multiply_in_f32<AlignedWeight>(gemm, codebook, stream);
+  multiply_in_f32<AnyWeight>(gemm, codebook, stream);
 }
 
 }  // namespace
@@ -68,7 +56,7 @@ void gemm_4bit(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, cons
     using T = typename decltype(type)::type;
     const Gemm4bit<T> gemm{static_cast<const T*>(A), weight, static_cast<const T*>(bias),
                            static_cast<T*>(out), M};
-    multiply(gemm, quant_type, stream);
+    multiply(gemm, codebook_4bit(quant_type), stream);
   });
 }
 

@@ -37,16 +37,22 @@ struct MmaPlan {
   int row_warps, k_warps;  // their product is kMmaWarps
   int copied_row_step;     // from one row of X to the next that a thread copies
   int row_blocks;
-  float unit;  // sums times it are results: codes are stored as multiples of it
   SplitK split;
 };
 
-// A factor for the codes that makes all of them all but representable in T: after rounding the worst one is
-// off by 2^-9.3 in bfloat16 and 2^-12.6 in half, half of what rounding may do. FP4's become exact.
-template <class T>
-inline float code_factor(QuantType quant_type) {
-  if (quant_type == QuantType::fp4) return 3.0f;
-  return std::is_same_v<T, __half> ? 0x1.a374b0p+0f : 0x1.3055e8p+0f;
+// What codes are multiplied by before they are rounded, and sums of them to undo it.
+struct CodeFactor {
+  explicit __device__ constexpr CodeFactor(float factor) : of_codes(factor), of_sums(1.0f / factor) {}
+  float of_codes, of_sums;
+};
+
+// A factor that makes all codes all but representable in T: after rounding the worst one is off by 2^-9.3 in
+// bfloat16 and 2^-12.6 in half, half of what rounding may do. FP4's become exact. Codebooks are told apart by
+// the sign of their second value.
+template <class T, class Codebook>
+__device__ inline CodeFactor code_factor(const Codebook& codebook) {
+  constexpr CodeFactor fp4(3.0f), nf4(std::is_same_v<T, __half> ? 0x1.a374b0p+0f : 0x1.3055e8p+0f);
+  return codebook.values[1] > 0.0f ? fp4 : nf4;
 }
 
 // The part of X that a block's warps multiply in one step: [k_warps][rows][span], in pieces of 16 bytes.
@@ -231,9 +237,9 @@ constexpr int kMostTilesForTwoBlocks = 1;
 constexpr int kMostTilesForTwoBlocks = 2;
 #endif
 
-template <class T, int n_tiles, class Segments>
+template <class T, int n_tiles, class Segments, class Codebook>
 __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks ? 2 : 1)
-    gemm_4bit_mma_kernel(Gemm4bit<T> gemm, Codebook4bit codebook, MmaPlan plan) {
+    gemm_4bit_mma_kernel(Gemm4bit<T> gemm, Codebook codebook, MmaPlan plan) {
   using Tile = MmaTile<T, n_tiles, Segments>;
   using X = typename Tile::X;
   const Weight4bit& weight = gemm.weight;
@@ -256,7 +262,8 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
   X x(gemm.A + first_m * weight.K, x_rows, weight.K, k, plan.k_warps);
   x.copy(weight.K, plan.k_warps, plan.copied_row_step, 0);
   const PairTable<T> table(shared);
-  table.template fill<kMmaThreads>(codebook);
+  const CodeFactor factor = code_factor<T>(codebook);
+  table.template fill<kMmaThreads>(codebook, factor.of_codes);
 
   Tile tile;
   const float offset = weight.scales.offset();
@@ -284,7 +291,7 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
   const int64_t n = first_n + row + row_shift;
   if (row % kWarpRows + row_shift < 0) return;  // an earlier warp's row
   for (int m = static_cast<int>(threadIdx.x) / block_rows; m < x_rows; m += kMmaThreads / block_rows) {
-    const float sum = Sums::add(sums, plan.k_warps, m, row, block_rows) * plan.unit;
+    const float sum = Sums::add(sums, plan.k_warps, m, row, block_rows) * factor.of_sums;
     if (plan.split.splits == 1) {
       store_output(gemm, first_m + m, n, sum);
     } else {
@@ -318,20 +325,32 @@ MmaPlan mma_plan(int64_t M, int64_t N, int64_t K) {
   return plan;
 }
 
-template <class T, int n_tiles, int segment>
-void launch_gemm_4bit_mma(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
+// The length of the segments of K in which this kernel can take the weight: each row a whole number of them,
+// each of them in one block. 0 where it cannot, and where K is so short that rounding the codes would not
+// average out.
+template <class T>
+int mma_segment(const Gemm4bit<T>& gemm) {
+  const int64_t K = gemm.weight.K;
+  if (!has_mma<T>() || K < kLeastTerms || K > kMostMmaColumns || gemm.weight.N < kWarpRows ||
+      !is_aligned(gemm.A, 16))
+    return 0;
+  if (K % 64 == 0 && gemm.weight.blocksize_log2 >= 6 && is_aligned(gemm.weight.packed, 8)) return 64;
+  if (K % 32 == 0 && is_aligned(gemm.weight.packed, 4)) return 32;
+  return 0;
+}
+
+template <class T, int n_tiles, int segment, class Codebook>
+void launch_gemm_4bit_mma(const Gemm4bit<T>& gemm, const Codebook& codebook, Stream stream) {
   using Parts = Segments<segment, n_tiles == 8 ? 1 : 2>;
   using Tile = MmaTile<T, n_tiles, Parts>;
   MmaPlan plan = mma_plan<Tile, Parts>(gemm.M, gemm.weight.N, gemm.weight.K);
-  const float factor = code_factor<T>(quant_type);
-  plan.unit = 1.0f / factor;
   const size_t staged = 2 * plan.k_warps * Tile::X::kBytes;
   const size_t sums = MmaSums<float, n_tiles>::kBytes;
   const int64_t blocks = int64_t{plan.row_blocks} * plan.split.splits * ceil_div(gemm.M, Tile::kRows);
   multiply_in_splits(gemm, plan.split, stream, [&](const SplitK& with_memory) {
     plan.split = with_memory;
-    launch("gemm_4bit", gemm_4bit_mma_kernel<T, n_tiles, Parts>, blocks, kMmaThreads, stream,
-           std::max(PairTable<T>::kBytes + staged, sums), gemm, codebook_4bit(quant_type, factor), plan);
+    launch("gemm_4bit", gemm_4bit_mma_kernel<T, n_tiles, Parts, Codebook>, blocks, kMmaThreads, stream,
+           std::max(PairTable<T>::kBytes + staged, sums), gemm, codebook, plan);
   });
 }
 

@@ -26,10 +26,9 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 }
 
 template <class Weights, class T>
-void launch_gemm_4bit_tiles(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
+void launch_gemm_4bit_tiles(const Gemm4bit<T>& gemm, const Codebook4bit& codes, Stream stream) {
   launch("gemm_4bit_tiles", gemm_4bit_tiles_kernel<Weights, T>,
-         ceil_div(gemm.weight.N, kTile) * ceil_div(gemm.M, kTile), kTileThreads, stream, 0, gemm,
-         codebook_4bit(quant_type));
+         ceil_div(gemm.weight.N, kTile) * ceil_div(gemm.M, kTile), kTileThreads, stream, 0, gemm, codes);
 }
 
 }  // namespace bnb

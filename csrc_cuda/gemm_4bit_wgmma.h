@@ -313,24 +313,24 @@ WgmmaPlan wgmma_plan(int64_t M, int64_t N, int64_t K, int depth) {
 }
 
 template <class T, int tiles>
-void launch_gemm_4bit_wgmma(const Gemm4bit<T>& gemm, const WgmmaPlan& plan, QuantType quant_type,
+void launch_gemm_4bit_wgmma(const Gemm4bit<T>& gemm, const WgmmaPlan& plan, const Codebook4bit& codebook,
                             Stream stream) {
   using Stages = WgmmaStages<T, tiles>;
   multiply_in_splits(gemm, plan.split, stream, [&](const SplitK& split) {
     launch("gemm_4bit", gemm_4bit_wgmma_kernel<T, tiles>, plan.blocks, kWgmmaThreads, stream,
-           Stages::kBytes + PairTable<float>::kBytes, gemm, codebook_4bit(quant_type), split);
+           Stages::kBytes + PairTable<float>::kBytes, gemm, codebook, split);
   });
 }
 
 // Blocks with 256 rows of X read and decode less for each product; with 128 there are more, which may fill
 // the chip better.
 template <class T>
-void launch_gemm_4bit_wgmma(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
+void launch_gemm_4bit_wgmma(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
   constexpr int kDepth = WgmmaStages<T, 1>::kDepth;
   const auto one = wgmma_plan<1>(gemm.M, gemm.weight.N, gemm.weight.K, kDepth);
   const auto two = wgmma_plan<2>(gemm.M, gemm.weight.N, gemm.weight.K, kDepth);
-  if (one.cycles < two.cycles) return launch_gemm_4bit_wgmma<T, 1>(gemm, one, quant_type, stream);
-  launch_gemm_4bit_wgmma<T, 2>(gemm, two, quant_type, stream);
+  if (one.cycles < two.cycles) return launch_gemm_4bit_wgmma<T, 1>(gemm, one, codebook, stream);
+  launch_gemm_4bit_wgmma<T, 2>(gemm, two, codebook, stream);
 }
 
 }  // namespace bnb

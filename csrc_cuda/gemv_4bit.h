@@ -46,8 +46,8 @@ __device__ inline void gemv_4bit_rows(const Gemm4bit<T>& gemm, LaneCodebook code
   }
 }
 
-template <class Weights, int most_rows, class T>
-__global__ void __launch_bounds__(kGemvThreads, 4) gemv_4bit_kernel(Gemm4bit<T> gemm, Codebook4bit codes) {
+template <class Weights, int most_rows, class T, class Codebook>
+__global__ void __launch_bounds__(kGemvThreads, 4) gemv_4bit_kernel(Gemm4bit<T> gemm, Codebook codes) {
   __shared__ float shared[kLaneCodebookSize];
   const LaneCodebook codebook = make_lane_codebook(codes, shared);
   __syncthreads();
@@ -59,11 +59,11 @@ __global__ void __launch_bounds__(kGemvThreads, 4) gemv_4bit_kernel(Gemm4bit<T> 
   }
 }
 
-template <class Weights, class T>
-void launch_gemv_4bit(const Gemm4bit<T>& gemm, QuantType quant_type, Stream stream) {
+template <class Weights, int most_rows, class T, class Codebook>
+void launch_gemv_4bit(const Gemm4bit<T>& gemm, const Codebook& codes, Stream stream) {
   const int64_t blocks = ceil_div(gemm.weight.N, kGemvThreads / kWarp * kGemvColumns);
-  const auto kernel = gemm.M == 1 ? gemv_4bit_kernel<Weights, 1, T> : gemv_4bit_kernel<Weights, 4, T>;
-  launch("gemv_4bit", kernel, blocks, kGemvThreads, stream, 0, gemm, codebook_4bit(quant_type));
+  launch("gemv_4bit", gemv_4bit_kernel<Weights, most_rows, T, Codebook>, blocks, kGemvThreads, stream, 0,
+         gemm, codes);
 }
 
 }  // namespace bnb

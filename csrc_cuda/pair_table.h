@@ -18,12 +18,13 @@ class PairTable {
 
   explicit __device__ PairTable(unsigned char* shared) : shared_(shared) {}
 
-  // All `threads` of the block call it, and a barrier follows before the first look-up.
-  template <int threads>
-  __device__ void fill(const Codebook4bit& codebook) const {
+  // Values of codes, times a factor. All `threads` of the block call it, and a barrier follows before the
+  // first look-up.
+  template <int threads, class Codebook>
+  __device__ void fill(const Codebook& codebook, float factor = 1.0f) const {
     constexpr int kEqual = kAccessBytes / kPairBytes;  // copies written at once
     constexpr int kAccesses = kCopies / kEqual;
-    const float value = value_of_lane(codebook);
+    const float value = value_of_lane(codebook) * factor;
     for (int i = static_cast<int>(threadIdx.x); i < 256 * kAccesses; i += threads) {
       const T first = from_float<T>(shuffle(value, i / kAccesses >> 4)),
               second = from_float<T>(shuffle(value, i / kAccesses & 15));

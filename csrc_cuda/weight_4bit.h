@@ -7,17 +7,21 @@
 
 namespace bnb {
 
-// The 16 values of a 4-bit code, each times `factor`.
+// The 16 values of a 4-bit code.
 struct Codebook4bit {
   float values[16];
 };
 
-inline Codebook4bit codebook_4bit(QuantType quant_type, float factor = 1.0f) {
+inline Codebook4bit codebook_4bit(QuantType quant_type) {
   Codebook4bit codebook;
-  for (int i = 0; i < 16; i++)
-    codebook.values[i] = (quant_type == QuantType::nf4 ? kNf4Code[i] : kFp4Code[i]) * factor;
+  for (int i = 0; i < 16; i++) codebook.values[i] = quant_type == QuantType::nf4 ? kNf4Code[i] : kFp4Code[i];
   return codebook;
 }
+
+// The same for a caller who has them in the device's memory.
+struct StoredCodebook4bit {
+  const float* values;
+};
 
 // W[N, K], whose blocks run over the flat weight.
 struct Weight4bit {
@@ -47,8 +51,13 @@ __device__ inline float value_of_lane(const Codebook4bit& codebook) {
   return value;
 }
 
+__device__ inline float value_of_lane(const StoredCodebook4bit& codebook) {
+  return codebook.values[lane() % 16];
+}
+
 // Fills `shared`; every thread of the block calls it, and a barrier follows before the first look-up.
-__device__ inline LaneCodebook make_lane_codebook(const Codebook4bit& codebook, float* shared) {
+template <class Codebook>
+__device__ inline LaneCodebook make_lane_codebook(const Codebook& codebook, float* shared) {
   const float value = value_of_lane(codebook);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   for (int code = warp(); code < 16; code += warps) shared[code * kWarp + lane()] = shuffle(value, code);

@@ -12,7 +12,7 @@ from bnb_core import functional
 from bnb_core.compat.c_library import DTYPES, SIGNATURES
 from bnb_core.functional import get_ptr
 
-SHAPES = [(3, 64), (5, 96), (16, 128)]
+SHAPES = [(3, 64), (5, 96), (16, 128), (40, 192), (33, 160)]
 
 
 @pytest.fixture(params=["cpu", "cuda-sim", "hip-sim", "cuda", "hip"])
