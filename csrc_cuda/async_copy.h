@@ -5,11 +5,12 @@
 
 namespace bnb {
 
-// Copies 16 bytes, or writes zeros where `valid` is false; both addresses are multiples of 16.
+// Copies 16 bytes, or writes zeros where `valid` is false; both addresses are multiples of 16. The 128 bytes
+// around them come into the L2: a neighbour's copy or the next one's wants them.
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
 #else
