@@ -131,11 +131,11 @@ class GpuKernels(LargeProducts):
 
     def __init__(self, module: ModuleType, stream: Callable[[torch.device], int], wgmma_rows: int = 0) -> None:
         super().__init__(NativeKernels(module, stream))
-        self.module = module
         self.wgmma_rows = wgmma_rows
 
     def most_fused_rows(self, A: Tensor, B: Tensor, blocksize: int) -> int:
-        if self.wgmma_rows > FUSED_ROWS and self.module.takes_wgmma(A, DTYPE_CODES[A.dtype], A.shape[-1], B, blocksize):
+        operands = (A, DTYPE_CODES[A.dtype], A.shape[-1], B, blocksize)
+        if self.wgmma_rows > FUSED_ROWS and self.fused.module.takes_wgmma(*operands):
             return self.wgmma_rows
         return FUSED_ROWS
 

@@ -15,7 +15,7 @@ from measure import OURS, Case, Contender, Requirement, Work
 import bnb_core.optim
 from bnb_core import functional, nn, primitives
 from bnb_core.backends import compiled_gpu, gpu
-from bnb_core.backends.native import DTYPE_CODES
+from bnb_core.backends.native import DTYPE_CODES, NativeKernels
 
 DEVICE = "cuda"
 BITSANDBYTES = peers.BITSANDBYTES
@@ -117,10 +117,10 @@ def on_wgmma(M: int, N: int, K: int) -> dict[str, Contender]:
     except ImportError:
         return {}
     x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
-    fused = gpu.GpuKernels(module, compiled_gpu.current_stream, wgmma_rows=M).fused
+    kernels = NativeKernels(module, compiled_gpu.current_stream)
 
     def multiply(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
-        fused.gemm_4bit(x, packed, (N, K), absmax, 64, "nf4", None, *primitives.F32_SCALES, out)
+        kernels.gemm_4bit(x, packed, (N, K), absmax, 64, "nf4", None, *primitives.F32_SCALES, out)
 
     def operands() -> tuple[torch.Tensor, ...]:
         packed, absmax = primitives.quantize_4bit(_random_weight(N, K), 64, "nf4", torch.uint8)
