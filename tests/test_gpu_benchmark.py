@@ -123,35 +123,34 @@ def test_few_rows_must_beat_a_dense_product_up_to_64_of_them(benchmark, monkeypa
 
 
 @pytest.fixture
-def on_hopper(benchmark, monkeypatch):
-    """The benchmark's cases with the simulator's kernels in the place of a GPU of a given compute capability."""
-    simulated = registry.backends()["cuda-sim"]
-    if simulated.unavailable:
-        pytest.skip(f"cuda-sim: {simulated.unavailable}")
-    module = import_module("bnb_core.backends.sim._cuda_kernels")
+def on_wgmma(benchmark, monkeypatch):
+    """Its contenders, with the kernels of a simulated backend in a GPU's place: cuda-sim has Hopper's, hip-sim not."""
     cases = benchmark.gpu_cases
     monkeypatch.setattr(cases, "DEVICE", "cpu")
     monkeypatch.setattr(cases, "ROTATED_BYTES", 1)
     monkeypatch.setattr(cases, "graphed", lambda call, operands, kind: benchmark.measure.Contender(call, kind))
-    monkeypatch.setattr(cases, "import_module", lambda name: module)
     monkeypatch.setattr(cases.compiled_gpu, "current_stream", lambda device: 0)
 
-    def timed(capability, rows, K=128):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    def timed(name, rows, K=128):
+        simulated = registry.backends()[f"{name}-sim"]
+        if simulated.unavailable:
+            pytest.skip(f"{simulated.name}: {simulated.unavailable}")
+        module = import_module(f"bnb_core.backends.sim._{name}_kernels")
+        monkeypatch.setattr(cases, "import_module", lambda asked: module)
         return list(cases.on_wgmma(rows, 32, K))
 
     return timed
 
 
-def test_hoppers_kernel_is_timed_where_the_gpu_has_it_and_it_takes_the_product(benchmark, on_hopper):
-    assert on_hopper((9, 0), 65) == [benchmark.gpu_cases.WGMMA]
-    assert on_hopper((9, 0), 64) == on_hopper((8, 0), 65) == on_hopper((9, 0), 65, K=96) == []
+def test_hoppers_kernel_is_timed_where_the_gpu_has_it_and_it_takes_the_product(benchmark, on_wgmma):
+    assert on_wgmma("cuda", 65) == [benchmark.gpu_cases.WGMMA]
+    assert on_wgmma("cuda", 64) == on_wgmma("hip", 65) == on_wgmma("cuda", 65, K=96) == []
 
 
-def test_hoppers_kernel_is_not_timed_where_its_result_is_wrong(benchmark, on_hopper, monkeypatch):
+def test_hoppers_kernel_is_not_timed_where_its_result_is_wrong(benchmark, on_wgmma, monkeypatch):
     monkeypatch.setattr(benchmark.gpu_cases.NativeKernels, "gemm_4bit", lambda *operands: operands[-1].zero_())
     with pytest.raises(AssertionError, match="not close"):
-        on_hopper((9, 0), 65)
+        on_wgmma("cuda", 65)
 
 
 def test_what_a_graph_reads_lives_as_long_as_the_contender_that_replays_it(benchmark, monkeypatch):
