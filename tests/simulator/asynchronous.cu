@@ -89,8 +89,6 @@ void products_of_a_warpgroup() {
 
 constexpr int kThreads = 64;
 
-int thread_of_block() { return static_cast<int>(threadIdx.x); }
-
 constexpr int kCopies = 8;  // of 16 bytes, by each thread: in a shuffled order some happen late
 
 __global__ void read_before_waiting(const Piece* x, Piece* out) {

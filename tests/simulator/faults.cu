@@ -7,8 +7,6 @@ namespace {
 
 constexpr int kThreads = 64;
 
-int thread_of_block() { return static_cast<int>(threadIdx.x); }
-
 __global__ void add_neighbour_unsynchronized(const int* x, int* out) {
   __shared__ int shared[kThreads];
   const int thread = thread_of_block();

@@ -35,6 +35,8 @@ class Memory {
   size_t size_;
 };
 
+inline int thread_of_block() { return static_cast<int>(threadIdx.x); }
+
 inline void require(bool condition, const std::string& what) {
   if (!condition) throw std::logic_error(what);
 }
