@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnb_core.primitive import aligned
+
 from .torch_precision import exact_matmuls
 
 LEAST_TERMS = 128
@@ -46,7 +48,7 @@ def gemm_4bit_backward(
     weight = empty((N, K), dY.dtype if N >= LEAST_TERMS else torch.float32)
     nested = (nested_absmax, nested_code, offset, nested_blocksize)
     kernels.dequantize_4bit(B, absmax, blocksize, quant_type, (N, K), weight.dtype, *nested, weight)
-    gradient, result = as_matrix(dY), as_matrix(out)
+    gradient, result = as_matrix(aligned(dY)), as_matrix(out)
     with exact_matmuls(dY.device, weight.dtype):
         if weight.dtype == dY.dtype:
             torch.mm(gradient, weight, out=result)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnb_core.primitive import aligned
+
 from . import dequantized
 from .native import DTYPE_CODES, NativeKernels
 from .torch_precision import exact_matmuls
@@ -170,8 +172,8 @@ def _has_int_mm(device_type: str) -> bool:
 
 def _multiply(A: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = A @ weight^T + bias, the bias in the matmul's epilogue."""
-    rows, result = dequantized.as_matrix(A), dequantized.as_matrix(out)
+    rows, result = dequantized.as_matrix(aligned(A)), dequantized.as_matrix(out)
     if bias is None:
         torch.mm(rows, weight.t(), out=result)
     else:
-        torch.addmm(bias, rows, weight.t(), out=result)
+        torch.addmm(aligned(bias), rows, weight.t(), out=result)

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from bnb_core import functional, primitives, registry
 from bnb_core.checks import check_dtype, check_float, check_same_device, check_shape, check_tensor
-from bnb_core.primitive import NAMESPACE, goes_to_dispatcher
+from bnb_core.primitive import NAMESPACE, aligned, goes_to_dispatcher
 from bnb_core.quant_state import QuantState
 
 
@@ -42,7 +42,9 @@ def _gradient_of_input(ctx: Any, dY: Tensor) -> Tensor:
     scales = (nested_absmax, nested_code, offset, ctx.nested_blocksize)
     if not torch.is_grad_enabled():
         return primitives.gemm_4bit_backward(dY, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, *scales)
-    return dY @ primitives.dequantize_4bit(B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype, *scales)
+    return aligned(dY) @ primitives.dequantize_4bit(
+        B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype, *scales
+    )
 
 
 torch.library.register_autograd(f"{NAMESPACE}::gemm_4bit", _gemm_4bit_backward, setup_context=_gemm_4bit_context)
@@ -155,7 +157,7 @@ class _Int8Linear(torch.autograd.Function):
         dA = dbias = dweight = None
         if ctx.needs_input_grad[0]:
             with registry.carry(ctx.backend_choice):
-                dA = dY @ primitives.int8_vectorwise_dequant(CB, SCB).to(dY.dtype)
+                dA = aligned(dY) @ primitives.int8_vectorwise_dequant(CB, SCB).to(dY.dtype)
         if ctx.needs_input_grad[3]:
             dbias = _sum_to_bias(dY)
         if ctx.needs_input_grad[4]:

@@ -20,6 +20,8 @@ from bnb_core.signature import signature
 NAMESPACE = "bnb_core"
 MOST_PLANS = 1024
 """Signatures of calls that a primitive remembers."""
+TORCH_ALIGNMENT = 64
+"""Of the memory that torch allocates: on CPUs exactly so, on GPUs at least."""
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
@@ -219,6 +221,17 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 def made_contiguous(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments, with a contiguous copy of each tensor that is not so itself."""
     return tuple([argument.contiguous() if isinstance(argument, Tensor) else argument for argument in arguments])
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that begins where no allocation of torch's does.
+
+    torch's matmuls may add up in another order at such an address, but a result depends on values alone. While a call
+    is traced there is no address.
+    """
+    if goes_to_dispatcher(tensor) or tensor.data_ptr() % TORCH_ALIGNMENT == 0:
+        return tensor
+    return tensor.clone()
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

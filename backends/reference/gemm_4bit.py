@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bnb_core.primitive import aligned
+
 from ..torch_precision import exact_matmuls
 from .quantize import dequantize_4bit
 
@@ -27,7 +29,7 @@ def gemm_4bit(
     nested = (nested_absmax, nested_code, offset, nested_blocksize)
     weight = dequantize_4bit(B, absmax, blocksize, quant_type, shape, torch.float32, *nested)
     with exact_matmuls(A.device, torch.float32):
-        out = A.float() @ weight.t()
+        out = aligned(A.float()) @ weight.t()
     if bias is not None:
         out = out + bias.float()
     return out.to(A.dtype)
@@ -48,4 +50,4 @@ def gemm_4bit_backward(
     nested = (nested_absmax, nested_code, offset, nested_blocksize)
     weight = dequantize_4bit(B, absmax, blocksize, quant_type, shape, torch.float32, *nested)
     with exact_matmuls(dY.device, torch.float32):
-        return (dY.float() @ weight).to(dY.dtype)
+        return (aligned(dY.float()) @ weight).to(dY.dtype)

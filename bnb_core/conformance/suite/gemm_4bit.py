@@ -170,6 +170,8 @@ def _check(context: Context, sample: Sample) -> None:
             return
         bound = matmul_bound(sample.dtype, a.shape[-1], magnitude, expected, _sum_of_magnitudes(a))
     within("result", got.double().numpy(), expected, bound)
+    if sample.layout != "contiguous":
+        _check_same_bits(got, *context.call(primitives.gemm_4bit, _copied(A), weight.packed, *weight.arguments))
 
 
 def _check_backward(context: Context, sample: Sample) -> None:
@@ -185,6 +187,17 @@ def _check_backward(context: Context, sample: Sample) -> None:
             return
         bound = matmul_bound(sample.dtype, y.shape[-1], np.abs(y) @ np.abs(w), expected, _sum_of_magnitudes(y))
     within("result", got.double().numpy(), expected, bound)
+    if sample.layout != "contiguous":
+        _check_same_bits(got, *context.call(primitives.gemm_4bit_backward, _copied(dY), weight.packed, *without_bias))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _check_same_bits(got: Tensor, of_copy: Tensor) -> None:
+    if not torch.equal(got, of_copy):
+        raise Failure("another result than for a contiguous copy")
 
 
 def _sum_of_magnitudes(rows: oracle.F64) -> oracle.F64:
@@ -232,6 +245,7 @@ def _samples() -> Iterator[Sample]:
         for layout in LAYOUTS:
             yield Sample(dtype, "5 rows", layout=layout)
             yield Sample(dtype, "3-D", layout=layout)
+            yield Sample(dtype, "130 rows", layout=layout)
         for values in VALUES:
             yield Sample(dtype, "gemv", values=values, bias=False)
             yield Sample(dtype, "33 rows", values=values)
