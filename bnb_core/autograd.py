@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -79,13 +80,13 @@ def _write_out(result: Tensor, out: Tensor | None, *inputs: Tensor | None) -> Te
 def matmul_4bit(
     A: Tensor, B: Tensor, quant_state: QuantState, out: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """Multiply by a 4-bit weight W [N, K]; differentiable in A and bias.
+    """``A @ W^T + bias`` for a 4-bit weight W [N, K]; differentiable in A and bias.
 
     Args:
-        A: f32, f16 or bf16. [..., K] where B is transposed, else [..., N].
-        B: the packed weight. As a row (``weight.t()``, what callers usually give) the result is ``A @ W^T``, as the
-            column it was quantized to ``A @ W``.
-        quant_state: of B, for a 2-D weight.
+        A: [..., K], f32, f16 or bf16. Where N and K differ, [..., N] gives ``A @ W + bias`` and a DeprecationWarning:
+            it stands for a linear layer whose weight was quantized as its transpose.
+        B: the packed weight, whatever its shape or orientation.
+        quant_state: of B; its ``shape`` is (N, K).
         out: receives the result; only where no gradient is wanted.
         bias: in A's dtype, or None.
 
@@ -94,24 +95,45 @@ def matmul_4bit(
     """
     check_tensor("A", A)
     check_tensor("B", B)
-    if not isinstance(quant_state, QuantState):
-        raise TypeError(f"quant_state: expected a QuantState, got {type(quant_state).__name__}")
+    N, K = _weight_shape(quant_state)
     check_float("A", A)
-    if B.dim() == 2 and B.shape[0] == 1:
-        return _matmul_4bit_transposed(A, B, quant_state, out, bias)
-    result = A @ functional.dequantize_4bit(B, quant_state).to(A.dtype)
+    if A.dim() == 0 or not A.shape[-1] == N != K:
+        return linear_4bit(A, B, quant_state, bias, out)
+    warnings.warn(_TRANSPOSED_WEIGHT.format(N=N, K=K), DeprecationWarning, stacklevel=2)
+    if bias is not None:
+        check_dtype("bias", bias, (A.dtype,))
+        check_shape("bias", bias, (K,))
+    result = A @ functional.dequantize_4bit(B.reshape(-1, 1), quant_state).to(A.dtype)
     return _write_out(result if bias is None else result + bias, out, A, bias)
 
 
-def _matmul_4bit_transposed(
-    A: Tensor, B: Tensor, quant_state: QuantState, out: Tensor | None, bias: Tensor | None
+def linear_4bit(
+    A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
+    """:func:`matmul_4bit` for A [..., K] alone: what a layer computes, whose input is never taken for another."""
     arguments = (A, B, *functional.gemm_4bit_weight_arguments(quant_state, bias))
     if not _needs_gradient(A, bias):
         return primitives.gemm_4bit(*arguments, out=out)
     if goes_to_dispatcher(A):
         return _write_out(primitives.gemm_4bit(*arguments), out, A, bias)
     return _write_out(_Gemm4Bit.apply(*arguments), out, A, bias)
+
+
+_TRANSPOSED_WEIGHT = (
+    "A has {N} columns, as many as the 4-bit weight [{N}, {K}] has rows: the result is A @ W. This use is deprecated. "
+    "Re-quantize from the weight [out_features, in_features] of the linear layer, for A @ W^T"
+)
+
+
+def _weight_shape(quant_state: Any) -> tuple[int, int]:
+    if quant_state is None:
+        raise ValueError("quant_state: expected the QuantState of B, got None")
+    if not isinstance(quant_state, QuantState):
+        raise TypeError(f"quant_state: expected a QuantState, got {type(quant_state).__name__}")
+    shape = quant_state.shape
+    if shape is None or len(shape) != 2:
+        raise ValueError(f"quant_state: expected one of a 2-D weight, got shape {shape}")
+    return shape[0], shape[1]
 
 
 class MatmulLtState:

@@ -58,6 +58,12 @@ def check_blocksize(blocksize: object, name: str = "blocksize") -> None:
         raise ValueError(f"{name}: expected one of {_names(BLOCKSIZES)}, got {blocksize!r}")
 
 
+def check_any_blocksize(blocksize: object, name: str = "blocksize") -> None:
+    """Of 8-bit blockwise quantization, which takes blocks of any size."""
+    if not isinstance(blocksize, int) or isinstance(blocksize, bool) or blocksize < 1:
+        raise ValueError(f"{name}: expected a positive int, got {blocksize!r}")
+
+
 def check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
     if value not in accepted:
         raise ValueError(f"{name}: expected one of {_names(accepted)}, got {value!r}")

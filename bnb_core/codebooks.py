@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnb_core.checks import check_choice
+from bnb_core.checks import check_choice, check_number
 
 FOUR_BIT_CODES: dict[str, tuple[float, ...]] = {
     "nf4": (
@@ -79,6 +79,10 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     return torch.tensor(FOUR_BIT_CODES[typename], dtype=torch.float32, device=device or "cpu")
 
 
+def _check_bits(total_bits: int) -> None:
+    check_number("total_bits", total_bits, minimum=1, below=9)
+
+
 def _padded(values: list[float] | np.ndarray) -> Tensor:
     """Sorted f32[256], short codebooks filled up with zeros."""
     code = np.zeros(256, dtype=np.float32)
@@ -91,7 +95,11 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
 
     With fewer than 8 bits, or with ``add_zero`` (the signed grid then has an odd number of values and so holds 0),
     the entries left over are zeros in the middle.
+
+    Raises:
+        ValueError: total_bits is not 1 to 8.
     """
+    _check_bits(total_bits)
     count = 2**total_bits
     if add_zero or total_bits < 8:
         count -= 1 if signed else 0
@@ -123,8 +131,9 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
     Its subnormals lie a factor of 4 below where IEEE 754 puts them: so they stand in the checkpoints in use.
 
     Raises:
-        ValueError: the fields do not add up to ``total_bits``.
+        ValueError: the fields do not add up to ``total_bits``, or that is not 1 to 8.
     """
+    _check_bits(total_bits)
     if exponent_bits + precision_bits + int(signed) != total_bits:
         raise ValueError(
             f"total_bits: expected signed + exponent_bits + precision_bits = "
@@ -145,13 +154,21 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 
     A code is a sign, a decimal exponent counted in leading zeros, and a fraction in what bits remain: each decade
     of [10^-max_exponent_bits, 1] is cut into twice as many intervals as the one below, whose centres are the values.
-    The values 0 and 1 complete it.
+    Decades that no bit remains for have none. Where fewer exponents than bits leave codes over, they cut the highest
+    decade once more. The values 0 and 1 complete it.
+
+    Raises:
+        ValueError: total_bits is not 1 to 8, or max_exponent_bits negative.
     """
+    _check_bits(total_bits)
+    check_number("max_exponent_bits", max_exponent_bits, minimum=0)
+    exponents = range(1 - max_exponent_bits, 1)
+    cuts = [(exponent, int(2.0 ** (exponent + total_bits - 1 - int(signed)))) for exponent in exponents]
+    cuts.append((0, int(2.0 ** (total_bits - 1 - max_exponent_bits)) - 1))
     values = [0.0, 1.0]
-    for exponent in range(max_exponent_bits):
-        intervals = 2 ** (exponent + total_bits - (1 if signed else 0) - max_exponent_bits)
-        edges = torch.linspace(0.1, 1.0, intervals + 1, device="cpu")
+    for exponent, intervals in cuts:
+        edges = torch.linspace(0.1, 1.0, max(intervals, 0) + 1, device="cpu")
         centres = (edges[:-1] + edges[1:]) / 2.0
-        decade = (10.0 ** (exponent + 1 - max_exponent_bits) * centres).tolist()
+        decade = (10.0**exponent * centres).tolist()
         values += decade + ([-value for value in decade] if signed else [])
     return _padded(values)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnb_core import primitives
-from bnb_core.checks import QUANT_TYPES, check_dimensions, check_dtype, check_shape, check_tensor
+from bnb_core import block_sizes, primitives
+from bnb_core.checks import BLOCKSIZES, QUANT_TYPES, check_dimensions, check_dtype, check_shape, check_tensor
 from bnb_core.codebooks import (
     create_dynamic_map,
     create_fp8_map,
@@ -218,12 +218,20 @@ def quantize_blockwise(
         A: any shape, f32, f16 or bf16.
         code: f32[256], ascending; None for the signed dynamic map.
         absmax, out: receive the scales, f32[ceil(n / blocksize)], and the codes, u8 in A's shape.
+        blocksize: any; what is no power of two from 32 to 4096 costs a copy.
         nested: quantize the scales to 8 bits as well.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as above, by its name.
     """
     check_tensor("A", A)
     code = _codebook("dynamic", A.device) if code is None else code.to(A.device)
     outputs = None if out is None and absmax is None else (out, absmax)
-    codes, scales = primitives.quantize_blockwise(A, code, blocksize, out=outputs)
+    if blocksize in BLOCKSIZES:
+        codes, scales = primitives.quantize_blockwise(A, code, blocksize, out=outputs)
+    else:
+        codes, scales = block_sizes.quantize_blockwise(A, code, blocksize)
+        codes, scales = _copied_into("out", codes, out), _copied_into("absmax", scales, absmax)
     offset, state2 = None, None
     if nested:
         scales, offset, state2 = _quantize_scales(scales)
@@ -247,6 +255,9 @@ def dequantize_blockwise(
         absmax, code, blocksize: the f32 scales, the codebook (None for the signed dynamic map), the block size.
         out: receives the result and gives its dtype; without it, the quant state's dtype or f32.
         nested: read from the quant state.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as above, by its name.
     """
     check_tensor("A", A)
     dtype = torch.float32
@@ -256,7 +267,19 @@ def dequantize_blockwise(
     elif absmax is None:
         raise ValueError("quant_state: expected a QuantState, or absmax in its place, got None")
     code = _codebook("dynamic", A.device) if code is None else code.to(A.device)
-    return primitives.dequantize_blockwise(A, absmax, code, blocksize, _dtype_of("out", out, dtype), out=out)
+    dtype = _dtype_of("out", out, dtype)
+    if blocksize in BLOCKSIZES:
+        return primitives.dequantize_blockwise(A, absmax, code, blocksize, dtype, out=out)
+    return _copied_into("out", block_sizes.dequantize_blockwise(A, absmax, code, blocksize, dtype), out)
+
+
+def _copied_into(name: str, result: Tensor, out: Tensor | None) -> Tensor:
+    """The result, in the caller's tensor where there is one."""
+    if out is None:
+        return result
+    check_dtype(name, out, (result.dtype,))
+    check_shape(name, out, result.shape)
+    return out.copy_(result)
 
 
 _CODEBOOKS = {"dynamic": create_dynamic_map(), **{name: get_4bit_type(name) for name in QUANT_TYPES}}
@@ -476,16 +499,25 @@ def get_ptr(A: Tensor | None) -> ctypes.c_void_p | None:
 
 
 def __getattr__(name: str) -> Any:
-    """``lib`` is loaded when it is first asked for: hardly anybody does."""
-    if name == "lib":
-        from bnb_core.compat.c_library import lib
+    """Further names of bitsandbytes, such as ``lib``, are loaded when they are first asked for: hardly anybody does."""
+    if not name.startswith("__"):
+        from bnb_core.compat import functional_names
 
-        return lib
+        if name in functional_names.__all__:
+            return getattr(functional_names, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    """A zeroed tensor whose memory may be paged out, so that it can be larger than the device's own."""
+def get_paged(
+    *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> Tensor:
+    """A zeroed tensor whose memory may be paged out, so that it can be larger than the device's own.
+
+    Args:
+        device: None for the first GPU that CUDA or HIP knows, or without one the CPU.
+    """
+    if device is None:
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return paged_tensor(shape, dtype, torch.device(device))
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnb_core.checks import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES
+from bnb_core.checks import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES, check_any_blocksize
 from bnb_core.primitives import block_count
 from bnb_core.serialization import pack_dict_to_tensor, unpack_tensor_to_dict
 
 PACKED_KEY = "quant_state.bitsandbytes__"
+_PACKED_NAME = PACKED_KEY.rpartition(".")[2]
 TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 NESTED_TENSOR_KEYS = ("nested_absmax", "nested_quant_map")
 VALUE_KEYS = ("quant_type", "blocksize", "dtype", "shape")
@@ -39,7 +40,7 @@ class QuantState:
 
     # Unsloth's own from_dict reads these: the types, the last part of a packed entry's key, the names of the entries.
     valid_quant_types = QUANT_TYPES
-    valid_qs_type_keys = tuple(f"{PACKED_KEY.rpartition('.')[2]}{quant_type}" for quant_type in QUANT_TYPES)
+    valid_qs_type_keys = tuple(_PACKED_NAME + quant_type for quant_type in QUANT_TYPES)
     valid_qs_keys = (*TENSOR_KEYS, "quant_state", *VALUE_KEYS, *NESTED_VALUE_KEYS)
 
     def __init__(
@@ -120,11 +121,22 @@ class QuantState:
             self.state2.to(device)
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        """``bitsandbytes__nf4``: the packed entry, by the end of its key in a state dict.
+
+        Walkers of state dicts (FSDP, torch.distributed.checkpoint) look up each key as a path of attributes.
+        """
+        quant_type = self.__dict__.get("quant_type")
+        if quant_type is not None and name == _PACKED_NAME + quant_type:
+            return self.as_dict(packed=True)[PACKED_KEY + quant_type]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """The entries of a state dict, without their prefix.
 
         Args:
-            packed: what is not a tensor goes into one, as checkpoints want it.
+            packed: what is not a tensor goes into one, as checkpoints of 4-bit weights want it; the entries of 8-bit
+                blockwise codes stay as they are.
         """
         state: dict[str, Any] = {
             "quant_type": self.quant_type,
@@ -142,7 +154,7 @@ class QuantState:
                 "nested_dtype": _dtype_name(self.state2.dtype),
                 "nested_offset": self.offset.item(),  # type: ignore[union-attr]
             }
-        if not packed:
+        if not packed or self.quant_type is None:
             return state
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         values = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
@@ -235,14 +247,17 @@ class _Entries:
         for name in wanted:
             if name not in self.key_of:
                 raise ValueError(f"{name}: missing from the quant state, which has {', '.join(sorted(self.key_of))}")
-        self._check_choice("quant_type", QUANT_TYPES)
-        self._check_choice("blocksize", BLOCKSIZES)
+        if self.values["quant_type"] is None:
+            check_any_blocksize(self.values["blocksize"], self.key_of["blocksize"])
+        else:
+            self._check_choice("quant_type", QUANT_TYPES)
+            self._check_choice("blocksize", BLOCKSIZES)
         self._check_choice("dtype", tuple(DTYPES))
         shape = self.values["shape"]
         if not isinstance(shape, (list, tuple)) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
             raise ValueError(f"{self.key_of['shape']}: expected a list of sizes, got {shown(shape)}")
         blocks = block_count(math.prod(shape), self.values["blocksize"])
-        self._check_tensor("quant_map", torch.float32, 16)
+        self._check_tensor("quant_map", torch.float32, 256 if self.values["quant_type"] is None else 16)
         self._check_tensor("absmax", torch.uint8 if self.nested else torch.float32, blocks)
         if self.nested:
             self._check_choice("nested_blocksize", BLOCKSIZES)

@@ -81,6 +81,35 @@ def test_af4_takes_no_other_block_size():
         F.get_4bit_type("af4", blocksize=128)
 
 
+@pytest.mark.parametrize(
+    "arguments, positive",
+    [
+        ((True, 3, 3), [0.325, 0.775, 0.055]),  # no bits are left for the lowest decade
+        ((True, 2, 3), [0.325, 0.775, 0.055]),
+        ((True, 1, 3), [0.325, 0.775, 0.55]),  # the code that one exponent leaves over cuts its decade again
+    ],
+    ids=str,
+)
+def test_dynamic_maps_spend_their_bits_on_exponents_first(arguments, positive):
+    expected = sorted([*positive, *(-value for value in positive), 0.0, 1.0])
+    torch.testing.assert_close(F.create_dynamic_map(*arguments).unique(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("create", [F.create_dynamic_map, F.create_linear_map, F.create_fp8_map])
+@pytest.mark.parametrize("bits", [0, 9, 2**31])
+def test_maps_of_more_than_eight_bits_are_refused(create, bits):
+    with pytest.raises(ValueError, match="total_bits"):
+        create(total_bits=bits)
+
+
+def test_quant_state_answers_to_the_end_of_its_packed_key():
+    state = F.quantize_4bit(torch.randn(4, 64), quant_type="nf4")[1]
+    assert torch.equal(state.bitsandbytes__nf4, state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"])
+    for name in ("bitsandbytes__fp4", "bitsandbytes__None", "nested_absmax"):
+        assert not hasattr(state, name)
+    assert not hasattr(F.quantize_blockwise(torch.randn(64))[1], "bitsandbytes__None")
+
+
 def test_quant_state_has_the_old_list_form():
     _, state = F.quantize_4bit(torch.randn(64, 64), compress_statistics=True)
     assert state[0] is state.absmax and state[1] == (64, 64) and state[2] == torch.float32 and state[3] == 64

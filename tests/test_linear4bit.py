@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 
 import numpy as np
@@ -90,6 +91,31 @@ def test_compute_dtype_that_is_given_is_not_taken_from_an_input():
     assert module.compute_type_is_set
     module.set_compute_type(torch.randn(2, 64))
     assert module.compute_dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "compute, dtype, rows, expected",
+    [
+        (torch.float32, torch.bfloat16, 1, "its compute_dtype torch.float32. The input's own is faster for inference."),
+        (None, torch.float16, 2, "values above 65504 overflow.*for inference or training."),
+        (torch.float32, torch.float32, 2, None),
+        (torch.bfloat16, torch.float16, 2, None),
+        (None, torch.bfloat16, 2, None),
+    ],
+)
+def test_a_dtype_that_is_slow_or_overflows_is_logged_once(caplog, compute, dtype, rows, expected):
+    module = LinearNF4(64, 8, compute_dtype=compute).to("cpu")
+    for _ in range(2):
+        module(torch.randn(rows, 64).to(dtype))
+    assert len(caplog.messages) == (0 if expected is None else 1)
+    assert expected is None or re.search(expected, caplog.messages[0])
+
+
+def test_an_embedding_whose_rows_share_blocks_says_that_it_is_slow(caplog):
+    EmbeddingNF4(8, 128)
+    assert not caplog.messages
+    EmbeddingNF4(8, 65)
+    assert "embedding_dim 65 is no multiple of the block size 64" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("compute", DTYPES, ids=str)

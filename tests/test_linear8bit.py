@@ -158,3 +158,23 @@ def test_offloading_hooks_may_drop_the_states_scales():
     expected = module(x)
     module.state.SCB = None
     same_bits("result", module(x).detach(), expected.detach())
+
+
+MISFITS = {
+    "scales of values": (Int8Params, torch.float32),
+    "scales of values for a plain weight": (nn.Parameter, torch.float32),
+    "codes for a plain weight": (nn.Parameter, torch.int8),
+}
+
+
+@pytest.mark.parametrize("kind, dtype", MISFITS.values(), ids=MISFITS)
+def test_scales_belong_to_codes_and_codes_to_a_layer_that_holds_them(kind, dtype):
+    """A tied weight is a plain one: reading codes into it would untie it, or pass them for values."""
+    module = _layer(bias=False)
+    if kind is not Int8Params:
+        module.weight = kind(torch.randn(48, 64))
+    before = module.weight.data.clone()
+    with pytest.raises(RuntimeError, match=r"^SCB: ") as raised:
+        module.load_state_dict({"weight": torch.ones(48, 64).to(dtype), "SCB": torch.ones(48)}, strict=False)
+    assert isinstance(raised.value, ValueError)
+    same_bits("weight", module.weight.data, before)

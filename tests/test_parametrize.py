@@ -170,8 +170,13 @@ def _prequantized(packed, state):
 
 
 REFUSED = {
-    "no such parameter": (AttributeError, "nothing", lambda: replace_parameter_4bit(Experts(), "nothing")),
-    "quantized already": (AttributeError, "w", lambda: replace_parameter_4bit(_quantized(), "w")),
+    "no such parameter": (
+        AttributeError,
+        "Module does not have parameter 'nothing'",
+        lambda: replace_parameter_4bit(Experts(), "nothing"),
+    ),
+    "no parameter": (TypeError, "Parameter 'training' is not", lambda: replace_parameter_4bit(Experts(), "training")),
+    "quantized already": (TypeError, "w", lambda: replace_parameter_4bit(_quantized(), "w")),
     "block size": (ValueError, "blocksize", lambda: replace_parameter_4bit(Experts(), "w", blocksize=48)),
     "quant type": (ValueError, "quant_type", lambda: replace_parameter_4bit(Experts(), "w", quant_type="int4")),
     "not floating": (TypeError, "w", lambda: replace_parameter_4bit(_integers(), "w")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from bnb_core.nn.linear8bit import Int8Params, Weight8bitMixin
 from bnb_core.nn.params4bit import Params4bit
 from bnb_core.nn.quantized_weight import NOT_QUANTIZED
 from bnb_core.optim import GlobalOptimManager
+
+_log = logging.getLogger(__name__)
 
 
 class Embedding(nn.Embedding):
@@ -78,6 +81,9 @@ class Embedding4bit(Weight4bitMixin, nn.Embedding):
         num_embeddings, embedding_dim, dtype, device: as in nn.Embedding; the output has this dtype.
         quant_type: ``fp4`` or ``nf4``.
         quant_storage: the dtype that the packed bytes are viewed as.
+
+    A warning is logged where ``embedding_dim`` is no multiple of the block size: rows then share blocks, and each
+    forward dequantizes the whole weight.
     """
 
     weight: Params4bit
@@ -102,6 +108,12 @@ class Embedding4bit(Weight4bitMixin, nn.Embedding):
             quant_storage=quant_storage,
             module=self,
         )
+        if embedding_dim % self.weight.blocksize:
+            _log.warning(
+                "%s: embedding_dim %s is no multiple of the block size %s, so that each forward dequantizes the whole "
+                "weight: slow inference.",
+                type(self).__name__, embedding_dim, self.weight.blocksize,
+            )  # fmt: skip
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim

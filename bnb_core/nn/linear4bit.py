@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnb_core.autograd import matmul_4bit
+from bnb_core.autograd import linear_4bit
 from bnb_core.checks import check_float
 from bnb_core.functional import QuantState
 from bnb_core.nn.params4bit import Params4bit
 from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin
 
 _WEIGHT = "weight"
+_log = logging.getLogger(__name__)
 
 
 class Weight4bitMixin(QuantizedWeightMixin):
@@ -106,10 +108,12 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
         quant_storage: the dtype that the packed bytes are viewed as.
         device: of the weight before quantization.
 
-    The output has the input's dtype.
+    The output has the input's dtype. The first forward logs a warning where the dtype that it computes in is slow, or
+    may overflow.
     """
 
     weight: Params4bit
+    _looked_at_dtype = False
 
     def __init__(
         self,
@@ -161,16 +165,33 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
             self.compute_dtype = x.dtype
             self.compute_type_is_set = True
 
+    def _look_at_dtype(self, x: Tensor, dtype: torch.dtype) -> None:
+        self._looked_at_dtype = True
+        purpose = "inference" if x.numel() == x.shape[-1] else "inference or training"
+        if dtype == torch.float32 != x.dtype:
+            _log.warning(
+                "%s: its input is %s, its compute_dtype torch.float32. The input's own is faster for %s.",
+                type(self).__name__, x.dtype, purpose,
+            )  # fmt: skip
+        elif dtype == torch.float16 and self.compute_dtype is None:
+            _log.warning(
+                "%s: without a compute_dtype an input of torch.float16 is multiplied in it, where values above 65504 "
+                "overflow. compute_dtype=torch.bfloat16 has no such limit, for %s.",
+                type(self).__name__, purpose,
+            )  # fmt: skip
+
     def forward(self, x: Tensor) -> Tensor:
         check_float("x", x)
         quant_state = self._current_quant_state()
         if quant_state is None:
             raise RuntimeError(NOT_QUANTIZED)
         dtype = self._dtype_for(x)
+        if not (self._looked_at_dtype or torch.compiler.is_compiling()):
+            self._look_at_dtype(x, dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch._C.DisableTorchFunctionSubclass():
             packed = self.weight.data.view(1, -1)
-        return matmul_4bit(x.to(dtype), packed, quant_state, bias=bias).to(x.dtype)
+        return linear_4bit(x.to(dtype), packed, quant_state, bias).to(x.dtype)
 
 
 class LinearNF4(Linear4bit):

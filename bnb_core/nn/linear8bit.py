@@ -122,7 +122,15 @@ class Weight8bitMixin(QuantizedWeightMixin):
         return [key for key in (f"{prefix}SCB", f"{prefix}weight_format") if key in state_dict]
 
     def _holds_codes(self, weight: Tensor, part_keys: list[str]) -> bool:
-        return weight.dtype == torch.int8
+        holds_codes = weight.dtype == torch.int8
+        if (holds_codes or part_keys) and not isinstance(self.weight, Int8Params):
+            raise ValueError(
+                f"{(part_keys or ['weight'])[0]}: Loading a quantized checkpoint into non-quantized "
+                f"{type(self).__name__}: its weight is a {type(self.weight).__name__}, such as a tied one"
+            )
+        if part_keys and not holds_codes:
+            raise ValueError(f"{part_keys[0]}: belongs to int8 codes, but the weight is {weight.dtype}")
+        return holds_codes
 
     def _weight_of_codes(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Int8Params:
         """``weight_format`` may be missing, as older checkpoints have none."""

@@ -38,57 +38,70 @@ class Bnb4bitParametrization(nn.Module):
 
 def replace_parameter_4bit(
     module: nn.Module,
-    name: str,
+    param_name: str,
     compress_statistics: bool = False,
     quant_type: str = "nf4",
-    blocksize: int = 64,
+    blocksize: int | None = None,
 ) -> None:
-    """Quantize a parameter of ``module`` in place; reading ``module.<name>`` gives the dequantized tensor.
+    """Quantize a parameter of ``module`` in place; reading ``module.<param_name>`` gives the dequantized tensor.
 
     Args:
         module: the module that owns the parameter.
-        name: of the parameter: f32, f16 or bf16, any shape.
+        param_name: of the parameter: f32, f16 or bf16, any shape.
         compress_statistics, quant_type, blocksize: as in :func:`bnb_core.functional.quantize_4bit`.
 
     Raises:
         AttributeError: no such parameter.
-        TypeError, ValueError: the parameter or an argument cannot be quantized so.
+        TypeError, ValueError: it is no parameter, or it or an argument cannot be quantized so.
     """
-    parameter = _parameter(module, name)
-    check_float(name, parameter)
+    parameter = _parameter(module, param_name)
+    check_float(param_name, parameter)
     packed, quant_state = functional.quantize_4bit(
         parameter.data, blocksize=blocksize, compress_statistics=compress_statistics, quant_type=quant_type
     )
-    _parametrize(module, name, packed, quant_state)
+    _parametrize(module, param_name, packed, quant_state)
 
 
 def replace_parameter_4bit_prequantized(
-    module: nn.Module, name: str, qs_dict: Mapping[str, Any], device: torch.device | str
+    module: nn.Module, param_name: str, qs_dict: Mapping[str, Any], device: torch.device | str
 ) -> None:
     """Treat a parameter of ``module`` that holds packed codes as quantized, with the quant state of ``qs_dict``.
 
     Raises:
         AttributeError: no such parameter.
+        TypeError: it is no parameter.
         ValueError: a malformed quant state, or codes that do not fit it.
     """
-    parameter = _parameter(module, name)
+    parameter = _parameter(module, param_name)
     quant_state = QuantState.from_dict(qs_dict, device)
-    quant_state.check_packed(name, parameter)
-    _parametrize(module, name, parameter.data.to(device), quant_state)
+    quant_state.check_packed(param_name, parameter)
+    _parametrize(module, param_name, parameter.data.to(device), quant_state)
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:
-    parameter = getattr(module, name, None)
+    if not hasattr(module, name):
+        raise AttributeError(f"param_name: Module does not have parameter {name!r}; it is a {type(module).__name__}")
+    parameter = getattr(module, name)
     if not isinstance(parameter, nn.Parameter):
-        raise AttributeError(f"name: {type(module).__name__} has no parameter {name!r}")
+        raise TypeError(
+            f"param_name: Parameter {name!r} is not an instance of nn.Parameter, but a {type(parameter).__name__}"
+        )
     return parameter
 
 
 def _parametrize(module: nn.Module, name: str, packed: Tensor, quant_state: QuantState) -> None:
     setattr(module, name, nn.Parameter(packed, requires_grad=False))
     parametrize.register_parametrization(module, name, Bnb4bitParametrization(quant_state), unsafe=True)
-    module._register_state_dict_hook(partial(_save, name=name))
-    module._register_load_state_dict_pre_hook(partial(_load, name=name), with_module=True)
+    _register_parametrization_hooks(module, name)
+
+
+def _register_parametrization_hooks(module: nn.Module, param_name: str) -> None:
+    """Have the parameter saved and loaded with its quant state, and dequantized once a forward.
+
+    For callers that parametrize a module themselves.
+    """
+    module._register_state_dict_hook(partial(_save, name=param_name))
+    module._register_load_state_dict_pre_hook(partial(_load, name=param_name), with_module=True)
     module.register_forward_pre_hook(_enable_parametrization_cache)
     module.register_forward_hook(_disable_parametrization_cache, always_call=True)
 

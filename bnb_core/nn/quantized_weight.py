@@ -13,6 +13,10 @@ from bnb_core.checks import FLOAT_DTYPES
 NOT_QUANTIZED = "the weight is not quantized yet: move the layer to a device, such as .to('cpu')"
 
 
+class CheckpointError(ValueError, RuntimeError):
+    """A state dict that a module cannot be loaded from; torch's own ``load_state_dict`` raises RuntimeError for one."""
+
+
 class QuantizedWeightMixin(nn.Module):
     """A module whose ``weight`` is quantized: a state dict holds it as codes with their parts, or as values."""
 
@@ -71,14 +75,17 @@ class QuantizedWeightMixin(nn.Module):
         """Read the weight and check everything, then change the module.
 
         Raises:
-            ValueError: an entry of this module is malformed, named by its key; the module is as it was.
+            CheckpointError: an entry of this module is malformed, named by its key; the module is as it was.
         """
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        weight, handled = self._read_weight(prefix, state_dict, assign)
-        rest = {key: value for key, value in state_dict.items() if key not in handled}
-        for name, tensor in self._parameters.items():
-            if tensor is not None and name != "weight" and prefix + name in rest:
-                _check_values(prefix + name, rest[prefix + name], tuple(tensor.shape))
+        try:
+            weight, handled = self._read_weight(prefix, state_dict, assign)
+            rest = {key: value for key, value in state_dict.items() if key not in handled}
+            for name, tensor in self._parameters.items():
+                if tensor is not None and name != "weight" and prefix + name in rest:
+                    _check_values(prefix + name, rest[prefix + name], tuple(tensor.shape))
+        except ValueError as error:
+            raise CheckpointError(*error.args) from error
         missing: list[str] = []
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key not in handled]

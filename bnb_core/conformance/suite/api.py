@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bnb_core import autograd, functional, optim
 from bnb_core.codebooks import create_dynamic_map
+from bnb_core.conformance import oracle
 from bnb_core.conformance.case import Case, Context, Failure
 from bnb_core.conformance.compare import matmul_bound, same_bits, within
 from bnb_core.conformance.values import DTYPES, LAYOUTS, dtype_name
@@ -247,15 +249,50 @@ def _quantized_layouts(context: Context) -> None:
 
 
 def _transposed_weight(context: Context) -> None:
-    """``weight.t()`` of the packed weight means the transpose of what it stands for."""
+    """``weight.t()`` of the packed weight dequantizes to the transpose of what it stands for."""
     A = context.move(_randn(context, "transpose", 32, 64))
     packed, state = functional.quantize_4bit(A, quant_type="nf4")
     dense = functional.dequantize_4bit(packed, state)
     same_bits("transpose", functional.dequantize_4bit(packed.t(), state).cpu(), dense.t().contiguous().cpu())
-    x, z = context.move(_randn(context, "x", 3, 64)), context.move(_randn(context, "z", 3, 32))
+
+
+def _orientation_of_matmul(context: Context, N: int, K: int) -> None:
+    """matmul_4bit multiplies by W^T for W of its state's shape, whatever the packed weight's own."""
+    packed, state = functional.quantize_4bit(context.move(_randn(context, "weight", N, K)), quant_type="nf4")
+    dense = functional.dequantize_4bit(packed, state).double().cpu()
+    x, z = _randn(context, "x", 3, K), _randn(context, "z", 3, N)
     rough = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-3)
-    rough(autograd.matmul_4bit(x, packed.t(), state), x @ dense.t())
-    rough(autograd.matmul_4bit(z, packed, state), z @ dense)
+    for B in (packed, packed.t(), packed.view(-1), packed.view(2, -1)):
+        y = autograd.matmul_4bit(context.move(x), B, state)
+        rough(y.double().cpu(), x.double() @ dense.t())
+        if N == K:
+            continue
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            y = autograd.matmul_4bit(context.move(z), B, state)
+        rough(y.double().cpu(), z.double() @ dense)
+        if [warning.category for warning in caught] != [DeprecationWarning]:
+            raise Failure(f"expected one DeprecationWarning, got {[str(warning.message) for warning in caught]}")
+    columns = context.move(_randn(context, "neither", 3, N + K))
+    _raises(ValueError, "A:", lambda: autograd.matmul_4bit(columns, packed, state))
+    _raises(ValueError, "quant_state:", lambda: autograd.matmul_4bit(columns, packed, None))  # type: ignore[arg-type]
+
+
+def _blocks_of_any_size(context: Context, blocksize: int) -> None:
+    """8-bit codes and scales by their definition, for block sizes that no primitive takes, and back."""
+    A = _randn(context, f"blocks of {blocksize}", 3, 7, 500)
+    flat = A.view(-1)
+    flat[20], flat[4200], flat[9000:9300] = float("nan"), float("-inf"), 0.0
+    code = create_dynamic_map()
+    with np.errstate(all="ignore"):
+        expected, scales = oracle.quantize_blockwise(flat.numpy(), code.numpy(), blocksize)
+        values = oracle.dequantize(expected, scales, code.numpy(), blocksize)
+    codes, state = functional.quantize_blockwise(context.move(A), blocksize=blocksize)
+    same_bits("codes", codes.cpu(), torch.from_numpy(expected).view(A.shape))
+    same_bits("absmax", state.absmax.cpu(), torch.from_numpy(scales))
+    same_bits("values", functional.dequantize_blockwise(codes, state).cpu(), torch.from_numpy(values).view(A.shape))
+    state = functional.QuantState.from_dict(state.as_dict(), context.device)
+    same_bits("read back", functional.dequantize_blockwise(codes, state).cpu().view(-1), torch.from_numpy(values))
 
 
 def _strided_parameter_steps(context: Context, optimizer: str) -> None:
@@ -303,6 +340,13 @@ def _simple_cases() -> dict[str, Callable[[Context], None]]:
         "weights of any layout": _quantized_layouts,
         "a transposed weight": _transposed_weight,
         "a small second moment": _small_second_moment,
+        **{
+            f"blocks of {size}": partial(_blocks_of_any_size, blocksize=size) for size in (1, 3, 100, 4097, 8192, 16384)
+        },
+        **{
+            f"matmul_4bit takes W from its state,{name}": partial(_orientation_of_matmul, N=N, K=K)
+            for name, N, K in (("square", 64, 64), ("wide", 32, 64), ("tall", 96, 32))
+        },
         **{f"special values,{name}": partial(_special_values, quant_type=name) for name in ("nf4", "fp4")},
         **{
             f"a strided parameter,{name}": partial(_strided_parameter_steps, optimizer=name)
