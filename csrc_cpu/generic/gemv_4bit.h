@@ -59,6 +59,7 @@ class RowReader {
     const int64_t blocks = end_block - first_block;
     scales_ = w_->stored_scales().read(first_block, blocks, buffer_);
     for (int64_t i = 0; i < blocks; i += kLanes) __builtin_prefetch(scales_ + blocks + i);
+    if (first + groups * kGroup > end_) scales_ = ending_with_zeros(scales_, blocks);
     words_in_block_ = static_cast<int>(first & (w_->blocksize - 1)) / kWord;
     bytes_ = w_->packed + first / 2;
     bytes_left_ = w_->bytes() - first / 2;
@@ -108,6 +109,15 @@ class RowReader {
 
  private:
   static constexpr int64_t kGroupBytes = kGroup / 2;
+
+  // Of the last words the row has no element. Zeros of A stand for those, and the next row's scale, which may
+  // not be finite, must not be multiplied by them.
+  const float* ending_with_zeros(const float* scales, int64_t blocks) {
+    if (scales != buffer_) __builtin_memcpy(buffer_, scales, blocks * sizeof(float));
+    __builtin_memset(buffer_ + blocks, 0, kLanes * sizeof(float));
+    return buffer_;
+  }
+
   const Weight* w_;
   int64_t start_, end_;
   int shift_;  // of an index of words to one of blocks
