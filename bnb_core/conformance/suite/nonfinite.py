@@ -278,14 +278,14 @@ def _calls() -> Iterator[tuple[str, str, Callable[[torch.Generator], Call], dict
 
         for product, nested in product_of(PRODUCTS, (False, True)):
             name = named(*product, "double-quantized" if nested else "f32")
-            options = {"product": product, "dtype": dtype, "nested": nested}
+            options: dict[str, Any] = {"product": product, "dtype": dtype, "nested": nested}
             yield "gemm_4bit", name, partial(_gemm_4bit, **options), traits
             yield "gemm_4bit_backward", name, partial(_gemm_4bit_backward, **options), traits
         for n, blocksize in ((1000, 64), (777, 32), (9000, 4096)):
             for bits, suffix in ((8, "blockwise"), (4, "4bit")):
-                options = {"n": n, "blocksize": blocksize, "dtype": dtype, "bits": bits}
-                yield f"quantize_{suffix}", named(n, blocksize), partial(_quantize, **options), traits
-                yield f"dequantize_{suffix}", named(n, blocksize), partial(_dequantize, **options), traits
+                sizes: dict[str, Any] = {"n": n, "blocksize": blocksize, "dtype": dtype, "bits": bits}
+                yield f"quantize_{suffix}", named(n, blocksize), partial(_quantize, **sizes), traits
+                yield f"dequantize_{suffix}", named(n, blocksize), partial(_dequantize, **sizes), traits
         for shape in INT8_SHAPES:
             for threshold in (0.0, 3.0):
                 quant = partial(_int8_quant, shape=shape, dtype=dtype, threshold=threshold)
