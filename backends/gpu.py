@@ -59,6 +59,7 @@ class LargeProducts:
         nested_blocksize: int,
         out: Tensor,
     ) -> None:
+        A = aligned(A)
         scales = (nested_absmax, nested_code, offset, nested_blocksize)
         if not self._is_large(A, B, blocksize):
             self.fused.gemm_4bit(A, B, shape, absmax, blocksize, quant_type, bias, *scales, out)
@@ -172,7 +173,7 @@ def _has_int_mm(device_type: str) -> bool:
 
 def _multiply(A: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = A @ weight^T + bias, the bias in the matmul's epilogue."""
-    rows, result = dequantized.as_matrix(aligned(A)), dequantized.as_matrix(out)
+    rows, result = dequantized.as_matrix(A), dequantized.as_matrix(out)
     if bias is None:
         torch.mm(rows, weight.t(), out=result)
     else:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnb_core.primitive import made_contiguous
+from bnb_core.primitive import made_readable
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 QUANT_TYPE_CODES = {"fp4": 0, "nf4": 1}
@@ -277,9 +277,9 @@ def _updating_in_place(kernel: Callable[..., None]) -> Callable[..., None]:
     @wraps(kernel)
     @torch.no_grad()
     def call(*arguments: Any) -> None:
-        contiguous = made_contiguous(arguments)
-        kernel(*contiguous)
-        for given, used, is_changed in zip(arguments, contiguous, changed, strict=False):
+        readable = made_readable(arguments)
+        kernel(*readable)
+        for given, used, is_changed in zip(arguments, readable, changed, strict=False):
             if is_changed and given is not used:
                 given.copy_(used)
 

@@ -8,7 +8,7 @@ from bnb_core.registry import backends, use_backend
 from bnb_core.version import __version__
 
 features = {"multi_backend"}
-supported_torch_devices = {"cpu", "cuda", "hip", "xpu", "mps"}
+supported_torch_devices = {"cpu", "cuda", "hip", "hpu", "mps", "npu", "xpu"}
 
 __all__ = [
     "MatmulLtState",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from bnb_core.quant_state import QuantState
 
 def _sum_to_bias(dY: Tensor) -> Tensor:
     return dY.sum_to_size(dY.shape[-1])
+
+
+def _aligned(dY: Tensor) -> Tensor:
+    """While a call is traced there is no address."""
+    return dY if goes_to_dispatcher(dY) else aligned(dY)
 
 
 def _gemm_4bit_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -43,7 +49,7 @@ def _gradient_of_input(ctx: Any, dY: Tensor) -> Tensor:
     scales = (nested_absmax, nested_code, offset, ctx.nested_blocksize)
     if not torch.is_grad_enabled():
         return primitives.gemm_4bit_backward(dY, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, *scales)
-    return aligned(dY) @ primitives.dequantize_4bit(
+    return _aligned(dY) @ primitives.dequantize_4bit(
         B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype, *scales
     )
 
@@ -136,25 +142,37 @@ def _weight_shape(quant_state: Any) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
+@dataclass
 class MatmulLtState:
-    """The int8 weight of a layer and how it is used; modules and adapters read and set its attributes."""
+    """The int8 weight of a layer and how it is used; modules and adapters read and set its attributes.
 
-    def __init__(self) -> None:
-        self.CB: Tensor | None = None
-        # CB in a GPU's own layout, which no kernel here needs: always None. vLLM reads it after each product.
-        self.CxB: Tensor | None = None
-        self.SCB: Tensor | None = None
-        self.SB: Tensor | None = None
-        self.CBt: Tensor | None = None
-        self.SBt: Tensor | None = None
-        self.subB: Tensor | None = None
-        self.idx: Tensor | None = None
-        self.outlier_pool: Any = None
-        self.threshold = 0.0
-        self.has_fp16_weights = True
-        self.is_training = True
-        self.use_pool = False
-        self.force_no_igemmlt = False
+    Attributes of older releases (:attr:`_deprecated_fields`) read as None. All but CxB warn.
+    """
+
+    force_no_igemmlt: bool = False
+    CB: Tensor | None = None
+    SB: Tensor | None = None
+    SCB: Tensor | None = None
+    SBt: Tensor | None = None
+    CBt: Tensor | None = None
+    subB: Tensor | None = None
+    outlier_pool: Any = None
+    idx: Tensor | None = None
+
+    # These are no arguments.
+    has_accumulated_gradients = False
+    threshold = 0.0
+    is_training = True
+    has_fp16_weights = True
+    use_pool = False
+    # CB in a GPU's own layout, which no kernel here needs. vLLM reads it after each product.
+    CxB = None
+    _deprecated_fields = frozenset({"CxB", "CxBt", "formatB", "_tile_indices"})
+
+    def __getattr__(self, name: str) -> None:
+        if name not in self._deprecated_fields:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warnings.warn(f"MatmulLtState.{name} is deprecated and always None", FutureWarning, stacklevel=2)
 
     def reset_grads(self) -> None:
         """Forget the quantized weight: it is taken anew from the layer at the next forward."""
@@ -179,7 +197,7 @@ class _Int8Linear(torch.autograd.Function):
         dA = dbias = dweight = None
         if ctx.needs_input_grad[0]:
             with registry.carry(ctx.backend_choice):
-                dA = aligned(dY) @ primitives.int8_vectorwise_dequant(CB, SCB).to(dY.dtype)
+                dA = _aligned(dY) @ primitives.int8_vectorwise_dequant(CB, SCB).to(dY.dtype)
         if ctx.needs_input_grad[3]:
             dbias = _sum_to_bias(dY)
         if ctx.needs_input_grad[4]:

@@ -494,8 +494,16 @@ def optimizer_update_8bit_blockwise(
 
 
 def get_ptr(A: Tensor | None) -> ctypes.c_void_p | None:
-    """Where a tensor's data begins, for the C symbols of ``lib``; None for None."""
-    return None if A is None else ctypes.c_void_p(A.data_ptr())
+    """Where a tensor's data begins, for the C symbols of ``lib``; None for None.
+
+    Raises:
+        ValueError: the memory holds the values with the other sign (``is_neg``); ``resolve_neg`` copies them.
+    """
+    if A is None:
+        return None
+    if A.is_neg():
+        raise ValueError("A: its memory holds the values with the other sign; A.resolve_neg() copies them")
+    return ctypes.c_void_p(A.data_ptr())
 
 
 def __getattr__(name: str) -> Any:
@@ -508,9 +516,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def get_paged(
-    *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
-) -> Tensor:
+def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
     """A zeroed tensor whose memory may be paged out, so that it can be larger than the device's own.
 
     Args:

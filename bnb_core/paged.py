@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from typing import BinaryIO
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ def paged_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device 
     flat = torch.zeros(0, dtype=dtype, device=device) if numel == 0 else memory.allocate(numel, dtype, device)
     tensor = flat.view(tuple(shape))
     tensor.is_paged = True  # type: ignore[attr-defined]
+    GlobalPageManager.get_instance().add(tensor)
     return tensor
 
 
@@ -49,6 +51,40 @@ def prefetch(tensor: Tensor, to_cpu: bool) -> None:
     memory = _host_memory if tensor.device.type == "cpu" else registry.paged_memory(tensor.device.type)
     if tensor.numel():
         memory.prefetch(tensor, to_cpu)
+
+
+class GlobalPageManager:
+    """Every paged tensor of the process, as long as somebody else holds it; there is one, from :meth:`get_instance`."""
+
+    _instance: GlobalPageManager | None = None
+
+    def __init__(self) -> None:
+        raise RuntimeError("GlobalPageManager: there is one in a process, call GlobalPageManager.get_instance()")
+
+    @classmethod
+    def get_instance(cls) -> GlobalPageManager:
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance.initialize()
+        return cls._instance
+
+    def initialize(self) -> None:
+        """Forget every tensor; they stay what they are."""
+        # By their identity, as tensors compare by their entries.
+        self._tensors: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+    def add(self, tensor: Tensor) -> None:
+        self._tensors[id(tensor)] = tensor
+
+    @property
+    def paged_tensors(self) -> list[Tensor]:
+        """In the order in which they were made."""
+        return list(self._tensors.values())
+
+    def prefetch_all(self, to_cpu: bool = False) -> None:
+        """Start to bring every tensor to its device, or to the host; the newest first."""
+        for tensor in reversed(self.paged_tensors):
+            prefetch(tensor, to_cpu)
 
 
 class _HostMemory:

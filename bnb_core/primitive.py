@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from bnb_core import registry
 from bnb_core.checks import check_dtype, check_same_device, check_shape, check_tensor
-from bnb_core.signature import signature
+from bnb_core.signature import is_readable, signature
 
 NAMESPACE = "bnb_core"
 MOST_PLANS = 1024
@@ -48,7 +48,7 @@ class _Plan(NamedTuple):
     outputs: tuple[Out, ...]
     device: torch.device
     device_type: str
-    contiguous: bool
+    readable: bool
     """Whether the kernel may have the arguments as they are."""
     allocate: Callable[[], Any]
     """The outputs, as the caller gets them: a tensor, a tuple of them, or None."""
@@ -122,8 +122,8 @@ class Primitive:
         if out is not None:
             return self._run_into(out, plan, arguments)
         result = plan.allocate()
-        if not plan.contiguous:
-            arguments = made_contiguous(arguments)
+        if not plan.readable:
+            arguments = made_readable(arguments)
         kernel = registry.kernel_for(self.name, plan.device_type, arguments)
         if result is None:
             kernel(*arguments)
@@ -143,8 +143,8 @@ class Primitive:
         for tensor, other in combinations(given, 2):
             if _share_memory(tensor, other):
                 raise ValueError("out: two of its tensors share memory")
-        buffers = tuple(t if t.is_contiguous() else e.allocate(device) for t, e in zip(given, outputs, strict=True))
-        arguments = made_contiguous(arguments)
+        buffers = tuple(t if is_readable(t) else e.allocate(device) for t, e in zip(given, outputs, strict=True))
+        arguments = made_readable(arguments)
         kernel = registry.kernel_for(self.name, plan.device_type, arguments)
         kernel(*arguments, out=buffers if isinstance(out, tuple) else buffers[0])
         for tensor, buffer in zip(given, buffers, strict=True):
@@ -183,11 +183,11 @@ class Primitive:
         outputs, device = self._checked(arguments)
         if outputs is None:  # the kernel changes some of its arguments, and takes any strides
             return _Plan((), device, device.type, True, lambda: None)
-        contiguous = all(a.is_contiguous() for a in arguments if isinstance(a, Tensor))
+        readable = all(is_readable(a) for a in arguments if isinstance(a, Tensor))
         if isinstance(outputs, Out):
-            return _Plan((outputs,), device, device.type, contiguous, outputs.allocator(device))
+            return _Plan((outputs,), device, device.type, readable, outputs.allocator(device))
         allocators = [output.allocator(device) for output in outputs]
-        return _Plan(outputs, device, device.type, contiguous, lambda: tuple([allocate() for allocate in allocators]))
+        return _Plan(outputs, device, device.type, readable, lambda: tuple([allocate() for allocate in allocators]))
 
     def _checked(self, arguments: tuple[Any, ...]) -> tuple[Any, torch.device]:
         outputs = self.declaration(*arguments)
@@ -218,20 +218,17 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) and not isinstance(value, Out) else (value,)
 
 
-def made_contiguous(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments, with a contiguous copy of each tensor that is not so itself."""
-    return tuple([argument.contiguous() if isinstance(argument, Tensor) else argument for argument in arguments])
+def made_readable(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with a copy of each tensor whose memory does not hold its values in order (``is_readable``)."""
+    return tuple([a.resolve_neg().contiguous() if isinstance(a, Tensor) else a for a in arguments])
 
 
 def aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of one that begins where no allocation of torch's does.
 
-    torch's matmuls may add up in another order at such an address, but a result depends on values alone. While a call
-    is traced there is no address.
+    At such an address kernels and torch's matmuls may add up in another order, but a result depends on values alone.
     """
-    if goes_to_dispatcher(tensor) or tensor.data_ptr() % TORCH_ALIGNMENT == 0:
-        return tensor
-    return tensor.clone()
+    return tensor if tensor.data_ptr() % TORCH_ALIGNMENT == 0 else tensor.clone()
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

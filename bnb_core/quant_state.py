@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnb_core.checks import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES, check_any_blocksize
 from bnb_core.primitives import block_count
-from bnb_core.serialization import pack_dict_to_tensor, unpack_tensor_to_dict
+from bnb_core.serialization import PackedValues, pack_dict_to_tensor, unpack_tensor_to_dict
 
 PACKED_KEY = "quant_state.bitsandbytes__"
 _PACKED_NAME = PACKED_KEY.rpartition(".")[2]
@@ -158,7 +158,7 @@ class QuantState:
             return state
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         values = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
-        return {**tensors, f"{PACKED_KEY}{self.quant_type}": pack_dict_to_tensor(values)}
+        return {**tensors, PACKED_KEY + self.quant_type: pack_dict_to_tensor(values).as_subclass(PackedValues)}
 
     @classmethod
     def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str) -> QuantState:

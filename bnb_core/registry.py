@@ -39,10 +39,16 @@ class Kernel:
 
     ``function(*arguments, out=outputs)`` writes the outputs (a tensor or a tuple of them) that the primitive
     has allocated. ``supports(*arguments)`` returns None, or the reason why these arguments cannot be served.
+    A kernel that comes and goes while the process runs has ``present(device_type)``, which says whether it is there
+    now; where it is not, ``supports`` refuses.
     """
 
     function: Callable[..., None]
     supports: Callable[..., str | None] | None = None
+    present: Callable[[str], bool] | None = None
+
+    def is_on(self, device_type: str) -> bool:
+        return self.present is None or self.present(device_type)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,9 @@ class Backend:
     @property
     def available(self) -> bool:
         return self.unavailable is None
+
+    def prepare(self) -> None:
+        """Called where the backend is named, before it is asked whether it is available; most have nothing to do."""
 
     def serves(self, device_type: str) -> bool:
         return EVERY_DEVICE in self.device_types or device_type in self.device_types
@@ -210,6 +219,7 @@ def available_backend(name: str) -> Backend:
         BackendError: it is unknown, or not available (with the reason).
     """
     backend = _named(name)
+    backend.prepare()
     if backend.unavailable is not None:
         raise BackendError(f"backend {name!r} is not available: {backend.unavailable}")
     return backend
@@ -379,7 +389,9 @@ def _by_priority(primitive: str, device_type: str) -> list[_Candidate]:
     found = []
     for backend in backends().values():
         kernel = backend.kernel(primitive)
-        if backend.available and not backend.by_name_only and backend.serves(device_type) and kernel:
+        if kernel is None or backend.by_name_only or not backend.serves(device_type):
+            continue
+        if backend.available or kernel.present is not None:
             found.append(_Candidate(backend.name, kernel))
     if not found:
         reasons = "; ".join(f"{b.name}: {b.unavailable}" for b in backends().values() if b.unavailable)
@@ -413,7 +425,11 @@ def served_by(primitive: str, device_type: str) -> str:
     Raises:
         BackendError: none serves it, or the one that an override names does not.
     """
-    return _candidates(primitive, device_type, _override_in_force())[0].backend
+    candidates = _candidates(primitive, device_type, _override_in_force())
+    for candidate in candidates:
+        if candidate.kernel.is_on(device_type):
+            return candidate.backend
+    raise BackendError(f"{primitive}: backend {candidates[0].backend!r} has no kernel for it on {device_type} now")
 
 
 def serving(device_type: str) -> dict[str, str]:
@@ -422,11 +438,11 @@ def serving(device_type: str) -> dict[str, str]:
     Raises:
         BackendError: BNB_BACKEND cannot be read.
     """
-    override = _override_in_force()
+    _override_in_force()  # raises here where it cannot be read, not once for each primitive
     table = {}
     for primitive in _primitives:
         try:
-            table[primitive] = _candidates(primitive, device_type, override)[0].backend
+            table[primitive] = served_by(primitive, device_type)
         except BackendError as error:
             table[primitive] = str(error)
     return table

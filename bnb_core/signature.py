@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def signature_in_python(arguments: tuple[Any, ...]) -> Hashable | None:
-    """Dtype, shape, device and contiguity of every tensor, type and value of everything else, in sequences too.
+    """Dtype, device, shape and readability of every tensor, type and value of everything else, in sequences too.
 
     None where that cannot be told, as the arguments have to be checked each time then.
     """
@@ -22,9 +22,14 @@ def signature_in_python(arguments: tuple[Any, ...]) -> Hashable | None:
     return key
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the memory holds the values in order: contiguous, and not with the other sign (``is_neg``)."""
+    return tensor.is_contiguous() and not tensor.is_neg()
+
+
 def _described(argument: Any) -> Hashable:
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.device, argument.shape, argument.is_contiguous()
+        return argument.dtype, argument.device, argument.shape, is_readable(argument)
     if isinstance(argument, tuple | list):
         return tuple([_described(item) for item in argument])
     return type(argument), argument

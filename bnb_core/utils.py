@@ -102,9 +102,9 @@ class OutlierTracer:
     _instance: OutlierTracer | None = None
 
     def __init__(self) -> None:
-        self.outlier_of_weight: dict[int, Tensor] = {}
+        self.hvalue2outlier_idx: dict[int, Tensor] = {}
         self.hooks: list[Any] = []
-        self.last_weight: Tensor | None = None
+        self.last_w: Tensor | None = None
 
     @classmethod
     def get_instance(cls) -> OutlierTracer:
@@ -115,24 +115,43 @@ class OutlierTracer:
     def is_initialized(self) -> bool:
         return bool(self.hooks)
 
+    @property
+    def initialized(self) -> bool:
+        return self.is_initialized()
+
+    @property
+    def hvalues(self) -> list[int]:
+        """What :meth:`get_hvalue` gives for those weights whose layers have been traced, in their order."""
+        return list(self.hvalue2outlier_idx)
+
+    @property
+    def outliers(self) -> list[Tensor]:
+        """The outlier dimensions of their inputs, in the same order."""
+        return list(self.hvalue2outlier_idx.values())
+
     def initialize(self, model: nn.Module) -> None:
         """Watch the forward of every nn.Linear of the model."""
         self.remove()
         for module in model.modules():
             if isinstance(module, nn.Linear):
-                self.hooks.append(module.register_forward_pre_hook(self._trace))
+                self.hooks.append(module.register_forward_pre_hook(self.trace))
 
     def remove(self) -> None:
         """Take the hooks away and forget what was found."""
         for hook in self.hooks:
             hook.remove()
-        self.hooks, self.outlier_of_weight, self.last_weight = [], {}, None
+        self.hooks, self.hvalue2outlier_idx, self.last_w = [], {}, None
 
-    def _trace(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        weight = module.weight
-        if self.last_weight is not None and self.last_weight.shape[0] == weight.shape[1]:  # type: ignore[index]
-            self.outlier_of_weight[weight.data_ptr()] = find_outlier_dims(self.last_weight, reduction_dim=1)  # type: ignore[operator]
-        self.last_weight = weight.data  # type: ignore[assignment]
+    def get_hvalue(self, weight: Tensor) -> int:
+        """What stands for a weight: the address of its data."""
+        return weight.data_ptr()
+
+    def trace(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """The hook before the forward of a layer: the one before it tells where its input has outliers."""
+        weight: Any = module.weight
+        if self.last_w is not None and self.last_w.shape[0] == weight.shape[1]:
+            self.hvalue2outlier_idx[self.get_hvalue(weight)] = find_outlier_dims(self.last_w, reduction_dim=1)
+        self.last_w = weight.data
 
     def get_outliers(self, weight: Tensor) -> Tensor | None:
         """The outlier dimensions of the input of the layer with this weight, i64; None if none were traced.
@@ -142,7 +161,7 @@ class OutlierTracer:
         """
         if not self.is_initialized():
             raise RuntimeError("OutlierTracer watches no model yet: call initialize(model) first")
-        return self.outlier_of_weight.get(weight.data_ptr())
+        return self.hvalue2outlier_idx.get(self.get_hvalue(weight))
 
 
 def sync_gpu(t: Tensor) -> None:

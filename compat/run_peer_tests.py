@@ -22,8 +22,7 @@ DELIBERATE = {
     "tests/test_modules.py::test_embedding_not_implemented_error": "quantized embeddings are saved",
     "tests/test_modules.py::test_linear_kbit_fp32_bias": "a forward leaves the bias as it is",
 }
-"""Tests that ask for what is otherwise here on purpose, and a file that is left out as a whole; docs/migration.md has a row
-for each."""
+"""Tests that ask for what is otherwise here on purpose, and a file that is left out; docs/migration.md has a row for each."""
 
 COLUMNS = ("passed", "failed", "on purpose", "skipped", "not collected")
 

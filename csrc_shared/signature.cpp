@@ -8,6 +8,7 @@ namespace bnb {
 namespace {
 
 const dlpack::Exchange* exchange;
+PyObject* is_neg;  // torch.Tensor.is_neg
 PyTypeObject* tensor_type;
 PyTypeObject* dtype_type;
 
@@ -67,8 +68,16 @@ class Signature {
       return false;
     }
     return add_value('T', tensor.device) && add_value(':', tensor.dtype) &&
-           add_value(tensor.contiguous() ? 'c' : 's', tensor.dimensions) &&
+           add_value(tensor.contiguous() && !is_negated(argument) ? 'c' : 's', tensor.dimensions) &&
            add_bytes(tensor.shape, tensor.dimensions * sizeof(int64_t));
+  }
+
+  // Whether the memory holds the values with the other sign, which DLPack does not tell.
+  static bool is_negated(PyObject* tensor) {
+    PyObject* negated = PyObject_CallOneArg(is_neg, tensor);
+    if (!negated) PyErr_Clear();
+    Py_XDECREF(negated);
+    return negated != Py_False;
   }
 
   char bytes_[1024];
@@ -99,6 +108,8 @@ PyMODINIT_FUNC PyInit__signature() {
   tensor_type = type_of_torch("Tensor");
   dtype_type = type_of_torch("dtype");
   if (!tensor_type || !dtype_type) return nullptr;
+  is_neg = PyObject_GetAttrString(reinterpret_cast<PyObject*>(tensor_type), "is_neg");
+  if (!is_neg) return nullptr;
   static PyMethodDef methods[] = {{"signature", signature, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_signature", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -25,6 +25,8 @@ SIGNATURES = {
         *("optim_bits", "min_8bit_size", "is_paged"),
     ),
 }
+# Where the bits are in the name of a class, they are no argument.
+FIXED_BITS = ("Lion", "SGD", "RMSprop", "LAMB", "LARS", "AdEMAMix")
 TWO_STATES = ("Adam", "AdamW", "LAMB", "AdEMAMix")
 PAGED = ("Adam", "AdamW", "Lion", "AdEMAMix")
 FAMILY = {

@@ -132,6 +132,23 @@ def test_a_module_that_is_not_offered_is_not_found(facts):
     assert facts["unknown"] == "No module named 'bitsandbytes.research'"
 
 
+RUN = "import runpy; runpy.run_module('bitsandbytes', run_name='__main__', alter_sys=True)"
+
+
+@pytest.mark.parametrize("way", ["in one process", "in the environment"])
+def test_the_package_is_a_program_that_tells_what_runs(way, compat_folder):
+    if way == "in the environment" and real_version():
+        pytest.skip(f"bitsandbytes {real_version()} is installed here, beside which the distribution refuses to work")
+    result = run_python(f"{INSTALL}\n{RUN}") if way == "in one process" else run_with([compat_folder], RUN)
+    assert result.returncode == 0, result.stderr
+    assert "Which backend serves" in result.stdout
+
+
+def test_shorter_names_are_the_same_modules():
+    code = "import bitsandbytes as b; print(b.adam is b.optim.adam, b.modules is b.nn.modules, callable(b.backends))"
+    assert run_python(f"{INSTALL}\n{code}").stdout.split() == ["True"] * 3
+
+
 def test_importing_bnb_core_alone_claims_no_name():
     code = "import sys, bnb_core; print([m for m in sys.modules if m.startswith('bitsandbytes')])"
     assert run_python(code).stdout.strip() == "[]"

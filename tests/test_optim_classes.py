@@ -8,7 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from optimizers import FAMILY, SIGNATURES, TWO_STATES, assert_same_state, build, every_class, parameter, take_steps
+from optimizers import (
+    FAMILY,
+    FIXED_BITS,
+    SIGNATURES,
+    TWO_STATES,
+    assert_same_state,
+    build,
+    every_class,
+    parameter,
+    take_steps,
+)
 from torch import nn
 
 from bnb_core import optim
@@ -30,9 +40,33 @@ DEFAULTS = {
 @every_class
 def test_signature(name):
     parameters = inspect.signature(getattr(optim, name)).parameters
-    assert tuple(parameters) == SIGNATURES[FAMILY[name]]
     expected = {"optim_bits": 32, "min_8bit_size": 4096, **DEFAULTS[FAMILY[name]]}
+    names = SIGNATURES[FAMILY[name]]
+    if name.endswith("bit") and FAMILY[name] in FIXED_BITS:
+        names = tuple(key for key in names if key != "optim_bits")
+        del expected["optim_bits"]
+    assert tuple(parameters) == names
     assert {key: parameters[key].default for key in expected} == expected
+
+
+GIVEN = {
+    **{"lr": 0.5, "betas": (0.5, 0.25), "eps": 1e-3, "weight_decay": 0.25, "momentum": 0.5, "alpha": 0.75},
+    **{"t_alpha": 3, "t_beta3": 4, "min_8bit_size": 16, "max_unorm": 0.5, "is_paged": True},
+    "args": SimpleNamespace(skip_zeros=True),
+}
+GIVEN_OTHERWISE = {"AdEMAMix": {"betas": (0.5, 0.25, 0.75)}, "RMSprop": {"momentum": 0}}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name.endswith("bit") and FAMILY[name] in FIXED_BITS])
+def test_a_class_of_fixed_bits_takes_the_other_arguments_in_their_places(name):
+    values = {**GIVEN, **GIVEN_OTHERWISE.get(FAMILY[name], {})}
+    _, *parameters = inspect.signature(getattr(optim, name)).parameters.values()
+    given = {parameter.name: values.get(parameter.name, parameter.default) for parameter in parameters}
+    optimizer = getattr(optim, name)([parameter(4, 4)], *given.values())
+    bits = 8 if name.endswith("8bit") else 32
+    expected = getattr(optim, FAMILY[name])([parameter(4, 4)], **given, optim_bits=bits)
+    assert optimizer.defaults == expected.defaults and vars(optimizer.args) == vars(expected.args)
+    assert optimizer.is_paged == expected.is_paged
 
 
 @every_class
@@ -140,6 +174,9 @@ def test_args_take_the_place_of_arguments():
 def test_base_attributes_that_callers_use():
     optimizer = optim.Adam8bit([parameter(4)])
     assert optimizer.mng is GlobalOptimManager.get_instance()
+    assert optimizer.name2qmap.keys() == {"dynamic", "udynamic"}
+    optimizer.name2qmap.clear()
+    optimizer.fill_qmap()
     assert optimizer.name2qmap.keys() == {"dynamic", "udynamic"}
     assert {"state1", "qmap2", "absmax1", "unorm_vec"} <= optimizer.non_castable_tensor_keys
     config = optimizer.get_config(0, 0, optimizer.param_groups[0])

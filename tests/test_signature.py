@@ -34,6 +34,7 @@ DIFFERENT = {
     "dtype": (A, A.half()),
     "dtypes of one size": (A.half(), A.bfloat16()),
     "signed and unsigned": (A.to(torch.uint8), A.to(torch.int8)),
+    "negated": (A, torch._neg_view(A)),
     "strides": (torch.zeros(6, 6), torch.zeros(6, 6).t()),
     "a tensor or none": (A, None),
     "numbers": (64, 128),

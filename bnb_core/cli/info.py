@@ -44,6 +44,8 @@ def collect() -> dict[str, Any]:
     Raises:
         BackendError: BNB_BACKEND names what does not exist, or nothing is registered.
     """
+    for backend in registry.backends().values():
+        backend.prepare()
     gpus = list(find_gpus())
     devices = ["cpu", *dict.fromkeys(gpu["device"].partition(":")[0] for gpu in gpus)]
     serving = {device: registry.serving(device) for device in devices}

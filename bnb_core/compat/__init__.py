@@ -24,12 +24,13 @@ def install_as_bitsandbytes() -> None:
     are ``bitsandbytes.optim...``, as Trainer asks their names.
 
     Warns:
-        UserWarning: such a library is imported already, and has found nothing.
+        UserWarning: such a library is imported already, and has found nothing; or a package that registers kernels for
+            bitsandbytes fails to (kernel_packages.py).
 
     Raises:
         RuntimeError: another bitsandbytes is imported already.
     """
-    from bnb_core.compat import metadata, names
+    from bnb_core.compat import kernel_packages, metadata, names
 
     present, distribution = sys.modules.get(names.NAME), _version_of(names.NAME)
     if present is None:
@@ -43,6 +44,8 @@ def install_as_bitsandbytes() -> None:
         )
     if distribution != names.VERSION:
         sys.meta_path.insert(0, metadata.FaceFinder())
+    if present is None:
+        kernel_packages.load()
 
 
 def serve_installed_package() -> None:
@@ -51,7 +54,7 @@ def serve_installed_package() -> None:
     Raises:
         ImportError: another distribution called bitsandbytes is installed, too.
     """
-    from bnb_core.compat import metadata, names
+    from bnb_core.compat import kernel_packages, metadata, names
 
     others = metadata.other_distributions()
     if others:
@@ -62,6 +65,7 @@ def serve_installed_package() -> None:
         )
     del sys.modules[names.NAME]
     _give_the_name()
+    kernel_packages.load()
 
 
 def _warn_of_early_imports(modules: Sequence[str]) -> None:

@@ -111,9 +111,20 @@ def _misaligned(tensor: Tensor) -> Tensor:
     return view
 
 
+def _negated(tensor: Tensor) -> Tensor:
+    """The memory holds the other sign, and torch's negative bit is set, as of ``x.conj().imag``."""
+    return torch._neg_view(-tensor)
+
+
+def contiguous_copy(tensor: Tensor) -> Tensor:
+    """The same values as a tensor of their own, at an address that torch gives it."""
+    return tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": _contiguous,
     "transposed": _transposed,
     "strided": _strided,
     "misaligned": _misaligned,
+    "negated": _negated,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from bnb_core.functional import QuantState
 from bnb_core.nn.linear4bit import Weight4bitMixin
 from bnb_core.nn.linear8bit import Int8Params, Weight8bitMixin
 from bnb_core.nn.params4bit import Params4bit
-from bnb_core.nn.quantized_weight import NOT_QUANTIZED
+from bnb_core.nn.quantized_weight import not_quantized
 from bnb_core.optim import GlobalOptimManager
 
 _log = logging.getLogger(__name__)
@@ -22,8 +21,25 @@ _log = logging.getLogger(__name__)
 class Embedding(nn.Embedding):
     """nn.Embedding with Xavier initialization whose weight keeps 32-bit optimizer state (8-bit Optimizers, 2.3)."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        _freeze: bool = False,
+    ) -> None:
+        super().__init__(
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight,
+            _freeze, device, dtype,
+        )  # fmt: skip
         GlobalOptimManager.get_instance().register_module_override(self, "weight", {"optim_bits": 32})
 
     def reset_parameters(self) -> None:
@@ -34,9 +50,26 @@ class Embedding(nn.Embedding):
 class StableEmbedding(Embedding):
     """:class:`Embedding` followed by a layer norm (8-bit Optimizers, section 2.3)."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
-        self.norm = nn.LayerNorm(embedding_dim, device=kwargs.get("device"))
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        _freeze: bool = False,
+    ) -> None:
+        super().__init__(
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight,
+            device, dtype, _freeze=_freeze,
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(embedding_dim, device=device)
 
     def forward(self, input: Tensor) -> Tensor:
         """The norm is taken in its own dtype; the result has the weight's."""
@@ -66,11 +99,12 @@ class Embedding8bit(Weight8bitMixin, nn.Embedding):
         return self.num_embeddings, self.embedding_dim
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.weight.SCB is None:
-            raise RuntimeError(NOT_QUANTIZED)
+        scales = self._scales()
+        if scales is None or self.weight.dtype != torch.int8:
+            raise RuntimeError(not_quantized(self.weight))
         rows = input.reshape(-1)
         codes = self.weight.data.index_select(0, rows)
-        values = functional.int8_vectorwise_dequant(codes, self.weight.SCB.index_select(0, rows))
+        values = functional.int8_vectorwise_dequant(codes, scales.to(codes.device).index_select(0, rows))
         return values.to(self.dtype).view(*input.shape, self.embedding_dim)
 
 
@@ -121,7 +155,7 @@ class Embedding4bit(Weight4bitMixin, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         quant_state = self._current_quant_state()
         if quant_state is None:
-            raise RuntimeError(NOT_QUANTIZED)
+            raise RuntimeError(not_quantized(self.weight))
         packed = self.weight.data
         if self.embedding_dim % quant_state.blocksize:  # type: ignore[operator]
             # Rows share blocks, perhaps bytes.

@@ -14,7 +14,7 @@ from bnb_core.autograd import linear_4bit
 from bnb_core.checks import check_float
 from bnb_core.functional import QuantState
 from bnb_core.nn.params4bit import Params4bit
-from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin
+from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized
 
 _WEIGHT = "weight"
 _log = logging.getLogger(__name__)
@@ -34,9 +34,14 @@ class Weight4bitMixin(QuantizedWeightMixin):
                 destination[f"{prefix}{_WEIGHT}.{name}"] = value if keep_vars else value.detach()
 
     def _current_quant_state(self) -> QuantState | None:
-        """The weight's; where a sharding wrapper has put a plain tensor in the weight's place, the module's own."""
+        """The weight's; where a sharding wrapper has put plain codes in the weight's place, the module's own.
+
+        None for values, as a weight has that is not quantized yet or is tied to a plain one.
+        """
         quant_state = getattr(self.weight, "quant_state", None)
-        return self.quant_state if quant_state is None else quant_state
+        if quant_state is None and tuple(self.weight.shape) != self._weight_shape():
+            return self.quant_state
+        return quant_state
 
     def _part_keys(self, prefix: str, state_dict: Mapping[str, Any]) -> list[str]:
         return [key for key in state_dict if key.startswith(f"{prefix}{_WEIGHT}.")]
@@ -184,7 +189,7 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
         check_float("x", x)
         quant_state = self._current_quant_state()
         if quant_state is None:
-            raise RuntimeError(NOT_QUANTIZED)
+            raise RuntimeError(not_quantized(self.weight))
         dtype = self._dtype_for(x)
         if not (self._looked_at_dtype or torch.compiler.is_compiling()):
             self._look_at_dtype(x, dtype)

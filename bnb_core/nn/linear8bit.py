@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from bnb_core import functional
 from bnb_core.autograd import MatmulLtState, int8_linear, matmul
 from bnb_core.checks import check_float
-from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin
+from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode
+from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized
 from bnb_core.primitive import plain_tensor_type
 from bnb_core.utils import LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
 
@@ -20,7 +20,7 @@ ROW_FORMAT = LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"]
 
 
 @plain_tensor_type
-class Int8Params(nn.Parameter):
+class Int8Params(QuantizedParameter):
     """A weight [N, K] that the first move to a device quantizes to int8 by rows, unless it trains.
 
     Args:
@@ -59,10 +59,17 @@ class Int8Params(nn.Parameter):
         self.data, self.CB, self.SCB = codes, codes, scales
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Int8Params:
-        """Move, and on the first move to a device other than meta quantize; codes keep their dtype."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if not self.has_fp16_weights and self.is_floating_point() and device is not None and device.type != "meta":
+    def _holds_codes(self) -> bool:
+        return self.dtype == torch.int8
+
+    def _moved(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool) -> Int8Params:
+        if self.has_fp16_weights:
+            return self._like(self.data.to(device, dtype, non_blocking))
+        return self._moved_frozen(device, dtype, non_blocking)
+
+    @in_any_mode
+    def _moved_frozen(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool) -> Int8Params:
+        if self.is_floating_point() and device is not None and device.type != "meta":
             return self._quantize(device)
         moved = self.data.to(device, dtype if self.is_floating_point() else None, non_blocking)
         scales = self.SCB
@@ -75,48 +82,59 @@ class Int8Params(nn.Parameter):
         CB = data if data.dtype == torch.int8 else self.CB
         return type(self)(data, self.requires_grad, self.has_fp16_weights, CB, self.SCB)
 
-    def cpu(self) -> Int8Params:  # type: ignore[override]
-        return self.to(device="cpu")
-
-    def cuda(self, device: Any = None, non_blocking: bool = False) -> Int8Params:  # type: ignore[override]
-        return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
-
-    def xpu(self, device: Any = None, non_blocking: bool = False) -> Int8Params:  # type: ignore[override]
-        return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Params:
-        if id(self) not in memo:
-            data = self.data.clone()
-            CB = data if self.CB is not None else None
-            memo[id(self)] = type(self)(
-                data, self.requires_grad, self.has_fp16_weights, CB, copy.deepcopy(self.SCB, memo)
-            )
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return type(self), (self.data, self.requires_grad, self.has_fp16_weights, self.CB, self.SCB)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Plain results. That this is here keeps torch's fused transformer layers from reading codes as values."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        copied: Any = super().__deepcopy__(memo)
+        if copied.CB is not None:
+            copied.CB = copied.data
+        return copied
 
 
 class Weight8bitMixin(QuantizedWeightMixin):
     """A module whose ``weight`` is an :class:`Int8Params`: its state dict holds the scales, both ways."""
 
     weight: Int8Params
+    _kept_scales: Tensor | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._keep_scales()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self._keep_scales()
+        return result
+
+    def _keep_scales(self) -> None:
+        """The layer has the scales, too: sharding puts another parameter in the place of a quantized weight."""
+        scales = getattr(self._parameters.get("weight"), "SCB", None)
+        if scales is not None:
+            self._kept_scales = scales
 
     def _scales(self) -> Tensor | None:
-        return self.weight.SCB
+        """The weight's, or those that it had before something else was put in its place."""
+        scales = getattr(self.weight, "SCB", None)
+        return self._kept_scales if scales is None else scales
+
+    @property
+    def SCB(self) -> Tensor:
+        """The scales f32[N] of a quantized weight, under their key of a state dict: walkers of those look it up."""
+        scales = self._scales()
+        if scales is None:
+            raise AttributeError(f"SCB: {NOT_QUANTIZED}")
+        return scales
+
+    @property
+    def weight_format(self) -> Tensor:
+        """The code of the layout of int8 weights by rows, u8 on the CPU, under its key of a state dict."""
+        return torch.tensor(ROW_FORMAT, dtype=torch.uint8, device="cpu")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         scales = self._scales()
         if scales is not None and self.weight.dtype == torch.int8:
             destination[f"{prefix}SCB"] = scales if keep_vars else scales.detach()
-            destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8, device="cpu")
+            destination[f"{prefix}weight_format"] = self.weight_format
 
     def _part_keys(self, prefix: str, state_dict: Mapping[str, Any]) -> list[str]:
         return [key for key in (f"{prefix}SCB", f"{prefix}weight_format") if key in state_dict]
@@ -200,8 +218,9 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
 
     def _scales(self) -> Tensor | None:
         """The weight's; adapters that rebuild the weight leave them in the state."""
-        scales = getattr(self.weight, "SCB", None)
-        return self.state.SCB if scales is None else scales
+        if getattr(self.weight, "SCB", None) is None and self.state.SCB is not None:
+            return self.state.SCB
+        return super()._scales()
 
     def init_8bit_state(self) -> None:
         """Point the state at the weight as it is now: it may have moved or been replaced since the last forward."""
@@ -218,7 +237,7 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
             weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
             return matmul(x, weight, bias=bias, state=self.state)
         if self.weight.dtype != torch.int8:
-            raise RuntimeError(NOT_QUANTIZED)
+            raise RuntimeError(not_quantized(self.weight))
         if not torch.compiler.is_compiling():
             self.init_8bit_state()
         return int8_linear(x, self.weight.data, self._scales_for_forward(), bias, self.state.threshold)

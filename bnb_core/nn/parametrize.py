@@ -26,8 +26,8 @@ class Bnb4bitParametrization(nn.Module):
         self.quant_state = quant_state
 
     @torch.no_grad()
-    def forward(self, packed: Tensor) -> Tensor:
-        return functional.dequantize_4bit(packed, self.quant_state)
+    def forward(self, quantized_param: Tensor) -> Tensor:
+        return functional.dequantize_4bit(quantized_param, self.quant_state)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bnb4bitParametrization:
         """Scales keep their dtype when the module is converted, but follow it to a device."""

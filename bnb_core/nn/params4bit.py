@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnb_core import functional
 from bnb_core.checks import QUANT_STORAGES, QUANT_TYPES, check_blocksize, check_choice, check_dtype_argument
 from bnb_core.functional import DEFAULT_BLOCKSIZE_4BIT, QuantState
+from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode
 from bnb_core.primitive import plain_tensor_type
 
-# The methods that convert values: on packed codes, which are none, they do nothing.
-_CASTS = {getattr(Tensor, name) for name in ("half", "float", "double", "bfloat16", "type", "type_as", "int", "long")}
 _SPLITS = {torch.chunk, torch.split, Tensor.chunk, Tensor.split}
 
 
@@ -33,7 +31,7 @@ def _through_quant_state(name: str) -> property:
 
 
 @plain_tensor_type
-class Params4bit(nn.Parameter):
+class Params4bit(QuantizedParameter):
     """A weight that :meth:`to` any device but meta quantizes, once.
 
     Args:
@@ -138,8 +136,11 @@ class Params4bit(nn.Parameter):
         if self.module is not None:
             self.module.quant_state = self.quant_state
 
-    def _like(self, data: Tensor, **changes: Any) -> Params4bit:
-        return type(self)(data, **{"requires_grad": self.requires_grad, **self.__dict__, **changes})
+    def _holds_codes(self) -> bool:
+        return self.bnb_quantized
+
+    def _like(self, data: Tensor) -> Params4bit:
+        return type(self)(data, **{"requires_grad": self.requires_grad, **self.__dict__})
 
     def _quantize(self, device: torch.device) -> Params4bit:
         """In place, because torch moves a module by setting its parameters' data."""
@@ -156,9 +157,8 @@ class Params4bit(nn.Parameter):
         self._tell_module()
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
-        """Move, and on the first move to a device other than meta quantize; packed codes keep their dtype."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+    @in_any_mode
+    def _moved(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool) -> Params4bit:
         if not self.bnb_quantized:
             if device is not None and device.type != "meta":
                 return self._quantize(device)
@@ -169,47 +169,10 @@ class Params4bit(nn.Parameter):
             self.quant_state.to(device)
         return self._like(self.data.to(device, non_blocking=non_blocking))
 
-    def cpu(self) -> Params4bit:  # type: ignore[override]
-        return self.to(device="cpu")
-
-    def cuda(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
-        return self.to(device=_indexed("cuda", device), non_blocking=non_blocking)
-
-    def xpu(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
-        return self.to(device=_indexed("xpu", device), non_blocking=non_blocking)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
-        if id(self) in memo:
-            return memo[id(self)]
-        copied = self._like(self.data.clone())
-        memo[id(self)] = copied
-        for name, value in self.__dict__.items():
-            # A copy of the parameter alone stays with its module; a copy of the module has that copy in the memo.
-            setattr(copied, name, memo.get(id(value), value) if name == "module" else copy.deepcopy(value, memo))
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self), self.data, self.requires_grad), self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Plain results, but for what would convert packed codes as if they were values, and for splits."""
-        kwargs = kwargs or {}
-        if func in _CASTS and getattr(args[0], "bnb_quantized", False) and (len(args) > 1 or func is not Tensor.type):
-            return args[0]
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
+        """As of all quantized parameters; splits keep the class and the state."""
+        result = super().__torch_function__(func, types, args, kwargs)
         if func in _SPLITS and isinstance(args[0], Params4bit):
             return tuple(args[0]._like(part) for part in result)
         return result
-
-
-def _indexed(device_type: str, device: Any) -> torch.device:
-    return torch.device(device_type, device) if isinstance(device, int) else torch.device(device or device_type)
-
-
-def _rebuild(cls: type[Params4bit], data: Tensor, requires_grad: bool) -> Params4bit:
-    return cls(data, requires_grad)

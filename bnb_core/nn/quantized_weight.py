@@ -9,8 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from bnb_core.checks import FLOAT_DTYPES
+from bnb_core.nn.quantized_parameter import QuantizedParameter
 
 NOT_QUANTIZED = "the weight is not quantized yet: move the layer to a device, such as .to('cpu')"
+
+
+def not_quantized(weight: Tensor) -> str:
+    """Why a layer cannot compute with this weight, and what helps."""
+    if isinstance(weight, QuantizedParameter):
+        return NOT_QUANTIZED
+    return (
+        f"the weight is a plain {type(weight).__name__} of {weight.dtype}, shape {tuple(weight.shape)}, such as one "
+        "tied to another layer's: tie layers after they are quantized, or leave this one unquantized"
+    )
 
 
 class CheckpointError(ValueError, RuntimeError):
@@ -49,17 +60,25 @@ class QuantizedWeightMixin(nn.Module):
         self.weight = weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Onto and off meta torch would put a parameter of its own class in the weight's place."""
-        weight: Any = self._parameters.get("weight")
-        if not hasattr(weight, "_like") or fn(weight.data.new_empty(0)).is_meta == weight.is_meta:
+        """As torch does, for a weight of a class of its own, which torch neither makes nor swaps.
+
+        The parameter stays the same object, but onto and off meta, or where torch is told to overwrite parameters.
+        """
+        weight = self._parameters.get("weight")
+        if not isinstance(weight, QuantizedParameter):
             return super()._apply(fn, recurse)
+        gradient = None if weight.grad is None else fn(weight.grad)
         moved = fn(weight)
         self._parameters["weight"] = None
         try:
             super()._apply(fn, recurse)
         finally:
             self._parameters["weight"] = weight
-        self._set_weight(moved if isinstance(moved, type(weight)) else weight._like(moved))
+        if moved.is_meta != weight.is_meta or torch.__future__.get_overwrite_module_params_on_conversion():
+            self._set_weight(moved if isinstance(moved, type(weight)) else weight._like(moved))
+        elif moved is not weight:
+            weight.data = moved.data
+        self.weight.grad = gradient
         return self
 
     def _load_from_state_dict(

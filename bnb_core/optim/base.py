@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnb_core import functional
-from bnb_core.optim.checkpoint import STATE_KEYS, TENSOR_KEYS, checked_groups, checked_state, grouped
+from bnb_core.optim.checkpoint import (
+    QUANT_STATE_KEY,
+    STATE_KEYS,
+    TENSOR_KEYS,
+    checked_groups,
+    checked_state,
+    grouped,
+)
 from bnb_core.optim.hyperparameters import check_hyperparameters, check_only
 from bnb_core.optim.manager import GlobalOptimManager
+from bnb_core.paged import GlobalPageManager
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
 
 # Below this many elements a state is not worth a file (or an allocation in managed memory) of its own.
 SMALLEST_PAGED = 100_000
 # Their update is not scaled to the parameter's norm (docs/SPEC.md section 5).
 WITHOUT_MAX_UNORM = ("ademamix", "adagrad")
+
+
+class MockArgs:
+    """Settings as attributes. Whole optimizers that bitsandbytes has pickled name this class."""
+
+    def __init__(self, initial_data: Mapping[str, Any]) -> None:
+        self.__dict__.update(initial_data)
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -30,13 +44,14 @@ class Optimizer8bit(torch.optim.Optimizer):
     Args:
         params: parameters or groups of them, as for every torch optimizer.
         defaults: the settings of a group that leaves them out: lr, betas, eps, weight_decay and those of the rule.
-        optim_bits: 8 or 32. A class with the bits in its name has those: its 8-bit form also takes 32, the default.
+        optim_bits: 8 or 32. A class with the bits in its name has those: where it takes the argument, its 8-bit form
+            also takes 32, the default.
+        is_paged: keep large states in paged memory, which may exceed the device's (see :mod:`bnb_core.paged`).
         args: a namespace whose attributes optim_bits, min_8bit_size, max_unorm, skip_zeros and is_paged, where present,
             take the place of those arguments; other attributes are ignored.
         min_8bit_size: smaller parameters keep 32-bit state.
         max_unorm: an update's norm is at most this multiple of its parameter's norm; 0 for no limit.
         skip_zeros: leave entries whose gradient is zero, and their state, untouched.
-        is_paged: keep large states in paged memory, which may exceed the device's (see :mod:`bnb_core.paged`).
 
     Raises:
         ValueError: a setting out of its range, or one that the optimizer cannot honour.
@@ -46,17 +61,18 @@ class Optimizer8bit(torch.optim.Optimizer):
     state_bits: int | None = None
     always_paged = False
     non_castable_tensor_keys = TENSOR_KEYS
+    _FSDP_WRAPPED_QUANT_STATE_KEY = QUANT_STATE_KEY
 
     def __init__(
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
         optim_bits: int = 32,
+        is_paged: bool = False,
         args: Any = None,
         min_8bit_size: int = 4096,
         max_unorm: float = 0.0,
         skip_zeros: bool = False,
-        is_paged: bool = False,
     ) -> None:
         settings = {
             "optim_bits": optim_bits,
@@ -71,7 +87,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             check_only("optim_bits", settings["optim_bits"], 32)
         check_hyperparameters(settings)
         settings["optim_bits"] = self.state_bits or settings["optim_bits"]
-        self.args = SimpleNamespace(**settings)
+        self.args: Any = MockArgs(settings)
         self._forget_preparation()
         super().__init__(params, defaults)
 
@@ -86,14 +102,22 @@ class Optimizer8bit(torch.optim.Optimizer):
         return GlobalOptimManager.get_instance()
 
     @property
+    def page_mng(self) -> GlobalPageManager:
+        return GlobalPageManager.get_instance()
+
+    @property
     def name2qmap(self) -> dict[str, Tensor]:
         """The codebooks of the states: "dynamic" is signed, for state1, and "udynamic" is not, for state2."""
         if not hasattr(self, "_name2qmap"):
-            self._name2qmap = {
-                "dynamic": functional.create_dynamic_map(signed=True),
-                "udynamic": functional.create_dynamic_map(signed=False),
-            }
+            self.fill_qmap()
         return self._name2qmap
+
+    def fill_qmap(self) -> None:
+        """Make the codebooks, which happens by itself when they are first needed."""
+        self._name2qmap = {
+            "dynamic": functional.create_dynamic_map(signed=True),
+            "udynamic": functional.create_dynamic_map(signed=False),
+        }
 
     def _qmap(self, state_key: str, device: torch.device) -> Tensor:
         name = "dynamic" if state_key == "state1" else "udynamic"

@@ -48,13 +48,36 @@ class LAMB(Optimizer2State):
         )
 
 
-class LAMB8bit(LAMB):
+class LAMBOfFixedBits(LAMB):
+    """The base of those classes that have the bits in their name: they do not take them as an argument."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        adam_w_mode: bool = True,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 1.0,
+    ) -> None:
+        super().__init__(
+            params, lr, bias_correction, betas, eps, weight_decay, amsgrad, adam_w_mode,
+            args=args, min_8bit_size=min_8bit_size, max_unorm=max_unorm,
+        )  # fmt: skip
+
+
+class LAMB8bit(LAMBOfFixedBits):
     """LAMB with 8-bit state."""
 
     state_bits = 8
 
 
-class LAMB32bit(LAMB):
+class LAMB32bit(LAMBOfFixedBits):
     """LAMB with 32-bit state."""
 
     state_bits = 32

@@ -46,13 +46,34 @@ class LARS(MomentumOptimizer):
         )
 
 
-class LARS8bit(LARS):
+class LARSOfFixedBits(LARS):
+    """The base of those classes that have the bits in their name: they do not take them as an argument."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 0.02,
+    ) -> None:
+        super().__init__(
+            params, lr, momentum, dampening, weight_decay, nesterov,
+            args=args, min_8bit_size=min_8bit_size, max_unorm=max_unorm,
+        )  # fmt: skip
+
+
+class LARS8bit(LARSOfFixedBits):
     """LARS with 8-bit state."""
 
     state_bits = 8
 
 
-class LARS32bit(LARS):
+class LARS32bit(LARSOfFixedBits):
     """LARS with 32-bit state."""
 
     state_bits = 32

@@ -35,13 +35,29 @@ class Lion(Optimizer1State):
         )
 
 
-class Lion8bit(Lion):
+class LionOfFixedBits(Lion):
+    """The base of those classes that have the bits in their name: they do not take them as an argument."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+    ) -> None:
+        super().__init__(params, lr, betas, weight_decay, args=args, min_8bit_size=min_8bit_size, is_paged=is_paged)
+
+
+class Lion8bit(LionOfFixedBits):
     """Lion with 8-bit state."""
 
     state_bits = 8
 
 
-class Lion32bit(Lion):
+class Lion32bit(LionOfFixedBits):
     """Lion with 32-bit state."""
 
     state_bits = 32
@@ -53,13 +69,9 @@ class PagedLion(Lion):
     always_paged = True
 
 
-class PagedLion8bit(PagedLion):
+class PagedLion8bit(PagedLion, Lion8bit):
     """Lion with 8-bit state in paged memory."""
 
-    state_bits = 8
 
-
-class PagedLion32bit(PagedLion):
+class PagedLion32bit(PagedLion, Lion32bit):
     """Lion with 32-bit state in paged memory."""
-
-    state_bits = 32

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bnb_core.checks import check_choice
-from bnb_core.optim.base import Optimizer8bit
+from bnb_core.optim.base import MockArgs, Optimizer8bit
 from bnb_core.optim.manager import GlobalOptimManager
 from bnb_core.optim.schedule import alpha_and_beta3
 from bnb_core.primitives import OPTIMIZERS
+from bnb_core.utils import sync_gpu
 
-__all__ = ["GlobalOptimManager", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
+__all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "sync_gpu"]
 
 
 class Optimizer1State(Optimizer8bit):
@@ -45,7 +46,7 @@ class Optimizer1State(Optimizer8bit):
         self.optimizer_name = _checked_name(optimizer_name, states=1)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         max_unorm, skip_zeros = _without_older_arguments(max_unorm, skip_zeros)
-        super().__init__(params, defaults, optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged)
+        super().__init__(params, defaults, optim_bits, is_paged, args, min_8bit_size, max_unorm, skip_zeros)
 
 
 class Optimizer2State(Optimizer8bit):
@@ -79,7 +80,7 @@ class Optimizer2State(Optimizer8bit):
         if OPTIMIZERS[optimizer_name].stacked:
             defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
         max_unorm, skip_zeros = _without_older_arguments(max_unorm, skip_zeros)
-        super().__init__(params, defaults, optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged)
+        super().__init__(params, defaults, optim_bits, is_paged, args, min_8bit_size, max_unorm, skip_zeros)
 
     def scheduled(self, config: Mapping[str, Any], step: int) -> tuple[float, float]:
         if OPTIMIZERS[self.optimizer_name].stacked:

@@ -41,13 +41,33 @@ class RMSprop(Optimizer1State):
         super().__init__("rmsprop", params, lr, (alpha, 0.0), eps, weight_decay, optim_bits, args, min_8bit_size)
 
 
-class RMSprop8bit(RMSprop):
+class RMSpropOfFixedBits(RMSprop):
+    """The base of those classes that have the bits in their name: they do not take them as an argument."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        super().__init__(
+            params, lr, alpha, eps, weight_decay, momentum, centered, args=args, min_8bit_size=min_8bit_size
+        )
+
+
+class RMSprop8bit(RMSpropOfFixedBits):
     """RMSprop with 8-bit state."""
 
     state_bits = 8
 
 
-class RMSprop32bit(RMSprop):
+class RMSprop32bit(RMSpropOfFixedBits):
     """RMSprop with 32-bit state."""
 
     state_bits = 32

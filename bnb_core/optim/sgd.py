@@ -68,13 +68,32 @@ class SGD(MomentumOptimizer):
         super().__init__("momentum", params, lr, (momentum, 0.0), 0.0, weight_decay, optim_bits, args, min_8bit_size)
 
 
-class SGD8bit(SGD):
+class SGDOfFixedBits(SGD):
+    """The base of those classes that have the bits in their name: they do not take them as an argument."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        super().__init__(
+            params, lr, momentum, dampening, weight_decay, nesterov, args=args, min_8bit_size=min_8bit_size
+        )
+
+
+class SGD8bit(SGDOfFixedBits):
     """SGD with 8-bit state."""
 
     state_bits = 8
 
 
-class SGD32bit(SGD):
+class SGD32bit(SGDOfFixedBits):
     """SGD with 32-bit state."""
 
     state_bits = 32

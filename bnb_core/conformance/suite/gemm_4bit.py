@@ -16,9 +16,9 @@ from bnb_core.checks import BLOCKSIZES, QUANT_STORAGES, QUANT_TYPES
 from bnb_core.codebooks import create_dynamic_map
 from bnb_core.conformance import oracle
 from bnb_core.conformance.case import Case, Context, Failure
-from bnb_core.conformance.compare import matmul_bound, within
+from bnb_core.conformance.compare import matmul_bound, same_bits, within
 from bnb_core.conformance.precision import LESS_EXACT
-from bnb_core.conformance.values import DTYPES, LAYOUTS, dtype_name
+from bnb_core.conformance.values import DTYPES, LAYOUTS, contiguous_copy, dtype_name
 
 # (batch dimensions of A, N, K)
 SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
@@ -171,7 +171,8 @@ def _check(context: Context, sample: Sample) -> None:
         bound = matmul_bound(sample.dtype, a.shape[-1], magnitude, expected, _sum_of_magnitudes(a))
     within("result", got.double().numpy(), expected, bound)
     if sample.layout != "contiguous":
-        _check_same_bits(got, *context.call(primitives.gemm_4bit, _copied(A), weight.packed, *weight.arguments))
+        of_copy = context.call(primitives.gemm_4bit, contiguous_copy(A), weight.packed, *weight.arguments)
+        same_bits("result for a copy", got, *of_copy)
 
 
 def _check_backward(context: Context, sample: Sample) -> None:
@@ -188,16 +189,8 @@ def _check_backward(context: Context, sample: Sample) -> None:
         bound = matmul_bound(sample.dtype, y.shape[-1], np.abs(y) @ np.abs(w), expected, _sum_of_magnitudes(y))
     within("result", got.double().numpy(), expected, bound)
     if sample.layout != "contiguous":
-        _check_same_bits(got, *context.call(primitives.gemm_4bit_backward, _copied(dY), weight.packed, *without_bias))
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _check_same_bits(got: Tensor, of_copy: Tensor) -> None:
-    if not torch.equal(got, of_copy):
-        raise Failure("another result than for a contiguous copy")
+        of_copy = context.call(primitives.gemm_4bit_backward, contiguous_copy(dY), weight.packed, *without_bias)
+        same_bits("result for a copy", got, *of_copy)
 
 
 def _sum_of_magnitudes(rows: oracle.F64) -> oracle.F64:

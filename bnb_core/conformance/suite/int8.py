@@ -15,7 +15,7 @@ from bnb_core import primitives
 from bnb_core.conformance import oracle
 from bnb_core.conformance.case import Case, Context
 from bnb_core.conformance.compare import ROUNDOFF, SUBNORMAL_ROUNDOFF, same_bits, within
-from bnb_core.conformance.values import DTYPES, LAYOUTS, VALUES, dtype_name
+from bnb_core.conformance.values import DTYPES, LAYOUTS, VALUES, contiguous_copy, dtype_name
 
 ACTIVATION_SHAPES: dict[str, tuple[int, ...]] = {
     "one": (1, 1),
@@ -78,7 +78,7 @@ class Activations:
 
 
 def _rows(A: Tensor) -> oracle.F32:
-    return A.float().contiguous().view(A.shape[:-1].numel(), A.shape[-1]).numpy()
+    return A.float().contiguous().resolve_neg().view(A.shape[:-1].numel(), A.shape[-1]).numpy()
 
 
 def _check_row_results(A: Tensor, q: Tensor, row_stats: Tensor, mask: Tensor, threshold: float) -> None:
@@ -220,6 +220,9 @@ def _check_mixed_scaled_mm(context: Context, sample: Product, outliers: int, lar
     # The outlier product may round the weight to A's dtype once, as tensor cores need.
     bound = _rounding_bound(sample.dtype, terms, expected) + ROUNDOFF[sample.dtype] * outlier_terms
     within("result", got.double().numpy(), expected, bound)
+    if sample.layout != "contiguous":
+        of_copies = context.call(primitives.int8_mixed_scaled_mm, *map(contiguous_copy, (A, CA)), *arguments[2:])
+        same_bits("result for copies", got, *of_copies)
 
 
 def _activation_samples() -> Iterator[Activations]:

@@ -106,7 +106,7 @@ SAMPLES = tuple(dict.fromkeys(_samples()))
 
 
 def _flat(A: Tensor) -> oracle.F32:
-    return A.float().contiguous().view(-1).numpy()
+    return A.float().contiguous().resolve_neg().view(-1).numpy()
 
 
 def _check_quantize_blockwise(context: Context, A: Tensor, code: Tensor, blocksize: int) -> None:
@@ -240,6 +240,8 @@ def _storage_cases() -> Iterator[Case]:
             name = f"storage,{dtype_name(storage)},{layout}"
             run = partial(_4bit_of, sample=sample, quant_type="nf4", storage=storage)
             yield Case("quantize_4bit", name, run, traits)
+            if layout == "negated" and storage.is_floating_point:
+                continue  # torch takes the codes for numbers then, and sets a bit of those that are none
             run = partial(_check_dequantize_4bit, sample=sample, quant_type="nf4", storage=storage)
             yield Case("dequantize_4bit", name, run, traits)
 

@@ -1,0 +1,1 @@
+"""``bitsandbytes.diagnostics``: its module ``main`` tells what runs here."""

@@ -1,0 +1,1 @@
+"""What ``python -m bitsandbytes`` finds: the path of that package is this folder."""
