@@ -223,9 +223,33 @@ def int8_linear(
 
 def _int8_product(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     CA, row_stats, outlier_mask = primitives.int8_vectorwise_quant(A, threshold)
+    if A.shape[-1] > primitives.MAX_INT8_INNER_SIZE:
+        return _long_int8_product(A, CA, CB, row_stats, SCB, outlier_mask, bias)
     if threshold > 0:
         return primitives.int8_mixed_scaled_mm(A, CA, CB, row_stats, SCB, outlier_mask, bias)
     return primitives.int8_scaled_mm(CA, CB, row_stats, SCB, bias, A.dtype)
+
+
+def _long_int8_product(
+    A: Tensor,
+    CA: Tensor,
+    CB: Tensor,
+    row_stats: Tensor,
+    SCB: Tensor,
+    outlier_mask: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The product in as many parts as i32 needs to hold their sums, added up in f32 and rounded once."""
+    total: Any = 0.0 if bias is None else bias.float()
+    for first in range(0, A.shape[-1], primitives.MAX_INT8_INNER_SIZE):
+        columns = slice(first, first + primitives.MAX_INT8_INNER_SIZE)
+        operands = CA[..., columns], CB[:, columns], row_stats, SCB
+        if outlier_mask.numel() == 0:
+            total = total + primitives.int8_scaled_mm(*operands, None, torch.float32)
+        else:
+            part = A[..., columns].float()
+            total = total + primitives.int8_mixed_scaled_mm(part, *operands, outlier_mask[columns], None)
+    return total.to(A.dtype)
 
 
 def matmul(

@@ -356,7 +356,7 @@ def _check_int8_operands(A: Tensor, B: Tensor, names: tuple[str, str] = ("A", "B
     if B.shape[1] != K:
         raise ValueError(f"{names[1]}: expected {K} columns like {names[0]}, got shape {tuple(B.shape)}")
     if K > MAX_INT8_INNER_SIZE:
-        limit = f"at most {MAX_INT8_INNER_SIZE} columns, beyond which i32 overflows"
+        limit = f"at most {MAX_INT8_INNER_SIZE} columns, of which i32 holds the sums"
         raise ValueError(f"{names[0]}: expected {limit}, got {K}")
     return rows, B.shape[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,6 +53,10 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
     Returns:
         The model.
 
+    Warns:
+        UserWarning: the model has parameters of three dimensions, such as fused experts, which stay as they are;
+            the warning names them and their bytes.
+
     Raises:
         TypeError: the config is no :class:`QuantizationConfig`.
         ValueError: the model is itself a linear layer.
@@ -80,7 +85,25 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
                 if child not in replacements:
                     replacements[child] = _quantized(child, layer)
                 setattr(parent, name, replacements[child])
+    _warn_of_stacked_weights(model)
     return model.requires_grad_(False)
+
+
+def _warn_of_stacked_weights(model: nn.Module) -> None:
+    stacked = {
+        f"{prefix}.{name}".lstrip("."): parameter.nbytes
+        for prefix, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.is_floating_point()
+    }
+    if stacked:
+        names = ", ".join(f"{name} ({size:,} bytes)" for name, size in stacked.items())
+        warnings.warn(
+            f"quantize_model leaves {sum(stacked.values()):,} bytes of parameters with three dimensions as they are: "
+            f"{names}. bnb_core.nn.parametrize.replace_parameter_4bit quantizes them",
+            stacklevel=3,
+        )
 
 
 def _quantized(linear: nn.Linear, layer: partial[Any]) -> nn.Module:

@@ -178,3 +178,20 @@ def test_scales_belong_to_codes_and_codes_to_a_layer_that_holds_them(kind, dtype
         module.load_state_dict({"weight": torch.ones(48, 64).to(dtype), "SCB": torch.ones(48)}, strict=False)
     assert isinstance(raised.value, ValueError)
     same_bits("weight", module.weight.data, before)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_that_i32_does_not_hold_are_exact(backend, threshold, dtype):
+    """All codes are 127 and 140,000 columns long: the sum of their products is 2.26e9."""
+    K = 140_000
+    module = Linear8bitLt(K, 2, has_fp16_weights=False, threshold=threshold)
+    with torch.no_grad():
+        module.weight.fill_(2.0)
+        module.bias.copy_(torch.tensor([1.0, -1.0]))
+    module = module.to("cpu")
+    x = torch.ones(3, K, dtype=dtype)
+    if threshold:
+        x[1, [5, K - 1]] = 64.0
+    expected = 2 * _f64(x).sum(axis=1, keepdims=True) + np.array([1.0, -1.0])
+    within("y", _f64(module(x)), expected, (2.0**-20 + ROUNDOFF[dtype]) * expected)

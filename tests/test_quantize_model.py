@@ -117,3 +117,17 @@ def test_wrong_arguments_are_refused(case):
     error, named, call = case
     with pytest.raises(error, match=f"^{named}: "):
         call()
+
+
+def test_stacked_weights_that_stay_in_float_are_named_with_their_bytes(recwarn):
+    experts = nn.Module()
+    experts.up = nn.Parameter(torch.zeros(4, 64, 32))
+    model = nn.ModuleDict({"linear": nn.Linear(32, 32), "experts": experts, "convolution": nn.Conv1d(4, 4, 3)})
+    bnb_core.quantize_model(model)
+    (warning,) = recwarn
+    assert "leaves 32,768 bytes" in str(warning.message) and "experts.up (32,768 bytes)" in str(warning.message)
+    assert "convolution" not in str(warning.message)
+    recwarn.clear()
+    bnb_core.nn.parametrize.replace_parameter_4bit(experts, "up")
+    bnb_core.quantize_model(model)
+    assert not recwarn
