@@ -103,7 +103,8 @@ class Embedding8bit(Weight8bitMixin, nn.Embedding):
         if scales is None or self.weight.dtype != torch.int8:
             raise RuntimeError(not_quantized(self.weight))
         rows = input.reshape(-1)
-        codes = self.weight.data.index_select(0, rows)
+        with torch._C.DisableTorchFunctionSubclass():
+            codes = self.weight.index_select(0, rows)
         values = functional.int8_vectorwise_dequant(codes, scales.to(codes.device).index_select(0, rows))
         return values.to(self.dtype).view(*input.shape, self.embedding_dim)
 
@@ -156,7 +157,8 @@ class Embedding4bit(Weight4bitMixin, nn.Embedding):
         quant_state = self._current_quant_state()
         if quant_state is None:
             raise RuntimeError(not_quantized(self.weight))
-        packed = self.weight.data
+        with torch._C.DisableTorchFunctionSubclass():
+            packed = self.weight.view(-1)  # torch.export does not see through .data
         if self.embedding_dim % quant_state.blocksize:  # type: ignore[operator]
             # Rows share blocks, perhaps bytes.
             weight = functional.dequantize_4bit(packed, quant_state)

@@ -195,7 +195,7 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
             self._look_at_dtype(x, dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch._C.DisableTorchFunctionSubclass():
-            packed = self.weight.data.view(1, -1)
+            packed = self.weight.view(1, -1)  # torch.export does not see through .data
         return linear_4bit(x.to(dtype), packed, quant_state, bias).to(x.dtype)
 
 

@@ -240,7 +240,9 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
             raise RuntimeError(not_quantized(self.weight))
         if not torch.compiler.is_compiling():
             self.init_8bit_state()
-        return int8_linear(x, self.weight.data, self._scales_for_forward(), bias, self.state.threshold)
+        with torch._C.DisableTorchFunctionSubclass():
+            codes = self.weight.detach()  # torch.export does not see through .data
+        return int8_linear(x, codes, self._scales_for_forward(), bias, self.state.threshold)
 
     def _scales_for_forward(self) -> Tensor:
         scales = self._scales()
