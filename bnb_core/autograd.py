@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from bnb_core import functional, primitives, registry
 from bnb_core.checks import check_dtype, check_float, check_same_device, check_shape, check_tensor
@@ -21,7 +25,7 @@ def _sum_to_bias(dY: Tensor) -> Tensor:
 
 
 def _aligned(dY: Tensor) -> Tensor:
-    """While a call is traced there is no address."""
+    """Tensors of traced calls and of torch.func have no address."""
     return dY if goes_to_dispatcher(dY) else aligned(dY)
 
 
@@ -30,6 +34,8 @@ def _gemm_4bit_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.nested_blocksize = nested
     ctx.backend_choice = registry.choice()
     ctx.save_for_backward(B, absmax, nested_absmax, nested_code, offset)
+    if _transforms():
+        ctx.save_for_forward(B, absmax, nested_absmax, nested_code, offset)
 
 
 def _gemm_4bit_backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
@@ -45,12 +51,18 @@ def _gemm_4bit_backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
 
 def _gradient_of_input(ctx: Any, dY: Tensor) -> Tensor:
     """``dY @ W``, by torch where that is to be differentiated in turn."""
-    B, absmax, nested_absmax, nested_code, offset = ctx.saved_tensors
-    scales = (nested_absmax, nested_code, offset, ctx.nested_blocksize)
-    if not torch.is_grad_enabled():
-        return primitives.gemm_4bit_backward(dY, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, *scales)
-    return _aligned(dY) @ primitives.dequantize_4bit(
-        B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dY.dtype, *scales
+    if torch.is_grad_enabled() or _transforms():
+        return _aligned(dY) @ _dense_weight(ctx, dY.dtype)
+    B, absmax, *nested = ctx.saved_tensors
+    return primitives.gemm_4bit_backward(
+        dY, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, *nested, ctx.nested_blocksize
+    )
+
+
+def _dense_weight(ctx: Any, dtype: torch.dtype) -> Tensor:
+    B, absmax, *nested = _living(ctx.saved_tensors)
+    return primitives.dequantize_4bit(
+        B, absmax, ctx.blocksize, ctx.quant_type, ctx.shape, dtype, *nested, ctx.nested_blocksize
     )
 
 
@@ -64,10 +76,64 @@ class _Gemm4Bit(torch.autograd.Function):
     setup_context = staticmethod(_gemm_4bit_context)
     backward = staticmethod(_gemm_4bit_backward)
 
+    @staticmethod
+    def jvp(ctx: Any, dA: Tensor | None, *others: Tensor | None) -> Tensor:
+        return _tangent(dA, others[5], lambda dtype: _dense_weight(ctx, dtype))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+        A, *weight = arguments
+        return _of_batch(lambda A, bias: _Gemm4Bit.apply(A, *weight[:5], bias, *weight[6:]), A, weight[5], in_dims, 6)
+
+
+def _transforms() -> bool:
+    """Whether torch.func, or forward-mode differentiation, is at work."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _living(saved: Sequence[Any]) -> list[Any]:
+    """Saved tensors without the wrappers that torch.func has left around them."""
+    return [None if tensor is None else unwrap_if_dead(tensor) for tensor in saved]
+
+
+def _tangent(dA: Tensor | None, dbias: Tensor | None, dense_weight: Callable[[torch.dtype], Tensor]) -> Tensor:
+    """Of ``A @ W^T + bias``, where at least one of the two has one."""
+    if dA is None:
+        return dbias  # type: ignore[return-value]
+    product = dA @ dense_weight(dA.dtype).t()
+    return product if dbias is None else product + dbias
+
+
+def _of_batch(
+    product: Callable[[Tensor, Tensor | None], Tensor],
+    A: Tensor,
+    bias: Tensor | None,
+    in_dims: tuple[Any, ...],
+    bias_place: int,
+) -> tuple[Tensor, int]:
+    """A linear layer's rule for vmap: a batch of A, of biases, or of both; weights have none.
+
+    Args:
+        product: of A and a bias.
+        in_dims: where each argument of the function has its batch, A's first; None where it has none.
+    """
+    of_A, of_bias = in_dims[0], in_dims[bias_place]
+    batches = [dim for dim in tree_leaves(in_dims) if dim is not None]
+    if len(batches) > (of_A is not None) + (of_bias is not None):
+        raise NotImplementedError("torch.vmap over quantized weights is not possible: they are one tensor of codes")
+    if of_A is not None:
+        A = A.movedim(of_A, 0)
+    if bias is None or of_bias is None:
+        return product(A, bias), 0
+    bias = bias.movedim(of_bias, 0)
+    y = product(A, None)
+    rows = y.dim() - (1 if of_A is None else 2)
+    return y + bias.view(len(bias), *[1] * rows, -1), 0
+
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
-    """Forward-mode differentiation counts: the autograd functions, which do not have it, then say so."""
-    if forward_ad._current_level >= 0:
+    """Also for torch.func and forward-mode differentiation, whose rules the autograd functions have."""
+    if _transforms():
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -120,7 +186,7 @@ def linear_4bit(
     arguments = (A, B, *functional.gemm_4bit_weight_arguments(quant_state, bias))
     if not _needs_gradient(A, bias):
         return primitives.gemm_4bit(*arguments, out=out)
-    if goes_to_dispatcher(A):
+    if goes_to_dispatcher(A) and not _transforms():
         return _write_out(primitives.gemm_4bit(*arguments), out, A, bias)
     return _write_out(_Gemm4Bit.apply(*arguments), out, A, bias)
 
@@ -192,18 +258,65 @@ class _Int8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (dY,) = gradients
+        return _int8_gradients(ctx, *gradients, *ctx.saved_tensors)
+
+
+def _int8_gradients(ctx: Any, dY: Tensor, CB: Tensor, SCB: Tensor, A: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``dY @ W`` for A, the sum of dY for the bias and ``dY^T @ A`` for the weight; the others have none."""
+    dA = dbias = dweight = None
+    if ctx.needs_input_grad[0]:
+        with registry.carry(ctx.backend_choice):
+            dA = _aligned(dY) @ primitives.int8_vectorwise_dequant(CB, SCB).to(dY.dtype)
+    if ctx.needs_input_grad[3]:
+        dbias = _sum_to_bias(dY)
+    if ctx.needs_input_grad[4]:
+        rows = tuple(range(dY.dim() - 1))
+        dweight = torch.tensordot(dY, A, (rows, rows))
+    return dA, None, None, dbias, dweight, None
+
+
+class _TransformedInt8Linear(torch.autograd.Function):
+    """The same for torch.func and forward mode; it takes longer to call."""
+
+    @staticmethod
+    def forward(
+        A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, weight: Tensor | None, threshold: float
+    ) -> Tensor:
+        return _int8_product(A, CB, SCB, bias, threshold)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        A, CB, SCB, _, weight, _ = inputs
+        ctx.backend_choice = registry.choice()
+        saved = (CB, SCB, A if weight is not None else None)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+        return _int8_gradients(ctx, dY, *_living(ctx.saved_tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, dA: Tensor | None, *others: Tensor | None) -> Tensor:
+        dbias, dweight = others[2:4]
         CB, SCB, A = ctx.saved_tensors
-        dA = dbias = dweight = None
-        if ctx.needs_input_grad[0]:
-            with registry.carry(ctx.backend_choice):
-                dA = _aligned(dY) @ primitives.int8_vectorwise_dequant(CB, SCB).to(dY.dtype)
-        if ctx.needs_input_grad[3]:
-            dbias = _sum_to_bias(dY)
-        if ctx.needs_input_grad[4]:
-            rows = tuple(range(dY.dim() - 1))
-            dweight = torch.tensordot(dY, A, (rows, rows))
-        return dA, None, None, dbias, dweight, None
+        tangent = None if dweight is None else A @ dweight.t()
+        if dA is None and dbias is None and tangent is not None:
+            return tangent
+        of_others = _tangent(dA, dbias, lambda dtype: primitives.int8_vectorwise_dequant(CB, SCB).to(dtype))
+        return of_others if tangent is None else of_others + tangent
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+        A, CB, SCB, bias, weight, threshold = arguments
+
+        def product(A: Tensor, bias: Tensor | None) -> Tensor:
+            if threshold == 0 or in_dims[0] is None:
+                return _TransformedInt8Linear.apply(A, CB, SCB, bias, weight, threshold)
+            # Each has outlier columns of its own.
+            return torch.stack([_TransformedInt8Linear.apply(a, CB, SCB, bias, weight, threshold) for a in A])
+
+        return _of_batch(product, A, bias, in_dims, 3)
 
 
 def int8_linear(
@@ -217,7 +330,8 @@ def int8_linear(
         weight: what CB was quantized from, if it trains; None if it is frozen.
     """
     if _needs_gradient(A, bias, weight):
-        return _Int8Linear.apply(A, CB, SCB, bias, weight, threshold)
+        function = _TransformedInt8Linear if _transforms() else _Int8Linear
+        return function.apply(A, CB, SCB, bias, weight, threshold)
     return _int8_product(A, CB, SCB, bias, threshold)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
 from bnb_core import registry
@@ -61,9 +61,10 @@ def plain_tensor_type(cls: Any) -> Any:
 
 
 def goes_to_dispatcher(tensor: Tensor) -> bool:
-    """Whether torch must see the call: under compile, tracing, fake and meta tensors, or a dispatch mode."""
+    """Whether torch must see the call: compiled, traced, under torch.func or a mode, with fake or meta tensors."""
     return (
         is_compiling()
+        or _are_functorch_transforms_active()
         or type(tensor) not in _PLAIN_TYPES
         or tensor.is_meta
         or _len_torch_dispatch_stack() > 0

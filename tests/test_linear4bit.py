@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
-import bnb_core
 from bnb_core import functional as F
 from bnb_core.conformance.compare import ROUNDOFF, matmul_bound, same_bits, within
 from bnb_core.nn import EmbeddingNF4, Linear4bit, LinearFP4, LinearNF4, Params4bit
@@ -137,15 +135,6 @@ def test_gradient_can_be_differentiated_again():
     (ddx,) = torch.autograd.grad(dx.sum(), x)
     expected = (torch.ones(3, 64) @ weight.t() @ weight) * 2
     torch.testing.assert_close(ddx, expected, rtol=1e-4, atol=1e-3)
-
-
-def test_forward_mode_is_refused_rather_than_left_out():
-    for module in (LinearNF4(64, 48).to("cpu"), bnb_core.nn.Linear8bitLt(64, 48, has_fp16_weights=False).to("cpu")):
-        with forward_ad.dual_level():
-            module.requires_grad_(False)(torch.ones(2, 64))
-            x = forward_ad.make_dual(torch.ones(2, 64), torch.ones(2, 64))
-            with pytest.raises(NotImplementedError, match="forward mode"):
-                module(x)
 
 
 def test_codes_are_not_converted_as_if_they_were_values():

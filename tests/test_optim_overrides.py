@@ -129,3 +129,15 @@ class TestOverrides:
         GlobalOptimManager.get_instance().override_config(p, "max_unorm", 1.0)
         with pytest.raises(ValueError, match="max_unorm"):
             take_step(optim.Adagrad([p]))
+
+
+def test_overrides_by_modules_are_listed_while_the_modules_live():
+    manager, embedding, other = GlobalOptimManager.get_instance(), nn.Embedding(8, 4), nn.Linear(4, 4)
+    manager.register_module_override(embedding, "weight", {"optim_bits": 32})
+    manager.register_module_override(other, "weight", {"lr": 0.1})
+    manager.override_config(other.bias, "lr", 0.2)
+    listed = manager.module_weight_config_triple
+    assert listed == [(embedding, "weight", {"optim_bits": 32}), (other, "weight", {"lr": 0.1})]
+    listed[0][2]["optim_bits"] = 8
+    del listed, other
+    assert manager.module_weight_config_triple == [(embedding, "weight", {"optim_bits": 32})]

@@ -51,6 +51,17 @@ class GlobalOptimManager:
         self._overrides: dict[tuple[int, str | None], _Override] = {}
         self.version = getattr(self, "version", 0) + 1
 
+    @property
+    def module_weight_config_triple(self) -> list[tuple[nn.Module, str, dict[str, Any]]]:
+        """Module, name of its parameter and settings of each override by a module that is alive, the latest last.
+
+        Transformers' tests read it.
+        """
+        named = (
+            (o.owner(), o.param_name, dict(o.config)) for o in self._overrides.values() if o.param_name is not None
+        )
+        return [(module, name, config) for module, name, config in named if module is not None]
+
     def register_parameters(self, params: Iterable[Tensor] | Iterable[Mapping[str, Any]]) -> None:
         """Announce parameters or parameter groups. Overrides hold with or without it.
 
