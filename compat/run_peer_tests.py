@@ -21,6 +21,7 @@ DELIBERATE = {
     "tests/test_linear8bitlt.py::test_linear_no_igemmlt": "activations are quantized on CPUs as on GPUs",
     "tests/test_modules.py::test_embedding_not_implemented_error": "quantized embeddings are saved",
     "tests/test_modules.py::test_linear_kbit_fp32_bias": "a forward leaves the bias as it is",
+    "tests/test_optim.py::test_lamb8bit_rejects_non_default_max_unorm": "8-bit LAMB bounds its update",
 }
 """Tests that ask for what is otherwise here on purpose, and a file that is left out: the rows of docs/migration.md."""
 

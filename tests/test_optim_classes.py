@@ -40,7 +40,8 @@ DEFAULTS = {
 @every_class
 def test_signature(name):
     parameters = inspect.signature(getattr(optim, name)).parameters
-    expected = {"optim_bits": 32, "min_8bit_size": 4096, **DEFAULTS[FAMILY[name]]}
+    bits = 8 if name == "Adagrad8bit" else 32
+    expected = {"optim_bits": bits, "min_8bit_size": 4096, **DEFAULTS[FAMILY[name]]}
     names = SIGNATURES[FAMILY[name]]
     if name.endswith("bit") and FAMILY[name] in FIXED_BITS:
         names = tuple(key for key in names if key != "optim_bits")
@@ -135,6 +136,7 @@ UNSUPPORTED = [
     ("LAMB", {"amsgrad": True}),
     ("LAMB", {"adam_w_mode": False}),
     ("Adam32bit", {"optim_bits": 8}),
+    ("Adagrad8bit", {"optim_bits": 32}),
     ("Adam", {"optim_bits": 4}),
     ("Adam", {"lr": -1.0}),
     ("Adam", {"lr": float("nan")}),

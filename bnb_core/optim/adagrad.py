@@ -40,9 +40,26 @@ class Adagrad(Optimizer1State):
 
 
 class Adagrad8bit(Adagrad):
-    """Adagrad with 8-bit state."""
+    """Adagrad with 8-bit state; ``optim_bits`` is 8 only."""
 
     state_bits = 8
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        optim_bits: int = 8,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        check_only("optim_bits", optim_bits, 8)
+        super().__init__(
+            params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, optim_bits, args, min_8bit_size
+        )
 
 
 class Adagrad32bit(Adagrad):

@@ -67,9 +67,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "Its default is the first CUDA device; None here stands for that, or for the CPU where there is none.": (
         "functional.get_paged(device)",
     ),
-    "Its default is 8, that of all other 8-bit classes 32; here 32 means the 8 bits of the class as well.": (
-        "optim.*Adagrad8bit(optim_bits)",
-    ),
 }
 
 ABSENCES = {
