@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import bitsandbytes
 import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from ecosystem import models
 
 import bnb_core
 from bnb_core.conformance.compare import MATMUL_U, ROUNDOFF, SUBNORMAL_ROUNDOFF, matmul_bound, within
@@ -80,3 +82,35 @@ def compute_exactly(model: torch.nn.Module) -> None:
     for layer in quantized_layers(model).values():
         exact = _by_the_reference if isinstance(layer, Linear8bitLt) else _exact_4bit
         layer.forward = partial(exact, layer)
+
+
+# Where a decision is close, rounding alone makes it one way or the other, and from there on results differ by far more
+# than rounding. What follows another run's decisions differs from it by rounding.
+
+
+def follow_routes(model: torch.nn.Module, calls: dict[str, list[Any]]) -> None:
+    """Let a model send each token to the experts that it had in another run.
+
+    Whether there is more to another choice than rounding is seen in the logits: what a router sees reaches them, too.
+    """
+    for name, router in models.routers(model).items():
+        outputs = iter([output for _, output in calls[name]])
+        router.forward = lambda x, outputs=outputs: next(outputs)
+
+
+def follow_int8_inputs(model: torch.nn.Module, calls: dict[str, list[Any]], tolerance: float) -> None:
+    """Let int8 layers quantize the inputs that they had in another run.
+
+    Args:
+        tolerance: how far these may be from the model's own, in parts of the largest entry.
+    """
+    for name, layer in models.int8_layers(model).items():
+        inputs = iter([x for x, _ in calls[name]])
+        layer.forward = partial(_quantizing, name, layer.forward, inputs, tolerance)
+
+
+def _quantizing(name: str, forward: Any, inputs: Iterator[torch.Tensor], tolerance: float, x: torch.Tensor) -> Any:
+    followed = next(inputs)
+    bound = np.float64(tolerance * x.abs().max().item())
+    within(f"{name}, input", followed.double().numpy(), x.double().numpy(), bound)
+    return forward(followed)

@@ -47,10 +47,13 @@ def quantize(name: str, source: str, quantization: str, target: str) -> None:
 
 
 def run(name: str, source: str, result: str, quantization: str | None = None) -> list[int]:
-    """What a model generates; its logits go into a file."""
+    """What a model generates; the logits of its prompt and of each step, and where it decides, go into a file."""
     model = models.load(name, source, quantization)
-    torch.save(models.logits(name, model), result)
-    return models.greedy(model)
+    with models.calls_recorded({**models.routers(model), **models.int8_layers(model)}) as calls:
+        logits = models.logits(name, model)
+        tokens, steps = models.generate(model)
+    torch.save({"logits": logits, "steps": steps, "calls": calls}, result)
+    return tokens
 
 
 def save_module(module: str, target: str) -> None:
@@ -137,8 +140,8 @@ class Experts(torch.nn.Module):
         replace_parameter_4bit_prequantized(self, "down_proj", parts, "cpu")
         return self
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.down_proj.mT
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.down_proj[:, rows]
 
 
 def _linear4bit(quant_type: str, **options: Any) -> Any:
@@ -173,4 +176,6 @@ MODULES = tuple(_MODULES)
 def _input_of(layer: torch.nn.Module) -> torch.Tensor:
     if isinstance(layer, torch.nn.Embedding):
         return torch.arange(0, 128, 5)
+    if isinstance(layer, Experts):
+        return torch.arange(0, 64, 5)
     return torch.randn(5, 128)

@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from ecosystem.models import aligned
 
 QUANTIZATIONS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
@@ -63,7 +64,7 @@ def load(name, folder, quantization=None):
     options = {"torch_dtype": torch.float32, "device_map": {"": torch.device("cpu")}}
     if quantization is not None:
         options["quantization_config"] = diffusers.BitsAndBytesConfig(**QUANTIZATIONS[quantization])
-    return CLASSES[name].from_pretrained(folder, **options).eval()
+    return aligned(CLASSES[name].from_pretrained(folder, **options).eval())
 
 
 @torch.no_grad()

@@ -79,11 +79,13 @@ def test_a_saved_model_is_the_same_when_reloaded(quantized, tmp_path, name, quan
 def test_the_dequantized_model_computes_the_same(full_precision, name, quantization):
     """To the rounding of the activations where they are int8, and of everything where bf16 computes."""
     model = models.load(name, full_precision[name], quantization)
-    expected = logits(name, model)
+    with models.calls_recorded(models.routers(model)) as calls:
+        expected = logits(name, model)
     dense = model.dequantize()
     assert not quantized_layers(dense)
     tolerance = 1e-4 if quantization == "nf4" else 0.05
-    assert (logits(name, dense) - expected).abs().max() <= tolerance * expected.abs().max()
+    exact.follow_routes(dense, calls)
+    assert distance(logits(name, dense), expected) <= tolerance
 
 
 @each_model_and_quantization
@@ -121,23 +123,38 @@ def test_saved_models_are_read_by_both(peer, full_precision, tmp_path, name, qua
 
 # How far logits may be from exactly computed ones, in parts of the largest. Computing in bf16 rounds the weights once;
 # logits in bf16 may fall on the other side of a midpoint, by one unit in the last place.
-ROUNDING = {"nf4": 1e-5, "int8": 1e-5, "nf4 double bf16": 2**-8, "fp4 bf16 storage": 2**-7}
+F32_ROUNDING = 1e-5
+ROUNDING = {"nf4": F32_ROUNDING, "int8": F32_ROUNDING, "nf4 double bf16": 2**-8, "fp4 bf16 storage": 2**-7}
 
 # The same for the real one: on some CPUs it computes f32 in bf16; it squeezes int8 inputs through f16.
 PEER_ROUNDING = 0.02
 
 
 def _compare_with(peer, name, folder, results, stored_as, quantization=None):
-    """The same tokens; and logits that differ by the real one's rounding, for bnb_core's are where they should be."""
-    files = {who: str(results / f"{who}.pt") for who in ("ours", "theirs")}
-    tokens = tasks.run(name, str(folder), files["ours"], quantization)
-    assert tokens == peer.run(name, str(folder), files["theirs"], quantization)
-    model = models.load(name, folder, quantization)
-    exact.compute_exactly(model)
-    expected = logits(name, model).double()
-    ours, theirs = ((torch.load(file) - expected).abs().max() / expected.abs().max() for file in files.values())
-    assert ours <= ROUNDING[stored_as]
-    assert theirs <= PEER_ROUNDING
+    """At every step logits are the exact ones, to each one's rounding; so are tokens, where that leaves no doubt.
+
+    Rounding may decide what comes after it: the next token, a token's experts, a whole number in int8. So the exact
+    model takes the tokens and the experts from the run, and from ours what int8 layers quantize, which is its own to
+    rounding. The real one's rounding is so large that whole numbers add little to it.
+    """
+    for who, library, rounding in (("ours", tasks, ROUNDING[stored_as]), ("theirs", peer, PEER_ROUNDING)):
+        tokens = library.run(name, str(folder), str(results / f"{who}.pt"), quantization)
+        run = torch.load(results / f"{who}.pt")
+        model = models.load(name, folder, quantization)
+        exact.compute_exactly(model)
+        exact.follow_routes(model, run["calls"])
+        if who == "ours":
+            exact.follow_int8_inputs(model, run["calls"], rounding)
+        assert distance(run["logits"], logits(name, model)) <= rounding, who
+        _, steps = models.generate(model, along=tokens)
+        assert distance(run["steps"], steps) <= rounding, who
+        no_doubt = models.lead(steps) > 2 * rounding
+        assert torch.equal(torch.tensor(tokens[-len(steps) :])[no_doubt], steps.argmax(-1)[no_doubt]), who
+
+
+def distance(actual, expected):
+    """The largest difference, in parts of the largest entry."""
+    return (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
 
 
 @pytest.fixture
@@ -217,7 +234,9 @@ def test_a_device_map_with_the_disk_leaves_everything_in_full_precision(full_pre
     model = models.load("llama", full_precision["llama"], quantization, quantization_config=config, **options)
     assert not quantized_layers(model)
     assert all(parameter.is_meta for parameter in model.model.layers[1].parameters())
-    assert torch.equal(logits("llama", model), logits("llama", models.load("llama", full_precision["llama"])))
+    # Accelerate maps the file of a layer that is on the disk, wherever its weights lie there.
+    full = logits("llama", models.load("llama", full_precision["llama"]))
+    assert distance(logits("llama", model), full) <= F32_ROUNDING
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -258,7 +277,7 @@ def test_fused_experts_are_quantized_by_the_parameter(full_precision):
         for name in EXPERTS:
             replace_parameter_4bit(layer.mlp.experts, name, compress_statistics=True)
     assert model.get_memory_footprint() < left_out / 3
-    assert greedy(model) == list(range(1, 21))
+    assert greedy(model) == models.answer("mixtral")
 
     reloaded = models.load("mixtral", full_precision["mixtral"], "nf4")
     for layer, saved in zip(reloaded.model.layers, model.model.layers, strict=True):

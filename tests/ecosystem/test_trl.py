@@ -29,7 +29,7 @@ def test_qlora(full_precision, tmp_path):
     model = models.load("llama", full_precision["llama"], "nf4 double bf16")
     packed = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
     arguments = SFTConfig(
-        output_dir=str(tmp_path), optim="paged_adamw_8bit", use_cpu=True, bf16=False, max_steps=20, logging_steps=1,
+        output_dir=str(tmp_path), optim="paged_adamw_8bit", use_cpu=True, bf16=False, max_steps=60, logging_steps=1,
         per_device_train_batch_size=8, learning_rate=2e-2, gradient_checkpointing=True, max_length=32, report_to=[],
         save_strategy="no", disable_tqdm=True, seed=0,
     )  # fmt: skip
