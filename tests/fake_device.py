@@ -65,17 +65,27 @@ def _run_on_host(op: Any, *arguments: Any, **keywords: Any) -> Any:
     return result if leaves else tree_map(to_device, result)
 
 
-def _on_host(kernel: Callable[..., None]) -> Callable[..., None]:
+def _contiguous_on_host(value: Any) -> Any:
+    """As kernels get their inputs: a fake tensor has no strides, but what it holds may."""
+    host = to_host(value)
+    return host.contiguous() if isinstance(host, torch.Tensor) else host
+
+
+def _on_host(kernel: Callable[..., None], in_place: bool) -> Callable[..., None]:
     """A kernel for the fake device from one for host memory, which is what its tensors hold."""
+    read = to_host if in_place else _contiguous_on_host
 
     def call(*arguments: Any, **outputs: Any) -> None:
-        kernel(*tree_map(to_host, arguments), **tree_map(to_host, outputs))
+        kernel(*tree_map(read, arguments), **tree_map(to_host, outputs))
 
     return call
 
 
 def make_backend() -> Backend:
-    kernels = {name: _on_host(kernel.function) for name, kernel in registry.delegated_to("reference").items()}
+    kernels = {
+        name: _on_host(kernel.function, in_place=name.startswith("optimizer"))
+        for name, kernel in registry.delegated_to("reference").items()
+    }
     return Backend("fake", (DEVICE,), priority=1, kernels=kernels)
 
 

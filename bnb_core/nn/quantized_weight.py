@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnb_core.checks import FLOAT_DTYPES
-from bnb_core.nn.quantized_parameter import QuantizedParameter
+from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode
 
 NOT_QUANTIZED = "the weight is not quantized yet: move the layer to a device, such as .to('cpu')"
 
@@ -62,11 +62,13 @@ class QuantizedWeightMixin(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As torch does, for a weight of a class of its own, which torch neither makes nor swaps.
 
-        The parameter stays the same object, but onto and off meta, or where torch is told to overwrite parameters.
+        The parameter stays the same object, but onto and off meta, or where torch is told to overwrite parameters. One
+        that was made in inference mode is replaced when it is quantized, to serve training later.
         """
         weight = self._parameters.get("weight")
         if not isinstance(weight, QuantizedParameter):
             return super()._apply(fn, recurse)
+        of_inference = weight.is_inference()
         gradient = None if weight.grad is None else fn(weight.grad)
         moved = fn(weight)
         self._parameters["weight"] = None
@@ -76,6 +78,8 @@ class QuantizedWeightMixin(nn.Module):
             self._parameters["weight"] = weight
         if moved.is_meta != weight.is_meta or torch.__future__.get_overwrite_module_params_on_conversion():
             self._set_weight(moved if isinstance(moved, type(weight)) else weight._like(moved))
+        elif of_inference and not moved.is_inference():
+            self._set_weight(in_any_mode(weight._like)(moved.data))
         elif moved is not weight:
             weight.data = moved.data
         self.weight.grad = gradient
