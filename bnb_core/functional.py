@@ -96,7 +96,7 @@ def quantize_4bit(
     Args:
         A: any shape, f32, f16 or bf16.
         absmax: receives the scales, f32[ceil(n / blocksize)].
-        out: receives the packed codes, ``quant_storage[bytes / itemsize, 1]``.
+        out: receives the packed codes, ``quant_storage[ceil(bytes / itemsize), 1]``.
         blocksize: 32 to 4096, a power of two; None for 64.
         compress_statistics: quantize the scales to 8 bits as well.
         quant_type: ``fp4`` or ``nf4``.

@@ -32,12 +32,17 @@ class Out(NamedTuple):
 
     shape: Sequence[int]
     dtype: torch.dtype
+    zeroed: bool = False
+    """Whether the kernel leaves some of it unwritten, which is zero then."""
 
     def allocate(self, device: torch.device) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=device)
+        make = torch.zeros if self.zeroed else torch.empty
+        return make(self.shape, dtype=self.dtype, device=device)
 
     def allocator(self, device: torch.device) -> Callable[[], Tensor]:
         """:meth:`allocate` for many calls: what it gives is what ``torch.empty`` gives, in two thirds of the time."""
+        if self.zeroed:
+            return partial(self.allocate, device)
         strides = self.allocate(torch.device("meta")).stride()
         return partial(torch.empty_strided, self.shape, strides, dtype=self.dtype, device=device)
 
@@ -144,6 +149,9 @@ class Primitive:
         for tensor, other in combinations(given, 2):
             if _share_memory(tensor, other):
                 raise ValueError("out: two of its tensors share memory")
+        for tensor, expected in zip(given, outputs, strict=True):
+            if expected.zeroed:
+                tensor.zero_()
         buffers = tuple(t if is_readable(t) else e.allocate(device) for t, e in zip(given, outputs, strict=True))
         arguments = made_readable(arguments)
         kernel = registry.kernel_for(self.name, plan.device_type, arguments)

@@ -63,6 +63,11 @@ def block_count(n: int, blocksize: int) -> int:
     return (n + blocksize - 1) // blocksize
 
 
+def packed_numel(n: int, storage: torch.dtype) -> int:
+    """How many elements of ``storage`` hold ``n`` codes of 4 bits, the last one perhaps filled up with zero bytes."""
+    return (n + 2 * storage.itemsize - 1) // (2 * storage.itemsize)
+
+
 def _product(shape: Sequence[int]) -> int:
     n = 1
     for size in shape:
@@ -118,31 +123,28 @@ def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: tor
         quant_storage: the dtype that the packed bytes are viewed as: u8, f16, bf16 or f32.
 
     Returns:
-        packed ``quant_storage[bytes / itemsize, 1]`` (element 2k in the high nibble of byte k),
-        absmax f32[ceil(n / blocksize)].
+        packed ``quant_storage[ceil(bytes / itemsize), 1]`` (element 2k in the high nibble of byte k, zero bytes after
+        the last), absmax f32[ceil(n / blocksize)].
     """
     check_float("A", A)
     check_blocksize(blocksize)
     check_choice("quant_type", quant_type, QUANT_TYPES)
     check_dtype_argument("quant_storage", quant_storage, QUANT_STORAGES)
-    n, itemsize = A.numel(), quant_storage.itemsize
-    packed_bytes = (n + 1) // 2
-    if packed_bytes % itemsize:
-        fitting = [str(dtype).removeprefix("torch.") for dtype in QUANT_STORAGES if packed_bytes % dtype.itemsize == 0]
-        raise ValueError(
-            f"quant_storage: {n} elements pack into {packed_bytes} bytes, no multiple of the {itemsize} bytes of "
-            f"{str(quant_storage).removeprefix('torch.')}; {', '.join(fitting)} fit"
-        )
-    return Out((packed_bytes // itemsize, 1), quant_storage), Out((block_count(n, blocksize),), torch.float32)
+    n, storage_numel = A.numel(), packed_numel(A.numel(), quant_storage)
+    padded = storage_numel * quant_storage.itemsize > packed_numel(n, torch.uint8)
+    packed = Out((storage_numel, 1), quant_storage, zeroed=padded)
+    return packed, Out((block_count(n, blocksize),), torch.float32)
 
 
 def _check_packed(name: str, packed: Tensor, n: int, blocksize: int, quant_type: str) -> None:
     check_dtype(name, packed, QUANT_STORAGES)
     check_blocksize(blocksize)
     check_choice("quant_type", quant_type, QUANT_TYPES)
-    packed_bytes = packed.numel() * packed.dtype.itemsize
-    if packed_bytes != (n + 1) // 2:
-        raise ValueError(f"{name}: expected {(n + 1) // 2} bytes for {n} elements of 4 bits, got {packed_bytes}")
+    if packed.numel() != packed_numel(n, packed.dtype):
+        raise ValueError(
+            f"{name}: expected {packed_numel(n, packed.dtype)} elements of {packed.dtype} for {n} of 4 bits, "
+            f"got {packed.numel()}"
+        )
 
 
 def _check_block_scales(
@@ -334,7 +336,7 @@ def int8_double_quant(A: Tensor, threshold: float) -> tuple[Out, Out, Out, Out, 
         outlier_mask bool[K] (empty when threshold is 0).
     """
     q_row, row_stats, outlier_mask = int8_vectorwise_quant.declaration(A, threshold)  # type: ignore[misc]
-    return q_row, q_row, row_stats, Out((A.shape[-1],), torch.float32), outlier_mask
+    return q_row, q_row, row_stats, Out((A.shape[-1],), torch.float32), outlier_mask  # type: ignore[return-value]
 
 
 @primitive("(Tensor A, Tensor stats) -> Tensor")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnb_core.checks import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES, check_any_blocksize
-from bnb_core.primitives import block_count
+from bnb_core.primitives import block_count, packed_numel
 from bnb_core.serialization import PackedValues, pack_dict_to_tensor, unpack_tensor_to_dict
 
 PACKED_KEY = "quant_state.bitsandbytes__"
@@ -103,10 +103,10 @@ class QuantState:
     def check_packed(self, name: str, packed: Tensor) -> None:
         """Raise ValueError if ``packed``, called ``name``, cannot hold the 4-bit codes of a tensor of this shape."""
         self.check_complete()
-        packed_bytes = (math.prod(self.shape) + 1) // 2  # type: ignore[arg-type]
-        if packed.dtype not in QUANT_STORAGES or packed.numel() * packed.dtype.itemsize != packed_bytes:
+        n = math.prod(self.shape)  # type: ignore[arg-type]
+        if packed.dtype not in QUANT_STORAGES or packed.numel() != packed_numel(n, packed.dtype):
             raise ValueError(
-                f"{name}: expected {packed_bytes} packed bytes for shape {tuple(self.shape)}, "  # type: ignore[arg-type]
+                f"{name}: expected {(n + 1) // 2} packed bytes for shape {tuple(self.shape)}, "  # type: ignore[arg-type]
                 f"got {tuple(packed.shape)} of {packed.dtype}"
             )
 

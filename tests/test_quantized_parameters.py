@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import nn
+from torch.optim import swa_utils
 
+from bnb_core.checks import QUANT_STORAGES
 from bnb_core.conformance.compare import same_bits
 from bnb_core.nn import Embedding8bit, EmbeddingNF4, Int8Params, Linear4bit, Linear8bitLt, LinearNF4
 
@@ -144,3 +146,52 @@ def test_a_layer_with_a_plain_weight_says_what_it_has(build):
     module.weight = nn.Parameter(torch.randn(48, 64))
     with pytest.raises(RuntimeError, match=r"plain Parameter of torch.float32, shape \(48, 64\).*tied"):
         module(_input(module))
+
+
+AVERAGES = {
+    "of all steps": {},
+    "exponential": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9)},
+    "exponential, one by one": {"avg_fn": swa_utils.get_ema_avg_fn(0.9)},
+    "of all steps, one by one": {"avg_fn": swa_utils.get_swa_avg_fn()},
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
+@pytest.mark.parametrize(
+    "build", [*LAYERS.values(), lambda: LinearNF4(64, 48, quant_storage=torch.bfloat16)], ids=[*LAYERS, "bf16 storage"]
+)
+def test_codes_are_not_averaged(build, average):
+    model = nn.Sequential(build()).to("cpu")
+    averaged = swa_utils.AveragedModel(model, **average)
+    averaged.update_parameters(model)
+    with pytest.raises(ValueError, match="cannot be averaged"):
+        averaged.update_parameters(model)
+    same_bits("codes", averaged.module[0].weight.data, model[0].weight.data)
+
+
+@layers
+def test_a_state_dict_and_what_is_copied_from_it_hold_plain_tensors(build):
+    state_dict = build().to("cpu").state_dict()
+    for value in (*state_dict.values(), *copy.deepcopy(state_dict).values()):
+        assert not isinstance(value, nn.Parameter) and not type(value).__name__.startswith("Detached")
+    detached = build().to("cpu").weight.detach()
+    assert type(copy.deepcopy(detached)) is type(detached.clone()) is torch.Tensor
+
+
+@pytest.mark.parametrize("storage", QUANT_STORAGES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 3), (7, 5), (5, 9)], ids=str)
+def test_a_storage_takes_a_weight_of_any_size(shape, storage):
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape), torch.randn(4, shape[1])
+    layers = []
+    for dtype in (torch.uint8, storage):
+        layer = LinearNF4(shape[1], shape[0], bias=False, quant_storage=dtype)
+        layer.weight.data.copy_(weight)
+        layers.append(layer.to("cpu"))
+    plain, stored = layers
+    numbers = (plain.weight.data.numel() + storage.itemsize - 1) // storage.itemsize
+    assert stored.weight.shape == (numbers, 1) and stored.weight.dtype == storage
+    same_bits("result", stored(x), plain(x))
+    loaded = LinearNF4(shape[1], shape[0], bias=False, quant_storage=storage)
+    loaded.load_state_dict(stored.state_dict())
+    same_bits("result of the loaded layer", loaded(x), plain(x))

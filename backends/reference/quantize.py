@@ -74,7 +74,8 @@ def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: tor
         codes, zero = _fp4_codes(scaled), 0
     codes = torch.where(usable, codes, zero).to(torch.uint8)
     high, low = pad(codes, (0, codes.numel() % 2), value=zero).view(-1, 2).unbind(1)
-    return (high << 4 | low).view(quant_storage).unsqueeze(1), absmax
+    packed = high << 4 | low
+    return pad(packed, (0, -packed.numel() % quant_storage.itemsize)).view(quant_storage).unsqueeze(1), absmax
 
 
 def dequantize_4bit(

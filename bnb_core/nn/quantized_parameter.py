@@ -14,6 +14,14 @@ _INITIALIZERS = {
     *(getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")),
     *(getattr(Tensor, name) for name in ("fill_", "normal_", "random_", "uniform_", "zero_")),
 }
+_ARITHMETIC = {
+    getattr(owner, name)
+    for operation in ("add", "addcdiv", "addcmul", "div", "lerp", "mul", "rmul", "rsub", "sub", "true_divide")
+    for owner in (torch, Tensor)
+    for name in (operation, f"{operation}_", f"__{operation}__", f"__i{operation}__", f"_foreach_{operation}",
+                 f"_foreach_{operation}_")
+    if hasattr(owner, name)
+}  # fmt: skip
 
 
 class QuantizedParameter(nn.Parameter):
@@ -79,7 +87,36 @@ class QuantizedParameter(nn.Parameter):
                     f"tensor: expected values to initialize, got the codes of a {cls.__name__}; initialize the weight "
                     "before it is quantized, or assign values and move the layer again"
                 )
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if func is Tensor.detach and not torch.compiler.is_compiling() and _are_codes(args[0]):
+                return result.as_subclass(DetachedCodes)
+            return result
+
+
+class DetachedCodes(Tensor):
+    """What ``detach()`` gives of codes: a plain tensor but for arithmetic, which codes are not there for.
+
+    Averages of models (torch.optim.swa_utils) are computed from their detached parameters.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ARITHMETIC:
+            raise ValueError(
+                "codes of a quantized weight cannot be averaged or computed with: average the modules that train, such "
+                "as adapters, or dequantize the weight"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.plain().clone()
+
+    def plain(self) -> Tensor:
+        return self.as_subclass(Tensor)
 
 
 def _are_codes(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnb_core.checks import FLOAT_DTYPES
-from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode
+from bnb_core.nn.quantized_parameter import DetachedCodes, QuantizedParameter, in_any_mode
 
 NOT_QUANTIZED = "the weight is not quantized yet: move the layer to a device, such as .to('cpu')"
 
@@ -84,6 +84,12 @@ class QuantizedWeightMixin(nn.Module):
             weight.data = moved.data
         self.weight.grad = gradient
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = destination.get(f"{prefix}weight")
+        if isinstance(weight, DetachedCodes):
+            destination[f"{prefix}weight"] = weight.plain()
 
     def _load_from_state_dict(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,14 @@ from bnb_core.optim.checkpoint import (
     QUANT_STATE_KEY,
     STATE_KEYS,
     TENSOR_KEYS,
+    ParameterState,
     checked_groups,
     checked_state,
     grouped,
 )
 from bnb_core.optim.hyperparameters import check_hyperparameters, check_only
 from bnb_core.optim.manager import GlobalOptimManager
+from bnb_core.optim.per_element import expected_per_element, in_blocks, is_flattened, per_element
 from bnb_core.paged import GlobalPageManager
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
 
@@ -90,6 +93,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.args: Any = MockArgs(settings)
         self._forget_preparation()
         super().__init__(params, defaults)
+        self.state = defaultdict(ParameterState)
 
     def _forget_preparation(self) -> None:
         """Have the next step look at the devices of the state and at the overrides again."""
@@ -287,11 +291,27 @@ class Optimizer8bit(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As for every torch optimizer, the quantized tensors of a parameter grouped under one key.
 
-        They stand in a dict under ``"__bnb_optimizer_quant_state__"``, out of reach of sharded training's gathering.
+        They stand in a dict under ``"__bnb_optimizer_quant_state__"``. The state of parameters that FSDP1 manages has
+        the parameter's shape in every tensor instead, with a scale per element, so that FSDP1 can gather and cut it.
+
+        Raises:
+            ValueError: FSDP1 manages a parameter whose state has codebooks of its own.
         """
         state_dict = super().state_dict()
-        state_dict["state"] = {key: grouped(state) for key, state in state_dict["state"].items()}
+        params = [p for group in self.param_groups for p in group["params"]]
+        state_dict["state"] = {key: self._saved(params[key], state) for key, state in state_dict["state"].items()}
         return state_dict
+
+    def _saved(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+        if not is_flattened(p):
+            return grouped(state)
+        for key in STATE_KEYS:
+            qmap = state.get(f"qmap{key[-1]}")
+            if qmap is not None and not torch.equal(qmap, self._qmap(key, qmap.device)):
+                raise ValueError(f"qmap{key[-1]}: FSDP1 can save state in the standard codebook only")
+        settings = [vars(self.args), *self.param_groups, *self._overrides.values()]
+        with_scales = any(config.get("optim_bits") == 8 for config in settings)
+        return per_element(state, self.optimizer_name, p, with_scales)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
@@ -316,9 +336,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         for group in groups:
             self._check_group(group)
         copied = self._copied if move_to_device else _cloned
-        state = self.state.__class__(dict)
+        state: defaultdict[Tensor, dict[str, Any]] = defaultdict(ParameterState)
         for p, saved in self._checked_states(state_dict, groups).items():
-            state[p] = {k: copied(p, k, value) if isinstance(value, Tensor) else value for k, value in saved.items()}
+            state[p] = ParameterState(
+                {k: copied(p, k, value) if isinstance(value, Tensor) else value for k, value in saved.items()}
+            )
         self.state, self.param_groups = state, groups
         self._forget_preparation()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -341,6 +363,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             p, group = owners[index]
             stateless = not self.keeps_state({**group, **self._overrides.get(id(p), {})})
             state = checked_state(f"state[{index!r}]", saved, self.optimizer_name, p, stateless)
+            if expected_per_element(state, self.optimizer_name, p) is not None:
+                state = in_blocks(state, self.optimizer_name, p, self._qmap)
             if state:
                 states[p] = state
         return states

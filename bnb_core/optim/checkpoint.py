@@ -5,19 +5,33 @@ The key names and tensor shapes are those that bitsandbytes writes, so that its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bnb_core.optim.per_element import expected_per_element
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
 
 # Sharded training gathers tensors in the state by the parameter's shape; in a nested dict it leaves them alone.
 QUANT_STATE_KEY = "__bnb_optimizer_quant_state__"
 STATE_KEYS = ("state1", "state2")
 TENSOR_KEYS = frozenset({*STATE_KEYS, "qmap1", "qmap2", "absmax1", "absmax2", "unorm_vec"})
+GROUPED_KEYS = TENSOR_KEYS - {"unorm_vec"}
+
+
+class ParameterState(dict[str, Any]):
+    """A parameter's state, flat. Iterating over it gives the names of the saved form.
+
+    torch.distributed.checkpoint looks for each of those names in a state dict that it has flattened.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        if "absmax1" not in self:
+            return super().__iter__()
+        return iter([*(key for key in self.keys() if key not in GROUPED_KEYS), QUANT_STATE_KEY])
 
 
 def grouped(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,8 +39,7 @@ def grouped(state: Mapping[str, Any]) -> dict[str, Any]:
     # Detaching drops Python attributes, such as is_paged, which do not hold for the tensor that will be loaded.
     result = {key: value.detach() if isinstance(value, Tensor) else value for key, value in state.items()}
     if "absmax1" in result:
-        quantized = TENSOR_KEYS - {"unorm_vec"}
-        result[QUANT_STATE_KEY] = {key: result.pop(key) for key in state if key in quantized}
+        result[QUANT_STATE_KEY] = {key: result.pop(key) for key in state.keys() if key in GROUPED_KEYS}  # noqa: SIM118
     return result
 
 
@@ -62,6 +75,8 @@ def checked_groups(
 def checked_state(name: str, saved: object, optimizer_name: str, p: Tensor, stateless: bool) -> dict[str, Any]:
     """One parameter's saved state, flat, its step an int; the tensors are still those of the state dict.
 
+    They are in blocks or, as FSDP1 has them, per element (:mod:`bnb_core.optim.per_element`).
+
     Args:
         name: what errors call it.
         stateless: the optimizer may do without tensors for this parameter (momentum 0).
@@ -73,7 +88,9 @@ def checked_state(name: str, saved: object, optimizer_name: str, p: Tensor, stat
     if not state:
         return {}
     state["step"] = _checked_step(f"{name}['step']", state)
-    expected = {} if stateless and "state1" not in state else _expected_tensors(name, state, optimizer_name, p)
+    expected = expected_per_element(state, optimizer_name, p)
+    if expected is None:
+        expected = {} if stateless and "state1" not in state else _expected_tensors(name, state, optimizer_name, p)
     if "unorm_vec" in state:
         expected["unorm_vec"] = (torch.float32, (1,))
     for key, (dtype, shape) in expected.items():

@@ -108,8 +108,6 @@ PARTICULAR: dict[str, list[Bad]] = {
         *BLOCKSIZES,
         *QUANT_TYPES,
         Bad("quant_storage", {"quant_storage": torch.int8}, TypeError),
-        Bad("quant_storage", {"A": torch.ones(10), "quant_storage": torch.float32}),
-        Bad("quant_storage", {"A": torch.ones(6), "quant_storage": torch.bfloat16}),
     ],
     "dequantize_4bit": [
         *BLOCKSIZES,

@@ -109,7 +109,8 @@ class Sample:
         _, N, K = SHAPES[self.shape]
         n = N * K
         blocks = primitives.block_count(n, self.blocksize)
-        packed = torch.randint(0, 256, ((n + 1) // 2,), generator=generator, dtype=torch.uint8)
+        stored_bytes = (n + 1) // 2 + -((n + 1) // 2) % self.quant_storage.itemsize
+        packed = torch.randint(0, 256, (stored_bytes,), generator=generator, dtype=torch.uint8)
         unit = self.unit
         absmax: Tensor = torch.rand(blocks, generator=generator) * (2 * unit)
         if self.values == "zero blocks":
@@ -246,7 +247,7 @@ def _samples() -> Iterator[Sample]:
             # Without a bias, beside which the products would be nothing.
             yield Sample(dtype, shape, nested=shape == "16 rows", bias=False, values="small scales")
     for storage in QUANT_STORAGES:
-        for shape in ("gemv", "33 rows"):
+        for shape in ("gemv", "33 rows", "K odd", "K odd, gemv"):
             yield Sample(torch.bfloat16, shape, quant_storage=storage, nested=True)
 
 
