@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnb_core.checkpoint_entries import checked_entry, dense_entry, described, element_count
 from bnb_core.checks import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES, check_any_blocksize
 from bnb_core.primitives import block_count, packed_numel
 from bnb_core.serialization import PackedValues, pack_dict_to_tensor, unpack_tensor_to_dict
@@ -20,6 +21,8 @@ TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 NESTED_TENSOR_KEYS = ("nested_absmax", "nested_quant_map")
 VALUE_KEYS = ("quant_type", "blocksize", "dtype", "shape")
 NESTED_VALUE_KEYS = ("nested_blocksize", "nested_dtype", "nested_offset")
+MOST_PACKED_BYTES = 4096
+"""Of JSON in a checkpoint; bitsandbytes and this library write some 200."""
 F32_MAX = torch.finfo(torch.float32).max
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -107,7 +110,7 @@ class QuantState:
         if packed.dtype not in QUANT_STORAGES or packed.numel() != packed_numel(n, packed.dtype):
             raise ValueError(
                 f"{name}: expected {(n + 1) // 2} packed bytes for shape {tuple(self.shape)}, "  # type: ignore[arg-type]
-                f"got {tuple(packed.shape)} of {packed.dtype}"
+                f"got {described(packed)}"
             )
 
     def to(self, device: torch.device | str) -> QuantState:
@@ -167,6 +170,8 @@ class QuantState:
         Raises:
             ValueError: a missing, surplus or malformed entry, named by its key.
         """
+        if not isinstance(qs_dict, Mapping):
+            raise TypeError(f"qs_dict: expected a dict, got {type(qs_dict).__name__}")
         entries = _Entries(qs_dict)
         entries.check()
         values, tensors = entries.values, entries.tensors
@@ -218,10 +223,11 @@ class _Entries:
 
     def _add_packed(self, key: str, value: Any) -> None:
         self.key_of["quant_state"] = key
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{key}: expected a uint8 tensor, got {type(value).__name__}")
+        packed = dense_entry(key, value)
+        if packed.numel() > MOST_PACKED_BYTES:
+            raise ValueError(f"{key}: expected at most {MOST_PACKED_BYTES} bytes of JSON, got {packed.numel()}")
         try:
-            content = unpack_tensor_to_dict(value)
+            content = unpack_tensor_to_dict(packed)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
         for name, entry in content.items():
@@ -231,9 +237,7 @@ class _Entries:
         if name in self.key_of:
             raise ValueError(f"{key}: given twice")
         if name in TENSOR_KEYS:
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{key}: expected a tensor, got {type(value).__name__}")
-            self.tensors[name] = value
+            self.tensors[name] = dense_entry(key, value)
         elif name in VALUE_KEYS + NESTED_VALUE_KEYS:
             self.values[name] = value
         else:
@@ -253,10 +257,7 @@ class _Entries:
             self._check_choice("quant_type", QUANT_TYPES)
             self._check_choice("blocksize", BLOCKSIZES)
         self._check_choice("dtype", tuple(DTYPES))
-        shape = self.values["shape"]
-        if not isinstance(shape, (list, tuple)) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-            raise ValueError(f"{self.key_of['shape']}: expected a list of sizes, got {shown(shape)}")
-        blocks = block_count(math.prod(shape), self.values["blocksize"])
+        blocks = block_count(element_count(self.key_of["shape"], self.values["shape"]), self.values["blocksize"])
         self._check_tensor("quant_map", torch.float32, 256 if self.values["quant_type"] is None else 16)
         self._check_tensor("absmax", torch.uint8 if self.nested else torch.float32, blocks)
         if self.nested:
@@ -275,11 +276,7 @@ class _Entries:
             raise ValueError(f"{self.key_of[name]}: expected one of {choices}, got {shown(value)}")
 
     def _check_tensor(self, name: str, dtype: torch.dtype, numel: int) -> None:
-        tensor = self.tensors[name]
-        if tensor.dtype != dtype or tensor.numel() != numel:
-            raise ValueError(
-                f"{self.key_of[name]}: expected {numel} elements of {dtype}, got {tensor.numel()} of {tensor.dtype}"
-            )
+        self.tensors[name] = checked_entry(self.key_of[name], self.tensors[name], (dtype,), (numel,))
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from bnb_core.functional import pack_dict_to_tensor, unpack_tensor_to_dict
-from bnb_core.nn import Embedding8bit, EmbeddingNF4, Linear8bitLt, LinearNF4
+from bnb_core.nn import Embedding8bit, EmbeddingNF4, Linear8bitLt, LinearNF4, load_state_dict
+from bnb_core.nn.parametrize import replace_parameter_4bit
 
 STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
 DELETED = object()
@@ -79,6 +82,17 @@ ATTACKS_4BIT = {
     "size as a truth value": (*_values(shape=[True, 2048]), "shape"),
     "a million sizes": (*_values(shape=[1] * 10**6), "weight"),
     "a number of 5000 digits": (*_bytes(b'{"blocksize": ' + b"9" * 5000 + b"}"), STATE_KEY),
+    "2^30 scales in four bytes": (*_tensor("weight.absmax", lambda a: a[:1].expand(1 << 30)), "weight.absmax"),
+    "2^40 codes in one byte": (*_tensor("weight", lambda w: w[:1].expand(1 << 40, 1)), "weight"),
+    "2^40 bytes of JSON in one": (STATE_KEY, lambda state: torch.ones(1, dtype=torch.uint8).expand(1 << 40), STATE_KEY),
+    "many bytes of JSON": (*_values(shape=[2**62] * 60_000), STATE_KEY),
+    "sizes that multiply to more than a tensor has": (*_values(shape=[2**40, 2**40, 0]), "shape"),
+    "scales on meta": (*_tensor("weight.absmax", lambda a: a.to("meta")), "weight.absmax"),
+    "a quant state on meta": (*_tensor(STATE_KEY, lambda s: s.to("meta")), STATE_KEY),
+    "a weight on meta": (*_tensor("weight", lambda w: w.to("meta")), "weight"),
+    "sparse scales": (*_tensor("weight.nested_absmax", lambda a: a.to_sparse()), "weight.nested_absmax"),
+    "a nested weight": (*_tensor("weight", lambda w: torch.nested.nested_tensor([w, w])), "weight"),
+    "a codebook in a row": (*_tensor("weight.nested_quant_map", lambda m: m[None]), "weight.nested_quant_map"),
     "a second state": ("weight.quant_state.bitsandbytes__fp4", lambda state: state[STATE_KEY], "second"),
 }
 
@@ -94,8 +108,24 @@ ATTACKS_8BIT = {
     "weight of another integer": (*_tensor("weight", lambda w: w.view(torch.uint8)), "weight"),
     "scales that are no tensor": ("SCB", lambda state: [1.0], "SCB"),
     "a format of another dtype": ("weight_format", lambda state: torch.tensor(0.3), "weight_format"),
+    "scales in a row": (*_tensor("SCB", lambda s: s[None]), "SCB"),
+    "scales in four bytes": (*_tensor("SCB", lambda s: s[:1].expand(1 << 30)), "SCB"),
+    "sparse scales": (*_tensor("SCB", lambda s: s.to_sparse()), "SCB"),
+    "scales on meta": (*_tensor("SCB", lambda s: s.to("meta")), "SCB"),
+    "a weight in one byte": (*_tensor("weight", lambda w: w[:1, :1].expand(1 << 20, 1 << 20)), "weight"),
+    "2^40 formats": (*_tensor("weight_format", lambda f: f.expand(1 << 40)), "weight_format"),
     "a format that is no number": ("weight_format", lambda state: torch.tensor(float("nan")), "weight_format"),
 }
+
+
+def _snapshot(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def _assert_is(module, before):
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 def _assert_refused(build, attack):
@@ -104,12 +134,11 @@ def _assert_refused(build, attack):
     good = module.state_dict()
     bad = {**good, key: change(good)}
     bad = {key: value for key, value in bad.items() if value is not DELETED}
-    before = {key: value.clone() for key, value in good.items()}
-    with pytest.raises(ValueError, match=named):
+    before = _snapshot(module)
+    with pytest.raises(ValueError, match=named) as error:
         module.load_state_dict(bad)
-    after = module.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert len(str(error.value)) < 1000
+    _assert_is(module, before)
 
 
 @pytest.mark.parametrize("attack", ATTACKS_4BIT.values(), ids=ATTACKS_4BIT)
@@ -138,6 +167,10 @@ BIASES = {
     "short": lambda bias: bias[:-1],
     "of integers": lambda bias: bias.long(),
     "no tensor": lambda bias: bias.tolist(),
+    "on meta": lambda bias: bias.to("meta"),
+    "sparse": lambda bias: bias.to_sparse(),
+    "nested": lambda bias: torch.nested.nested_tensor([bias]),
+    "expanded": lambda bias: bias[:1].expand(1 << 40),
 }
 QUANTIZED_LINEARS = [LinearNF4, partial(Linear8bitLt, has_fp16_weights=False)]
 
@@ -146,10 +179,71 @@ QUANTIZED_LINEARS = [LinearNF4, partial(Linear8bitLt, has_fp16_weights=False)]
 @pytest.mark.parametrize("layer", QUANTIZED_LINEARS, ids=["4bit", "8bit"])
 def test_wrong_bias_keeps_the_weight_from_changing(layer, spoil):
     module, other = layer(64, 32).to("cpu"), layer(64, 32).to("cpu").state_dict()
-    before = {key: value.clone() for key, value in module.state_dict().items()}
+    before = _snapshot(module)
     with pytest.raises(ValueError, match="bias"):
         module.load_state_dict({**other, "bias": spoil(other["bias"])})
-    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    _assert_is(module, before)
+
+
+@pytest.mark.parametrize("layer", QUANTIZED_LINEARS, ids=["4bit", "8bit"])
+@pytest.mark.parametrize("change", ["a missing bias", "a stray key", "a stray key of a part"])
+def test_a_strict_load_that_fails_changes_nothing_in_the_module(layer, change):
+    module, other = layer(64, 32).to("cpu"), layer(64, 32).to("cpu").state_dict()
+    before = _snapshot(module)
+    if change == "a missing bias":
+        del other["bias"]
+    else:
+        other["stray" if change == "a stray key" else "stray.part"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="bias" if change == "a missing bias" else "stray"):
+        module.load_state_dict(other)
+    _assert_is(module, before)
+    result = module.load_state_dict(other, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (
+        (["bias"], []) if change == "a missing bias" else ([], [next(key for key in other if "stray" in key)])
+    )
+
+
+def test_entries_are_loaded_without_their_gradients():
+    module, other = LinearNF4(64, 32).to("cpu"), LinearNF4(64, 32).to("cpu").state_dict()
+    other["weight.nested_absmax"] = other["weight.nested_absmax"].requires_grad_()
+    module.load_state_dict(other)
+    assert not module.weight.quant_state.state2.absmax.requires_grad
+    copy.deepcopy(module)
+
+
+def _model(seed):
+    torch.manual_seed(seed)
+    tied = LinearNF4(64, 64)
+    parts = [nn.Linear(64, 64), tied, Linear8bitLt(64, 64, has_fp16_weights=False), nn.BatchNorm1d(64), tied]
+    model = nn.Sequential(*parts).to("cpu")
+    model.parametrized = nn.Linear(64, 8)
+    replace_parameter_4bit(model.parametrized, "weight")
+    return model
+
+
+FAULTS = {
+    "the last layer's scales": ("2.SCB", lambda value: value[:-1]),
+    "a plain layer's shape": ("0.weight", lambda value: value[:-1]),
+    "a buffer's shape": ("3.running_mean", lambda value: value[:-1]),
+    "a parametrized weight": ("parametrized.weight.absmax", lambda value: value[:-1]),
+    "a missing key": ("3.running_var", lambda value: DELETED),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_whole_model_is_loaded_or_nothing_of_it(fault):
+    key, change = fault
+    model, good = _model(0), _model(1).state_dict()
+    before = _snapshot(model)
+    spoilt = {**good, key: change(good[key])}
+    with pytest.raises(RuntimeError, match=key.rpartition(".")[0].replace(".", r"\.")):
+        load_state_dict(model, {k: v for k, v in spoilt.items() if v is not DELETED})
+    _assert_is(model, before)
+    identity = model[1].weight
+    result = load_state_dict(model, good)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    _assert_is(model, good)
+    assert model[1] is model[4] and model[1].weight is not identity and model[1].weight.module is model[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float8_e4m3fn, torch.bool], ids=str)

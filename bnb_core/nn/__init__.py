@@ -1,6 +1,7 @@
 """Quantized modules and their parameters."""
 
 from bnb_core.nn import parametrize
+from bnb_core.nn.checked_load import load_state_dict
 from bnb_core.nn.embedding import (
     Embedding,
     Embedding4bit,
@@ -28,5 +29,6 @@ __all__ = [
     "OutlierAwareLinear",
     "Params4bit",
     "StableEmbedding",
+    "load_state_dict",
     "parametrize",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Mapping
@@ -51,15 +52,17 @@ class Weight4bitMixin(QuantizedWeightMixin):
 
     def _weight_of_codes(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Params4bit:
         key = prefix + _WEIGHT
-        copies = {name: value.clone() for name, value in parts.items()}
         try:
-            weight = Params4bit.from_prequantized(codes.clone(), copies, device=self._device_for(codes))
+            quant_state = QuantState.from_dict(parts, "cpu" if codes.is_meta else codes.device)
+            quant_state.check_packed("weight", codes)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
-        shape = tuple(weight.quant_state.shape)  # type: ignore[union-attr, arg-type]
+        shape = tuple(quant_state.shape)  # type: ignore[arg-type]
         if shape != self._weight_shape():
             raise ValueError(f"{key}: expected shape {self._weight_shape()}, got {shape}")
-        return weight
+        device = self._device_for(codes)
+        copied = copy.deepcopy(quant_state).to(device)
+        return Params4bit._from_codes(codes.clone().to(device), copied)
 
     def _weight_of_values(self, values: Tensor) -> Params4bit:
         attributes = {**self.weight.__dict__, "quant_state": None, "bnb_quantized": False, "module": None}

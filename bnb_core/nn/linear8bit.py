@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bnb_core import functional
 from bnb_core.autograd import MatmulLtState, int8_linear, matmul
+from bnb_core.checkpoint_entries import checked_entry
 from bnb_core.checks import check_float
 from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode
 from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized
@@ -155,22 +156,14 @@ class Weight8bitMixin(QuantizedWeightMixin):
         weight_key, scales_key, format_key = f"{prefix}weight", f"{prefix}SCB", f"{prefix}weight_format"
         if self.weight.has_fp16_weights:
             raise ValueError(f"{weight_key}: int8 codes cannot be loaded into a weight with has_fp16_weights=True")
-        if tuple(codes.shape) != self._weight_shape():
-            raise ValueError(f"{weight_key}: expected shape {self._weight_shape()}, got {tuple(codes.shape)}")
+        codes = checked_entry(weight_key, codes, (torch.int8,), self._weight_shape(), on_meta=True)
         if scales_key not in parts:
             raise ValueError(f"{scales_key}: missing, though {weight_key} is int8")
-        scales = parts[scales_key]
-        if scales.dtype != torch.float32 or scales.numel() != codes.shape[0]:
-            raise ValueError(
-                f"{scales_key}: expected {codes.shape[0]} elements of torch.float32, "
-                f"got {scales.numel()} of {scales.dtype}"
-            )
-        weight_format = parts.get(format_key)
-        if weight_format is not None and (weight_format.dtype != torch.uint8 or weight_format.tolist() != ROW_FORMAT):
-            raise ValueError(
-                f"{format_key}: expected one torch.uint8, {ROW_FORMAT} for rows, "
-                f"got {weight_format.tolist()} of {weight_format.dtype}"
-            )
+        scales = checked_entry(scales_key, parts[scales_key], (torch.float32,), (codes.shape[0],))
+        if format_key in parts:
+            weight_format = checked_entry(format_key, parts[format_key], (torch.uint8,), ())
+            if weight_format.item() != ROW_FORMAT:
+                raise ValueError(f"{format_key}: expected {ROW_FORMAT}, for rows, got {weight_format.item()}")
         device = self._device_for(codes)
         codes, scales = codes.clone().to(device), scales.clone().to(device)
         return Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)

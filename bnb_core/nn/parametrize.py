@@ -5,6 +5,7 @@ For weights that are not an nn.Linear's, such as the 3-D ones of fused experts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnb_core import functional
+from bnb_core.checkpoint_entries import dense_entry
 from bnb_core.checks import FLOAT_DTYPES, check_float
 from bnb_core.functional import QuantState
+from bnb_core.nn.quantized_weight import CheckpointError
 
 
 class Bnb4bitParametrization(nn.Module):
@@ -128,6 +131,13 @@ def _save(
 
 
 def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any, name: str) -> None:
+    try:
+        _load_checked(module, state_dict, prefix, name)
+    except ValueError as error:
+        raise CheckpointError(*error.args) from error
+
+
+def _load_checked(module: nn.Module, state_dict: dict[str, Any], prefix: str, name: str) -> None:
     """Codes with their quant state, or values, which are quantized alike; all is checked before anything changes."""
     key = prefix + name
     part_keys = [k for k in state_dict if k.startswith(key + ".")]
@@ -137,9 +147,10 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments
         return
     parametrization, original = _of(module, name)[0], _of(module, name).original
     present = parametrization.quant_state
-    value = state_dict[key]
+    value = dense_entry(key, state_dict[key])
     if part_keys:
-        packed, quant_state = value, _read_quant_state(key, value, {k: state_dict[k] for k in part_keys}, original)
+        parts = {k: dense_entry(k, state_dict[k]) for k in part_keys}
+        packed, quant_state = value, _read_quant_state(key, value, parts, original)
         shape = tuple(quant_state.shape)  # type: ignore[arg-type]
     else:
         shape = tuple(value.shape)
@@ -155,11 +166,11 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments
 
 def _read_quant_state(key: str, packed: Tensor, parts: dict[str, Tensor], original: Tensor) -> QuantState:
     try:
-        quant_state = QuantState.from_dict({k: v.clone() for k, v in parts.items()}, original.device)
+        quant_state = QuantState.from_dict(parts, packed.device)
         quant_state.check_packed("the packed codes", packed)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-    return quant_state
+    return copy.deepcopy(quant_state).to(original.device)
 
 
 def _quantize_like(key: str, values: Tensor, present: QuantState, original: Tensor) -> tuple[Tensor, QuantState]:

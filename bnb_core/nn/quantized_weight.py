@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnb_core.checkpoint_entries import checked_entry, dense_entry
 from bnb_core.checks import FLOAT_DTYPES
 from bnb_core.nn.quantized_parameter import DetachedCodes, QuantizedParameter, in_any_mode
 
@@ -32,6 +33,8 @@ class QuantizedWeightMixin(nn.Module):
     """A module whose ``weight`` is quantized: a state dict holds it as codes with their parts, or as values."""
 
     weight: Any
+    _only_checks: bool = False
+    """Whether this is a copy of a module that is loaded to find what is malformed (nn/checked_load.py)."""
 
     def _weight_shape(self) -> tuple[int, int]:
         """Of the weight's values."""
@@ -112,14 +115,32 @@ class QuantizedWeightMixin(nn.Module):
             rest = {key: value for key, value in state_dict.items() if key not in handled}
             for name, tensor in self._parameters.items():
                 if tensor is not None and name != "weight" and prefix + name in rest:
-                    _check_values(prefix + name, rest[prefix + name], tuple(tensor.shape))
+                    on_meta = assign or tensor.is_meta
+                    checked_entry(prefix + name, rest[prefix + name], FLOAT_DTYPES, tuple(tensor.shape), on_meta)
         except ValueError as error:
             raise CheckpointError(*error.args) from error
         missing: list[str] = []
+        if strict and (faults := self._misfits(rest, prefix, handled)) != ([], []):
+            missing_keys += faults[0]
+            unexpected_keys += faults[1]
+            return
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key not in handled]
-        if weight is not None:
+        if weight is not None and not self._only_checks:
             self._set_weight(weight)
+
+    def _misfits(self, state_dict: Mapping[str, Any], prefix: str, handled: set[str]) -> tuple[list[str], list[str]]:
+        """The keys that a strict load misses, and those it has no place for: torch tells them when all is loaded."""
+        own = {name for name, value in (*self._parameters.items(), *self._buffers.items()) if value is not None}
+        own -= self._non_persistent_buffers_set
+        missing = [prefix + name for name in own if prefix + name not in state_dict and prefix + name not in handled]
+        names = {key: key[len(prefix) :].split(".", 1) for key in state_dict if key.startswith(prefix)}
+        unexpected = [
+            key
+            for key, (first, *rest) in names.items()
+            if (first not in self._modules if rest else first not in own and first != "_extra_state")
+        ]
+        return missing, unexpected
 
     def _read_weight(
         self, prefix: str, state_dict: Mapping[str, Any], assign: bool
@@ -130,27 +151,14 @@ class QuantizedWeightMixin(nn.Module):
             if part_keys:
                 raise ValueError(f"{key}: missing, though the state dict has {part_keys[0]}")
             return None, set()
-        value = _check_is_tensor(key, state_dict[key])
+        value = dense_entry(key, state_dict[key], on_meta=assign or self.weight.is_meta)
         if self._holds_codes(value, part_keys):
-            parts = {part_key: _check_is_tensor(part_key, state_dict[part_key]) for part_key in part_keys}
+            parts = {part_key: dense_entry(part_key, state_dict[part_key]) for part_key in part_keys}
             return self._weight_of_codes(prefix, value, parts), {key, *part_keys}
-        _check_values(key, value, self._weight_shape())
+        checked_entry(key, value, FLOAT_DTYPES, self._weight_shape(), on_meta=True)
         if self._is_quantized():
             return self._weight_of_values(value.clone()).to(self._device_for(value)), {key}  # type: ignore[return-value]
         return (self._weight_of_values(value), {key}) if assign else (None, set())
 
     def _device_for(self, value: Tensor) -> torch.device:
         return value.device if self.weight.is_meta else self.weight.device
-
-
-def _check_is_tensor(key: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{key}: expected a tensor, got {type(value).__name__}")
-    return value
-
-
-def _check_values(key: str, value: object, shape: tuple[int, ...]) -> None:
-    tensor = _check_is_tensor(key, value)
-    if tensor.dtype not in FLOAT_DTYPES or tuple(tensor.shape) != shape:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        raise ValueError(f"{key}: expected {names} of shape {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
