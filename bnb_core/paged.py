@@ -42,6 +42,7 @@ def paged_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device 
     flat = torch.zeros(0, dtype=dtype, device=device) if numel == 0 else memory.allocate(numel, dtype, device)
     tensor = flat.view(tuple(shape))
     tensor.is_paged = True  # type: ignore[attr-defined]
+    tensor.page_process = os.getpid()  # type: ignore[attr-defined]
     GlobalPageManager.get_instance().add(tensor)
     return tensor
 

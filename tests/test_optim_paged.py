@@ -138,3 +138,18 @@ class TestPaged:
         assert_same_state(twin_state, state)
         assert twin_state["state1"].is_paged
         assert twin_state["state1"].data_ptr() != state["state1"].data_ptr()
+
+
+def test_the_state_of_a_forked_child_is_its_own(paged_folder):
+    p = parameter(400, 300)
+    optimizer = optim.PagedAdam([p])
+    take_steps(optimizer)
+    before = {key: optimizer.state[p][key].clone() for key in ("state1", "state2")}
+    child = os.fork()
+    if child == 0:
+        take_steps(optimizer, 3, 5)
+        own = all(optimizer.state[p][key].page_process == os.getpid() for key in before)
+        os._exit(0 if own and optimizer.state[p]["step"] == 5 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    for key, value in before.items():
+        assert torch.equal(optimizer.state[p][key], value)

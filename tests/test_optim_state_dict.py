@@ -1,6 +1,8 @@
 """State dicts of the optimizers: what they hold, what is loaded, and what is refused."""
 
 import copy
+import errno
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,12 @@ DAMAGE = {
     "step missing": ("step", lambda s: s.pop("step")),
     "step negative": ("step", lambda s: s.update(step=-1)),
     "step fractional": ("step", lambda s: s.update(step=1.5)),
+    "step beyond what a double counts": ("step", lambda s: s.update(step=2**53 + 1)),
+    "step of 400 digits": ("step", lambda s: s.update(step=10**400)),
+    "step on meta": ("step", lambda s: s.update(step=torch.ones(1, device="meta"))),
+    "qmap1 on meta": ("qmap1", lambda s: s[KEY].update(qmap1=s[KEY]["qmap1"].to("meta"))),
+    "absmax1 sparse": ("absmax1", lambda s: s[KEY].update(absmax1=s[KEY]["absmax1"].to_sparse())),
+    "state1 in one byte": ("state1", lambda s: s[KEY].update(state1=s[KEY]["state1"][:1, :1].clone().expand(70, 60))),
     "step infinite": ("step", lambda s: s.update(step=float("inf"))),
     "state1 of another shape": ("state1", lambda s: s[KEY].update(state1=s[KEY]["state1"][1:])),
     "state1 of another dtype": ("state1", lambda s: s[KEY].update(state1=s[KEY]["state1"].half())),
@@ -144,3 +152,102 @@ class TestStateDict:
         damage(state_dict)
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("name", ["Adam8bit", "AdEMAMix8bit", "Lion"])
+def test_an_interrupt_finds_the_optimizer_before_a_load_or_after_it(name):
+    """At every instruction of the load in turn."""
+    p = parameter(70, 60)
+    optimizer = build(name, [p])
+    take_steps(optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 0.5
+    count, at = 0, 0
+
+    class Interrupt(BaseException):
+        pass
+
+    def interrupted(frame, event, argument):
+        nonlocal count
+        if frame.f_code.co_name != "load_state_dict":
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            count += 1
+            if count == at:
+                raise Interrupt
+        return interrupted
+
+    outcomes = set()
+    for instruction in range(1, 10_000):
+        other, at = build(name, [p]), instruction
+        before = (other.state, other.param_groups)
+        count, tracer = 0, sys.gettrace()
+        try:
+            sys.settrace(interrupted)
+            other.load_state_dict(saved)
+            finished = True
+        except Interrupt:
+            finished = False
+        finally:
+            sys.settrace(tracer)
+        is_before = other.state is before[0] and other.param_groups is before[1]
+        is_after = len(other.state) == 1 and other.param_groups[0]["lr"] == 0.5
+        assert is_before != is_after
+        outcomes.add((is_before, is_after))
+        if finished:
+            break
+    assert finished and len(outcomes) == 2
+
+
+class TestFailedStep:
+    """After an error every step count and every parameter is what it was, and no state is there that was not."""
+
+    def _optimizer(self):
+        params = [parameter(70, 60, seed=seed) for seed in range(3)]
+        optimizer = build("Adam8bit", [{"params": params[:2]}, {"params": params[2:]}])
+        for p in params:
+            p.grad = torch.ones_like(p)
+        return optimizer, params
+
+    def _assert_unchanged(self, optimizer, params, before, steps):
+        for p, value in zip(params, before, strict=True):
+            assert torch.equal(p.data, value)
+        assert [optimizer.state[p].get("step", 0) for p in params] == [steps] * 3
+        assert all(bool(optimizer.state[p]) == (steps > 0) for p in params)
+
+    @pytest.mark.parametrize("steps", [0, 2])
+    @pytest.mark.parametrize("setting", [{"lr": None}, {"betas": (0.9, 1.0)}, {"eps": "small"}, {"weight_decay": -1.0}])
+    def test_a_setting_of_a_later_group(self, setting, steps):
+        optimizer, params = self._optimizer()
+        for _ in range(steps):
+            optimizer.step()
+        before = [p.data.clone() for p in params]
+        (name,) = setting
+        right = optimizer.param_groups[1][name]
+        optimizer.param_groups[1].update(setting)
+        with pytest.raises(ValueError, match=name):
+            optimizer.step()
+        self._assert_unchanged(optimizer, params, before, steps)
+        optimizer.param_groups[1][name] = right
+        optimizer.step()
+        assert [optimizer.state[p]["step"] for p in params] == [steps + 1] * 3
+
+    def test_a_state_for_which_there_is_no_memory(self, monkeypatch):
+        optimizer, params = self._optimizer()
+        before = [p.data.clone() for p in params]
+        allocate, allocated = optimizer.get_state_buffer, []
+
+        def full(p, *arguments):
+            allocated.append(p)
+            if len(allocated) == 4:
+                raise OSError(errno.ENOSPC, "no space")
+            return allocate(p, *arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(optimizer, "get_state_buffer", full)
+            with pytest.raises(OSError, match="no space"):
+                optimizer.step()
+        self._assert_unchanged(optimizer, params, before, 0)
+        optimizer.step()
+        assert [optimizer.state[p]["step"] for p in params] == [1] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -64,6 +65,9 @@ class Optimizer8bit(torch.optim.Optimizer):
     state_bits: int | None = None
     always_paged = False
     non_castable_tensor_keys = TENSOR_KEYS
+    _overrides: dict[int, dict[str, Any]]
+    _overrides_version: int | None
+    _process: int
     _FSDP_WRAPPED_QUANT_STATE_KEY = QUANT_STATE_KEY
 
     def __init__(
@@ -97,9 +101,11 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _forget_preparation(self) -> None:
         """Have the next step look at the devices of the state and at the overrides again."""
-        self.initialized = False
-        self._overrides: dict[int, dict[str, Any]] = {}
-        self._overrides_version: int | None = None
+        self.__dict__.update(self._unprepared())
+
+    @staticmethod
+    def _unprepared() -> dict[str, Any]:
+        return {"initialized": False, "_overrides": {}, "_overrides_version": None}
 
     @property
     def mng(self) -> GlobalOptimManager:
@@ -176,15 +182,20 @@ class Optimizer8bit(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
+        Every setting is checked and every state made before the first parameter is updated.
+
         Raises:
-            ValueError: a gradient is sparse; no parameter has been updated then.
+            ValueError: a gradient is sparse, or a setting is out of its range; nothing has changed then.
+            OSError, RuntimeError: there is no memory for a state; nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.check_overrides()
-        if not self.initialized:
+        for group in self.param_groups:
+            self._check_group(group)
+        if not self.initialized or (self.is_paged and os.getpid() != self._process):
             self.to_gpu()
             self.initialized = True
         indices = [
@@ -193,13 +204,23 @@ class Optimizer8bit(torch.optim.Optimizer):
             for pindex, p in enumerate(group["params"])
             if _has_dense_gradient(p)
         ]
+        self._init_states(indices)
         for group, p, gindex, pindex in indices:
-            if "step" not in self.state[p]:
-                self.init_state(group, p, gindex, pindex)
             if self.is_paged:
                 self.prefetch_state(p)
             self.update_step(group, p, gindex, pindex)
         return loss
+
+    def _init_states(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
+        """Make the states that are missing, or none."""
+        new = [index for index in indices if "step" not in self.state[index[1]]]
+        try:
+            for group, p, gindex, pindex in new:
+                self.init_state(group, p, gindex, pindex)
+        except BaseException:
+            for _, p, _, _ in new:
+                del self.state[p]
+            raise
 
     def init_state(self, group: Mapping[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
         """Make the state of a parameter that has none: zeros, in the form its settings ask for."""
@@ -268,7 +289,11 @@ class Optimizer8bit(torch.optim.Optimizer):
                 functional.prefetch_tensor(buffer)
 
     def to_gpu(self) -> None:
-        """Bring every state to where it belongs: its parameter's device, and paged memory if this optimizer's are."""
+        """Bring every state to where it belongs: its parameter's device, and paged memory if this optimizer's are.
+
+        Paged memory is shared with forked processes; a child works on copies.
+        """
+        self._process = os.getpid()
         for p, state in self.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and not self._is_in_place(p, key, value):
@@ -276,7 +301,8 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _is_in_place(self, p: Tensor, key: str, value: Tensor) -> bool:
         paged = getattr(value, "is_paged", False)
-        return value.device == p.device and (key not in STATE_KEYS or paged == self._pages(p))
+        in_memory = not paged or value.page_process == self._process  # type: ignore[attr-defined]
+        return value.device == p.device and in_memory and (key not in STATE_KEYS or paged == self._pages(p))
 
     def _copied(self, p: Tensor, key: str, value: Tensor) -> Tensor:
         """A copy of one state tensor where it belongs."""
@@ -341,8 +367,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             state[p] = ParameterState(
                 {k: copied(p, k, value) if isinstance(value, Tensor) else value for k, value in saved.items()}
             )
-        self.state, self.param_groups = state, groups
-        self._forget_preparation()
+        # In one go, so that an interrupt finds the optimizer before or after.
+        self.__dict__.update(state=state, param_groups=groups, **self._unprepared())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from reprlib import repr as shown
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bnb_core.checkpoint_entries import checked_entry, dense_entry, described
 from bnb_core.optim.per_element import expected_per_element
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
 
@@ -19,6 +21,8 @@ from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
 QUANT_STATE_KEY = "__bnb_optimizer_quant_state__"
 STATE_KEYS = ("state1", "state2")
 TENSOR_KEYS = frozenset({*STATE_KEYS, "qmap1", "qmap2", "absmax1", "absmax2", "unorm_vec"})
+MOST_STEPS = 2**53
+"""Whole numbers up to here are exact as doubles, in which kernels raise the betas to them."""
 GROUPED_KEYS = TENSOR_KEYS - {"unorm_vec"}
 
 
@@ -94,7 +98,7 @@ def checked_state(name: str, saved: object, optimizer_name: str, p: Tensor, stat
     if "unorm_vec" in state:
         expected["unorm_vec"] = (torch.float32, (1,))
     for key, (dtype, shape) in expected.items():
-        _check_tensor(f"{name}[{key!r}]", state.get(key), dtype, shape)
+        state[key] = checked_entry(f"{name}[{key!r}]", state.get(key), (dtype,), shape)
     for key in state:
         if key != "step" and key not in expected:
             raise ValueError(f"{name}[{key!r}]: unexpected key, expected {', '.join(['step', *expected])}")
@@ -126,18 +130,14 @@ def _expected_tensors(
 
 def _checked_step(name: str, state: Mapping[str, Any]) -> int:
     step = state.get("step")
-    if isinstance(step, Tensor) and step.numel() == 1:
+    if isinstance(step, Tensor):
+        step = dense_entry(name, step)
+        if step.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got {described(step)}")
         step = step.item()
-    if isinstance(step, bool) or not isinstance(step, int | float) or step < 0 or not float(step).is_integer():
-        raise ValueError(f"{name}: expected a whole number >= 0, got {step!r}")
+    if isinstance(step, bool) or not isinstance(step, int | float) or not 0 <= step <= MOST_STEPS or step != int(step):
+        raise ValueError(f"{name}: expected a whole number from 0 to 2**53, got {shown(step)}")
     return int(step)
-
-
-def _check_tensor(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a {dtype} tensor of shape {shape}, got {_size(value)}")
-    if value.dtype != dtype or tuple(value.shape) != shape:
-        raise ValueError(f"{name}: expected {dtype} of shape {shape}, got {value.dtype} of shape {tuple(value.shape)}")
 
 
 def _mapping(name: str, value: object) -> Mapping[str, Any]:
