@@ -68,8 +68,9 @@ def _disallowed(name: str) -> Callable[[], Restore]:
         settings = torch.backends.cuda.matmul
         if not getattr(settings, name, False):
             return _nothing
+        split_k = getattr(settings, f"{name}_split_k", None)
         setattr(settings, name, False)
-        return lambda: setattr(settings, name, True)
+        return lambda: setattr(settings, name, True if split_k is None else (True, split_k))
 
     return make
 

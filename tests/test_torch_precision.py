@@ -75,13 +75,23 @@ def test_the_precision_that_the_user_set_can_still_be_read(precision):
     assert torch.get_float32_matmul_precision() == precision
 
 
+STARTS = {str(start): start for start in (True, False, (True, False), (True, True), (False, True), (False, False))}
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
 @pytest.mark.parametrize("dtype", HALF_SETTINGS)
-def test_half_precision_adds_up_in_f32(dtype):
+def test_half_precision_adds_up_in_f32(dtype, start):
     for name in HALF_SETTINGS[dtype]:
-        setattr(MATMUL, name, True)
+        try:
+            setattr(MATMUL, name, start if "reduction" in name else start is not False)
+        except RuntimeError as error:
+            pytest.skip(f"this torch refuses it: {error}")
     allowed = _all_settings()
     with exact_matmuls(CUDA, dtype):
         assert not any(getattr(MATMUL, name) for name in HALF_SETTINGS[dtype])
+    assert _all_settings() == allowed
+    with pytest.raises(ArithmeticError), exact_matmuls(CUDA, dtype):
+        raise ArithmeticError
     assert _all_settings() == allowed
 
 
