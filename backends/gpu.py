@@ -22,7 +22,7 @@ from .torch_precision import exact_matmuls
 
 FUSED_ROWS = 64
 """Up to so many rows of A the fused kernel multiplies; above, the weight is dequantized for torch's matmul, which reads
-it from the cache as often as it needs. Not measured on hardware yet."""
+it from the cache as often as it needs."""
 
 INT_MM_ROWS = 17
 INT_MM_MULTIPLE = 8

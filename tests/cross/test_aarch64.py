@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+from compilers import needs
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
@@ -28,10 +27,7 @@ def _hashes(compiler: str, program: Path, *runner: str) -> list[str]:
     return run.stdout.splitlines()
 
 
-@pytest.mark.skipif(
-    any(shutil.which(tool) is None for tool in TOOLS),
-    reason="needs a compiler for aarch64 and qemu: apt-get install g++-aarch64-linux-gnu qemu-user",
-)
+@needs(*TOOLS, remedy="apt-get install g++-aarch64-linux-gnu qemu-user")
 def test_portable_kernels_give_the_same_bits_on_aarch64(tmp_path):
     here = _hashes("g++", tmp_path / "here")
     there = _hashes("aarch64-linux-gnu-g++", tmp_path / "there", "qemu-aarch64")

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from compilers import needs
 
 ROOT = Path(__file__).parents[2]
 MEMORY = "address,undefined"
@@ -29,7 +30,7 @@ OPTIONS = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 
-pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc and its sanitizer runtimes")
+pytestmark = needs("gcc", remedy="apt-get install g++, with its sanitizer runtimes")
 
 
 @pytest.fixture(scope="session")

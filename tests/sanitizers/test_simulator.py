@@ -3,9 +3,8 @@ nothing that is not there."""
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
+from compilers import needs
 from simulator.build import ORDERS, WARP_SIZES, build, fault_line, run
 
 BUILDS = {
@@ -27,7 +26,7 @@ FOUND = {
 
 THROWN = 4
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ and its sanitizer runtimes")
+pytestmark = needs("g++", remedy="apt-get install g++, with its sanitizer runtimes")
 
 
 @pytest.fixture(scope="module")

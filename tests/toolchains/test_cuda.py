@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compilers import needs
 
 ROOT = Path(__file__).parents[2]
 ARCHS = ("75", "80", "90", "100", "120")
@@ -17,7 +18,7 @@ MOST_REGISTERS = 255
 LEAST_SUMS = 64
 """A thread's sums of one product on wgmma."""
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+pytestmark = needs("nvcc", remedy="install NVIDIA's CUDA toolkit")
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import filecmp
 import os
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compilers import needs
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -29,13 +29,11 @@ HIPCC_ARCHS = ("gfx90a", "gfx1030")
 CLANG_ARCHS = {"gfx942": 9402, "gfx1100": 11000, "gfx1200": 12000, "gfx1201": 12001}
 REPORT = "-Rpass-analysis=kernel-resource-usage"
 
-needs_hipcc = pytest.mark.skipif(
-    shutil.which("hipcc") is None or not DEVICE_LIBRARIES.is_dir(), reason="needs Debian's hipcc: apt-get install hipcc"
-)
-needs_clang = pytest.mark.skipif(
-    any(shutil.which(tool) is None for tool in ("hipcc", "clang++-19", "lld-19", "clang-offload-bundler-19")),
-    reason="needs apt-get install hipcc clang-19 lld-19 clang-tools-19",
-)
+needs_hipcc = needs("hipcc", remedy="apt-get install hipcc")
+needs_clang = needs(
+    "hipcc", "clang++-19", "lld-19", "clang-offload-bundler-19",
+    remedy="apt-get install hipcc clang-19 lld-19 clang-tools-19",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
