@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 sys.path.insert(0, str(Path(__file__).parent))
 from csrc_cuda import toolchain as cuda
 from csrc_hip import toolchain as hip
+from csrc_shared.environment import listed
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
@@ -196,10 +197,10 @@ class BuildKernels(build_ext):
 
 def requested() -> list[str]:
     """The kernel sets to build, by name."""
-    names = [name.strip() for name in os.environ.get("BNB_BUILD", "").split(",") if name.strip()]
+    names = listed("BNB_BUILD", ",", "cpu,cuda")
     for name in names:
         if name not in KERNEL_SETS:
-            raise SystemExit(f"BNB_BUILD={name}: this version builds: {', '.join(KERNEL_SETS)}")
+            raise SystemExit(f"BNB_BUILD: expected some of {', '.join(KERNEL_SETS)}, got {name!r}")
     found = [name for name, maker in (("cuda", cuda), ("hip", hip)) if maker.installed() and maker.visible_archs()]
     return names or ["cpu", *found]
 

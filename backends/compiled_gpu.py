@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnb_core.registry import Backend
+from bnb_core.registry import Backend, Kernel, SettingError
 
 from .gpu import GpuKernels
 from .managed_memory import ManagedMemory
@@ -44,7 +44,11 @@ class GpuPlatform:
 
 
 def make_backend(platform: GpuPlatform) -> Backend:
-    """The backend over ``bnb_core.backends.NAME._kernels``. Making it initializes no GPU."""
+    """The backend over ``bnb_core.backends.NAME._kernels``. Making it initializes no GPU.
+
+    Raises:
+        SettingError: BNB_WGMMA_ROWS is no number of rows.
+    """
     others = _other_maker(platform)
     if others is not None:
         return _unavailable(platform, others)
@@ -58,10 +62,7 @@ def make_backend(platform: GpuPlatform) -> Backend:
     reason = _why_unavailable(platform, module)
     if reason is not None:
         return _unavailable(platform, reason)
-    try:
-        kernels = GpuKernels(module, current_stream, _wgmma_rows())
-    except ValueError as error:
-        return _unavailable(platform, str(error))
+    kernels = GpuKernels(module, current_stream, _wgmma_rows())
     return Backend(
         name=platform.name,
         device_types=(DEVICE_TYPE,),
@@ -109,7 +110,7 @@ def _why_unavailable(platform: GpuPlatform, module: ModuleType) -> str | None:
 def _wgmma_rows() -> int:
     text = os.environ.get(WGMMA_VARIABLE) or "0"
     if not text.isdecimal():
-        raise ValueError(f"{WGMMA_VARIABLE} must be a number of rows, got {text!r}")
+        raise SettingError(WGMMA_VARIABLE, text, "a number of rows, 0 for none")
     return int(text)
 
 
@@ -118,15 +119,19 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
+def _on_its_device(kernel: Kernel) -> Kernel:
     """Run a kernel with the device of its tensors as the current one; where there is one GPU, it always is."""
     if torch.cuda.device_count() == 1:
         return kernel
 
-    @wraps(kernel)
-    def call(*arguments: Any, **outputs: Any) -> None:
-        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        with torch.cuda.device(device):
-            kernel(*arguments, **outputs)
+    def on_device(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def call(*arguments: Any, **outputs: Any) -> None:
+            first = next(argument for argument in arguments if isinstance(argument, Tensor | list))
+            with torch.cuda.device((first[0] if isinstance(first, list) else first).device):
+                function(*arguments, **outputs)
 
-    return call
+        return call
+
+    several = None if kernel.several is None else on_device(kernel.several)
+    return replace(kernel, function=on_device(kernel.function), several=several)

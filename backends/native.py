@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bnb_core.primitive import made_readable
+from bnb_core.registry import Kernel
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 QUANT_TYPE_CODES = {"fp4": 0, "nf4": 1}
@@ -239,6 +240,48 @@ class NativeKernels:
         )  # fmt: skip
         _store_update_norm(norms, unorm_vec)
 
+    def optimizer_updates_32bit(
+        self,
+        optimizer_name: str,
+        g: list[Tensor],
+        p: list[Tensor],
+        state1: list[Tensor],
+        state2: list[Tensor] | None,
+        unorm_vec: None,
+        *hyperparameters: Any,
+    ) -> None:
+        self.module.optimizer_updates_32bit(
+            *_step_arguments_of_several(optimizer_name, *hyperparameters), g, p, DTYPE_CODES[p[0].dtype], state1,
+            state2 or [], self.stream(p[0].device),
+        )  # fmt: skip
+
+    def optimizer_updates_8bit_blockwise(
+        self,
+        optimizer_name: str,
+        g: list[Tensor],
+        p: list[Tensor],
+        state1: list[Tensor],
+        state2: list[Tensor] | None,
+        qmap1: Tensor,
+        qmap2: Tensor | None,
+        absmax1: list[Tensor],
+        absmax2: list[Tensor] | None,
+        unorm_vec: None,
+        *hyperparameters: Any,
+    ) -> None:
+        self.module.optimizer_updates_8bit_blockwise(
+            *_step_arguments_of_several(optimizer_name, *hyperparameters), g, p, DTYPE_CODES[p[0].dtype], state1,
+            state2 or [], qmap1, qmap2, absmax1, absmax2 or [], self.stream(p[0].device),
+        )  # fmt: skip
+
+
+def _step_arguments_of_several(optimizer_name: str, *hyperparameters: Any) -> tuple[Any, ...]:
+    """The same without max_unorm, for which each parameter needs norms of its own."""
+    *before, max_unorm, skip_zeros = _step_arguments(optimizer_name, *hyperparameters)
+    if max_unorm > 0:
+        raise ValueError(f"max_unorm: expected 0 for several parameters, got {max_unorm}")
+    return *before, skip_zeros
+
 
 def _step_arguments(
     optimizer_name: str,
@@ -301,7 +344,11 @@ FILLING = (
     "int8_scaled_mm",
     "int8_mixed_scaled_mm",
 )
-IN_PLACE = ("optimizer_update_32bit", "optimizer_update_8bit_blockwise")
+IN_PLACE = {
+    "optimizer_update_32bit": "optimizer_updates_32bit",
+    "optimizer_update_8bit_blockwise": "optimizer_updates_8bit_blockwise",
+}
+"""And what steps several parameters at once, where there is such a thing."""
 CHANGED_IN_PLACE = {"p", "state1", "state2", "absmax1", "absmax2"}
 
 
@@ -311,9 +358,12 @@ def module_file(module: ModuleType) -> Path:
     return Path(module.__file__)
 
 
-def kernels_of(kernels: Any) -> dict[str, Callable[..., None]]:
-    """The table for a Backend: a function for each primitive, over contiguous tensors as NativeKernels takes them."""
+def kernels_of(kernels: Any) -> dict[str, Kernel]:
+    """The table for a Backend: a kernel for each primitive, over contiguous tensors as NativeKernels takes them."""
     return {
-        **{name: getattr(kernels, name) for name in FILLING},
-        **{name: _updating_in_place(getattr(kernels, name)) for name in IN_PLACE},
+        **{name: Kernel(getattr(kernels, name)) for name in FILLING},
+        **{
+            name: Kernel(_updating_in_place(getattr(kernels, name)), several=getattr(kernels, several, None))
+            for name, several in IN_PLACE.items()
+        },
     }

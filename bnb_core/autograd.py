@@ -12,10 +12,20 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from bnb_core import functional, primitives, registry
-from bnb_core.checks import check_dtype, check_float, check_same_device, check_shape, check_tensor
+from bnb_core.checks import (
+    check_dense,
+    check_dtype,
+    check_float,
+    check_number,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    renamed,
+)
 from bnb_core.primitive import NAMESPACE, aligned, goes_to_dispatcher
 from bnb_core.quant_state import QuantState
 
@@ -70,7 +80,22 @@ torch.library.register_autograd(f"{NAMESPACE}::gemm_4bit", _gemm_4bit_backward, 
 
 
 class _Gemm4Bit(torch.autograd.Function):
-    """The same gradient for eager calls, which do without torch's dispatcher."""
+    """The same gradient for eager calls, which do without torch's dispatcher.
+
+    torch binds the arguments of a function that has a ``setup_context`` by their names, at each call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        result = primitives.gemm_4bit(*arguments)
+        _gemm_4bit_context(ctx, arguments, result)
+        return result
+
+    backward = staticmethod(_gemm_4bit_backward)
+
+
+class _TransformedGemm4Bit(torch.autograd.Function):
+    """The same for torch.func and forward mode."""
 
     forward = staticmethod(primitives.gemm_4bit)
     setup_context = staticmethod(_gemm_4bit_context)
@@ -83,7 +108,32 @@ class _Gemm4Bit(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
         A, *weight = arguments
-        return _of_batch(lambda A, bias: _Gemm4Bit.apply(A, *weight[:5], bias, *weight[6:]), A, weight[5], in_dims, 6)
+
+        def product(A: Tensor, bias: Tensor | None) -> Tensor:
+            return _TransformedGemm4Bit.apply(A, *weight[:5], bias, *weight[6:])
+
+        return _of_batch(product, A, weight[5], in_dims, 6)
+
+
+class _UntransposedGemm4Bit(torch.autograd.Function):
+    """``A @ W``: the two products are each other's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, *weight: Any) -> Tensor:
+        B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, nested_absmax, nested_code, offset, ctx.nested = weight
+        ctx.backend_choice = registry.choice()
+        ctx.save_for_backward(B, absmax, nested_absmax, nested_code, offset)
+        return primitives.gemm_4bit_backward(A, *weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+        B, absmax, *nested = ctx.saved_tensors
+        with registry.carry(ctx.backend_choice):
+            dA = primitives.gemm_4bit(
+                dY, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, None, *nested, ctx.nested
+            )
+        return dA, *[None] * 9
 
 
 def _transforms() -> bool:
@@ -135,7 +185,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     """Also for torch.func and forward-mode differentiation, whose rules the autograd functions have."""
     if _transforms():
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def _write_out(result: Tensor, out: Tensor | None, *inputs: Tensor | None) -> Tensor:
@@ -165,17 +215,27 @@ def matmul_4bit(
     Raises:
         TypeError, ValueError: an argument that is not as above, by its name.
     """
-    check_tensor("A", A)
-    check_tensor("B", B)
     N, K = _weight_shape(quant_state)
-    check_float("A", A)
-    if A.dim() == 0 or not A.shape[-1] == N != K:
+    try:
+        is_transposed = A.dim() > 0 and A.shape[-1] == N != K
+    except (AttributeError, RuntimeError, TypeError):
+        check_dense("A", A)
+        raise
+    if not is_transposed:
         return linear_4bit(A, B, quant_state, bias, out)
+    check_float("A", A)
+    check_dense("B", B)
+    check_same_device([("A", A), ("B", B)])
     warnings.warn(_TRANSPOSED_WEIGHT.format(N=N, K=K), DeprecationWarning, stacklevel=2)
     if bias is not None:
         check_dtype("bias", bias, (A.dtype,))
         check_shape("bias", bias, (K,))
-    result = A @ functional.dequantize_4bit(B.reshape(-1, 1), quant_state).to(A.dtype)
+    shape, *scales, _, nested_absmax, nested_code, offset, nested = functional.gemm_4bit_weight_arguments(
+        quant_state, None
+    )
+    weight = (B, shape, *scales, nested_absmax, nested_code, offset, nested)
+    product = _UntransposedGemm4Bit.apply if _needs_gradient(A, bias) else primitives.gemm_4bit_backward
+    result = product(A, *weight)
     return _write_out(result if bias is None else result + bias, out, A, bias)
 
 
@@ -186,9 +246,10 @@ def linear_4bit(
     arguments = (A, B, *functional.gemm_4bit_weight_arguments(quant_state, bias))
     if not _needs_gradient(A, bias):
         return primitives.gemm_4bit(*arguments, out=out)
-    if goes_to_dispatcher(A) and not _transforms():
-        return _write_out(primitives.gemm_4bit(*arguments), out, A, bias)
-    return _write_out(_Gemm4Bit.apply(*arguments), out, A, bias)
+    if _transforms():
+        return _write_out(_TransformedGemm4Bit.apply(*arguments), out, A, bias)
+    function = primitives.gemm_4bit if goes_to_dispatcher(A) else _Gemm4Bit.apply
+    return _write_out(function(*arguments), out, A, bias)
 
 
 _TRANSPOSED_WEIGHT = (
@@ -198,12 +259,10 @@ _TRANSPOSED_WEIGHT = (
 
 
 def _weight_shape(quant_state: Any) -> tuple[int, int]:
-    if quant_state is None:
-        raise ValueError("quant_state: expected the QuantState of B, got None")
     if not isinstance(quant_state, QuantState):
-        raise TypeError(f"quant_state: expected a QuantState, got {type(quant_state).__name__}")
+        functional.check_quant_state("quant_state", quant_state)
     shape = quant_state.shape
-    if shape is None or len(shape) != 2:
+    if not isinstance(shape, tuple | list) or len(shape) != 2:
         raise ValueError(f"quant_state: expected one of a 2-D weight, got shape {shape}")
     return shape[0], shape[1]
 
@@ -329,6 +388,8 @@ def int8_linear(
         threshold: columns of A with an entry of at least this magnitude are multiplied in A's dtype; 0 for none.
         weight: what CB was quantized from, if it trains; None if it is frozen.
     """
+    if weight is not None:
+        check_tensor("weight", weight)
     if _needs_gradient(A, bias, weight):
         function = _TransformedInt8Linear if _transforms() else _Int8Linear
         return function.apply(A, CB, SCB, bias, weight, threshold)
@@ -336,6 +397,13 @@ def int8_linear(
 
 
 def _int8_product(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    try:
+        return _int8_product_of(A, CB, SCB, bias, threshold)
+    except (TypeError, ValueError) as error:
+        raise renamed(error, {"B": "CB", "col_stats": "SCB"}) from error
+
+
+def _int8_product_of(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     CA, row_stats, outlier_mask = primitives.int8_vectorwise_quant(A, threshold)
     if A.shape[-1] > primitives.MAX_INT8_INNER_SIZE:
         return _long_int8_product(A, CA, CB, row_stats, SCB, outlier_mask, bias)
@@ -389,16 +457,32 @@ def matmul(
     """
     check_tensor("A", A)
     check_tensor("B", B)
-    state = MatmulLtState() if state is None else state
+    if state is None:
+        state = MatmulLtState()
+    elif not isinstance(state, MatmulLtState):
+        raise TypeError(f"state: expected a MatmulLtState, got {type(state).__name__}")
+    if type(threshold) is not float:
+        check_number("threshold", threshold)
     if threshold > 0.0:
         state.threshold = threshold
-    weight = None
     if state.has_fp16_weights:
-        weight = B
-        CB, SCB, _ = primitives.int8_vectorwise_quant(B, 0.0)
+        (CB, SCB), weight, names = _int8_rows(B), B, {"CB": "B"}
     else:
-        CB, SCB = _int8_weight(B, state)
-    return _write_out(int8_linear(A, CB, SCB, bias, state.threshold, weight), out, A, bias, weight)
+        (CB, SCB), weight, names = _int8_weight(B, state), None, {"CB": "state.CB", "SCB": "state.SCB"}
+    try:
+        result = int8_linear(A, CB, SCB, bias, state.threshold, weight)
+    except (TypeError, ValueError) as error:
+        raise renamed(error, names) from error
+    return _write_out(result, out, A, bias, weight)
+
+
+def _int8_rows(B: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight's codes and the scales of its rows."""
+    try:
+        CB, SCB, _ = primitives.int8_vectorwise_quant(B, 0.0)
+    except (TypeError, ValueError) as error:
+        raise renamed(error, {"A": "B"}) from error
+    return CB, SCB
 
 
 def _int8_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
@@ -406,7 +490,7 @@ def _int8_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
     if state.CB is None and B.dtype == torch.int8:
         state.CB = B.detach()
     if state.CB is None:
-        state.CB, state.SCB, _ = primitives.int8_vectorwise_quant(B.detach(), 0.0)
+        state.CB, state.SCB = _int8_rows(B.detach())
     if state.SCB is None:
         raise ValueError("state.SCB: the int8 weight has no scales; expected float32, one per row, got None")
     return state.CB, state.SCB

@@ -26,6 +26,7 @@ def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor,
     n, blocks = A.numel(), block_count(A.numel(), blocksize)
     if n == 0:
         return primitives.quantize_blockwise(A, code, BLOCKSIZES[0])
+    blocksize = min(blocksize, n)
     row = _least_that_holds(blocksize + 1)
     rows = block_count(blocksize, row - 1)
     values = pad(A.reshape(-1), (0, blocks * blocksize - n)).view(blocks, blocksize)
@@ -44,6 +45,7 @@ def dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int
     check_any_blocksize(blocksize)
     n, blocks = A.numel(), block_count(A.numel(), blocksize)
     check_numel("absmax", absmax, blocks)
+    blocksize = min(blocksize, max(n, 1))
     row = _least_that_holds(blocksize)
     rows = block_count(blocksize, row)
     codes = pad(A.reshape(-1), (0, blocks * blocksize - n)).view(blocks, blocksize)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnb_core.checks import check_choice, check_number
+from bnb_core.checks import as_device, check_choice, check_flag, check_number, check_whole, shown
 
 FOUR_BIT_CODES: dict[str, tuple[float, ...]] = {
     "nf4": (
@@ -74,13 +74,15 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
         ValueError: an unknown type, or ``af4`` with another block size.
     """
     check_choice("typename", typename, tuple(FOUR_BIT_CODES))
+    check_whole("blocksize", blocksize, minimum=1)
     if typename == "af4" and blocksize != 64:
         raise ValueError(f"blocksize: af4 is defined for 64 only, got {blocksize}")
-    return torch.tensor(FOUR_BIT_CODES[typename], dtype=torch.float32, device=device or "cpu")
+    device = torch.device("cpu") if device is None else as_device("device", device)
+    return torch.tensor(FOUR_BIT_CODES[typename], dtype=torch.float32, device=device)
 
 
 def _check_bits(total_bits: int) -> None:
-    check_number("total_bits", total_bits, minimum=1, below=9)
+    check_whole("total_bits", total_bits, minimum=1, maximum=8)
 
 
 def _padded(values: list[float] | np.ndarray) -> Tensor:
@@ -99,7 +101,9 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     Raises:
         ValueError: total_bits is not 1 to 8.
     """
+    check_flag("signed", signed)
     _check_bits(total_bits)
+    check_flag("add_zero", add_zero)
     count = 2**total_bits
     if add_zero or total_bits < 8:
         count -= 1 if signed else 0
@@ -112,9 +116,14 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     """Quantiles of the normal distribution scaled to [-1, 1], f32[256] ascending (QLoRA, section 3).
 
     Args:
-        offset: the probability that the largest quantile stands for.
+        offset: the probability that the largest quantile stands for, above 0.5 and below 1 in f32.
         use_extra_value: eight positive values and seven negative ones, instead of seven each.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as above, by its name.
     """
+    check_number("offset", offset, minimum=0.5 + 2**-24, maximum=1 - 2**-24)
+    check_flag("use_extra_value", use_extra_value)
 
     def quantiles(count: int) -> list[float]:
         probabilities = torch.linspace(offset, 0.5, count + 1, device="cpu")[:-1].tolist()
@@ -133,17 +142,23 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
     Raises:
         ValueError: the fields do not add up to ``total_bits``, or that is not 1 to 8.
     """
+    check_flag("signed", signed)
+    check_whole("exponent_bits", exponent_bits)
+    check_whole("precision_bits", precision_bits)
     _check_bits(total_bits)
-    if exponent_bits + precision_bits + int(signed) != total_bits:
+    if exponent_bits + precision_bits + int(signed or 0) != total_bits:
         raise ValueError(
             f"total_bits: expected signed + exponent_bits + precision_bits = "
-            f"{int(signed) + exponent_bits + precision_bits}, got {total_bits}"
+            f"{shown(int(signed or 0) + exponent_bits + precision_bits)}, got {total_bits}"
         )
     bias = 2 ** (exponent_bits - 1)
     fractions = [i / 2**precision_bits for i in range(2**precision_bits)]
     magnitudes = [fraction * 2.0**-bias for fraction in fractions]
     for exponent in range(1, 2**exponent_bits):
         magnitudes += [(1 + fraction) * 2.0 ** (exponent + 1 - bias) for fraction in fractions]
+    if magnitudes == [0.0]:
+        raise ValueError("exponent_bits: expected a bit for exponents or fractions, without which all values are 0")
+    magnitudes = [magnitude / 2 for magnitude in magnitudes]  # f32 does not hold 2^128
     values = magnitudes + [-magnitude for magnitude in magnitudes] if signed else magnitudes
     code = _padded(values)
     return code / code.max()
@@ -160,10 +175,12 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     Raises:
         ValueError: total_bits is not 1 to 8, or max_exponent_bits negative.
     """
+    check_flag("signed", signed)
+    check_whole("max_exponent_bits", max_exponent_bits)
     _check_bits(total_bits)
-    check_number("max_exponent_bits", max_exponent_bits, minimum=0)
+    max_exponent_bits = min(max_exponent_bits, total_bits)
     exponents = range(1 - max_exponent_bits, 1)
-    cuts = [(exponent, int(2.0 ** (exponent + total_bits - 1 - int(signed)))) for exponent in exponents]
+    cuts = [(exponent, int(2.0 ** (exponent + total_bits - 1 - int(signed or 0)))) for exponent in exponents]
     cuts.append((0, int(2.0 ** (total_bits - 1 - max_exponent_bits)) - 1))
     values = [0.0, 1.0]
     for exponent, intervals in cuts:

@@ -10,7 +10,21 @@ import torch
 from torch import Tensor
 
 from bnb_core import block_sizes, primitives
-from bnb_core.checks import BLOCKSIZES, QUANT_TYPES, check_dimensions, check_dtype, check_shape, check_tensor
+from bnb_core.checks import (
+    BLOCKSIZES,
+    QUANT_TYPES,
+    check_code,
+    check_dense,
+    check_dimensions,
+    check_dtype,
+    check_flag,
+    check_float,
+    check_numel,
+    check_shape,
+    check_tensor,
+    renamed,
+    shown,
+)
 from bnb_core.codebooks import (
     create_dynamic_map,
     create_fp8_map,
@@ -19,6 +33,7 @@ from bnb_core.codebooks import (
     get_4bit_type,
 )
 from bnb_core.paged import paged_tensor, prefetch
+from bnb_core.primitive import Primitive
 from bnb_core.quant_state import QuantState
 from bnb_core.serialization import pack_dict_to_tensor, unpack_tensor_to_dict
 
@@ -63,8 +78,31 @@ def _dtype_of(name: str, tensor: Tensor | None, default: Any) -> Any:
     """The dtype of an optional argument, or the default where it is not given."""
     if tensor is None:
         return default
-    check_tensor(name, tensor)
+    check_float(name, tensor)
     return tensor.dtype
+
+
+def check_quant_state(name: str, value: object) -> None:
+    if value is None:
+        raise ValueError(f"{name}: expected the QuantState of the codes, got None")
+    if not isinstance(value, QuantState):
+        raise TypeError(f"{name}: expected a QuantState, got {type(value).__name__}")
+
+
+def _filled(primitive: Primitive, arguments: tuple[Any, ...], **outputs: Tensor | None) -> Any:
+    """The primitive's results in those tensors that are given, which errors call by their names here."""
+    try:
+        return primitive(*arguments, out=tuple(outputs.values()))
+    except (TypeError, ValueError) as error:
+        raise renamed(error, {f"out[{index}]": name for index, name in enumerate(outputs)}) from error
+
+
+def _code_on(device: torch.device, code: Tensor | None) -> Tensor:
+    """The codebook, by default the signed dynamic map, on that device."""
+    if code is None:
+        return _codebook("dynamic", device)
+    check_code("code", code)
+    return code.to(device)
 
 
 def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
@@ -76,9 +114,12 @@ def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
 
 def dequantize_absmax(quant_state: QuantState) -> Tensor:
     """The f32 scale of each block, double-quantized or not."""
+    check_quant_state("quant_state", quant_state)
     if not quant_state.nested:
         return quant_state.absmax
     offset: Any = quant_state.offset
+    check_dtype("quant_state.offset", offset, (torch.float32,))
+    check_numel("quant_state.offset", offset, 1)
     return dequantize_blockwise(quant_state.absmax, quant_state.state2) + offset
 
 
@@ -106,9 +147,13 @@ def quantize_4bit(
         TypeError, ValueError: an argument that is not as above, by its name.
     """
     check_tensor("A", A)
+    check_flag("compress_statistics", compress_statistics)
     blocksize = DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
-    outputs = None if out is None and absmax is None else (out, absmax)
-    packed, scales = primitives.quantize_4bit(A, blocksize, quant_type, quant_storage, out=outputs)
+    if out is None and absmax is None:
+        packed, scales = primitives.quantize_4bit(A, blocksize, quant_type, quant_storage)
+    else:
+        arguments = (A, blocksize, quant_type, quant_storage)
+        packed, scales = _filled(primitives.quantize_4bit, arguments, out=out, absmax=absmax)
     offset, state2 = None, None
     if compress_statistics:
         scales, offset, state2 = _quantize_scales(scales)
@@ -169,11 +214,13 @@ def dequantize_4bit(
     if quant_state is None:
         if absmax is None or out is None:
             raise ValueError("quant_state: expected a QuantState, or absmax and out in its place, got None")
-        check_tensor("out", out)
+        check_float("out", out)
         blocksize = DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
         shape, dtype = out.shape, out.dtype
         nested = primitives.F32_SCALES
     else:
+        if not isinstance(quant_state, QuantState):
+            check_quant_state("quant_state", quant_state)
         quant_state.check_complete()
         absmax, blocksize, quant_type = quant_state.absmax, quant_state.blocksize, str(quant_state.quant_type)
         shape, dtype = quant_state.shape, _dtype_of("out", out, quant_state.dtype)
@@ -225,13 +272,15 @@ def quantize_blockwise(
         TypeError, ValueError: an argument that is not as above, by its name.
     """
     check_tensor("A", A)
-    code = _codebook("dynamic", A.device) if code is None else code.to(A.device)
-    outputs = None if out is None and absmax is None else (out, absmax)
-    if blocksize in BLOCKSIZES:
-        codes, scales = primitives.quantize_blockwise(A, code, blocksize, out=outputs)
-    else:
+    check_flag("nested", nested)
+    code = _code_on(A.device, code)
+    if not _is_power_of_two(blocksize):
         codes, scales = block_sizes.quantize_blockwise(A, code, blocksize)
         codes, scales = _copied_into("out", codes, out), _copied_into("absmax", scales, absmax)
+    elif out is None and absmax is None:
+        codes, scales = primitives.quantize_blockwise(A, code, blocksize)
+    else:
+        codes, scales = _filled(primitives.quantize_blockwise, (A, code, blocksize), out=out, absmax=absmax)
     offset, state2 = None, None
     if nested:
         scales, offset, state2 = _quantize_scales(scales)
@@ -260,17 +309,23 @@ def dequantize_blockwise(
         TypeError, ValueError: an argument that is not as above, by its name.
     """
     check_tensor("A", A)
+    check_flag("nested", nested)
     dtype = torch.float32
     if quant_state is not None:
         absmax, code, blocksize = dequantize_absmax(quant_state), quant_state.code, quant_state.blocksize  # type: ignore[assignment]
         dtype = quant_state.dtype or dtype
     elif absmax is None:
         raise ValueError("quant_state: expected a QuantState, or absmax in its place, got None")
-    code = _codebook("dynamic", A.device) if code is None else code.to(A.device)
+    code = _code_on(A.device, code)
     dtype = _dtype_of("out", out, dtype)
-    if blocksize in BLOCKSIZES:
+    if _is_power_of_two(blocksize):
         return primitives.dequantize_blockwise(A, absmax, code, blocksize, dtype, out=out)
     return _copied_into("out", block_sizes.dequantize_blockwise(A, absmax, code, blocksize, dtype), out)
+
+
+def _is_power_of_two(blocksize: object) -> bool:
+    """Whether the primitives take blocks of this size."""
+    return isinstance(blocksize, int) and blocksize in BLOCKSIZES
 
 
 def _copied_into(name: str, result: Tensor, out: Tensor | None) -> Tensor:
@@ -304,9 +359,15 @@ def gemm_4bit(
     return primitives.gemm_4bit(A, B, *gemm_4bit_weight_arguments(quant_state, bias), out=out)
 
 
-def gemm_4bit_weight_arguments(quant_state: QuantState, bias: Tensor | None) -> tuple[Any, ...]:
-    """What the primitive gemm_4bit takes after the packed weight."""
-    quant_state.check_complete()
+def gemm_4bit_weight_arguments(
+    quant_state: QuantState, bias: Tensor | None, name: str = "quant_state"
+) -> tuple[Any, ...]:
+    """What the primitive gemm_4bit takes after the packed weight; ``name`` is what errors call the quant state."""
+    try:
+        quant_state.check_complete()
+    except AttributeError:
+        check_quant_state(name, quant_state)
+        raise
     scales = (quant_state.absmax, quant_state.blocksize, quant_state.quant_type)
     return quant_state.shape, *scales, bias, *_nested_arguments(quant_state)
 
@@ -316,6 +377,8 @@ def _nested_arguments(quant_state: QuantState) -> tuple[Any, ...]:
     state2 = quant_state.state2 if quant_state.nested else None
     if state2 is None:
         return primitives.F32_SCALES
+    if not isinstance(state2, QuantState):
+        check_quant_state("quant_state.state2", state2)
     return state2.absmax, state2.code, quant_state.offset, state2.blocksize
 
 
@@ -332,15 +395,23 @@ def gemv_4bit(
     Raises:
         TypeError, ValueError: no state, more than one row, or a transposition asked for.
     """
-    check_tensor("A", A)
-    if state is None:
-        raise ValueError("state: expected the QuantState of B, got None")
-    if transposed_A or transposed_B:
-        name = "transposed_A" if transposed_A else "transposed_B"
-        raise ValueError(f"{name}: expected False, got True; B is always taken as [N, K]")
-    if A.numel() != (A.shape[-1] if A.dim() else 0):
+    if transposed_A is not False or transposed_B is not False:
+        _check_not_transposed("transposed_A", transposed_A)
+        _check_not_transposed("transposed_B", transposed_B)
+    try:
+        one_row = A.numel() == (A.shape[-1] if A.dim() else 0)
+    except (AttributeError, RuntimeError, TypeError):
+        check_dense("A", A)
+        raise
+    if not one_row:
         raise ValueError(f"A: expected one row, got shape {tuple(A.shape)}; matmul_4bit takes more")
-    return primitives.gemm_4bit(A, B, *gemm_4bit_weight_arguments(state, None), out=out)
+    return primitives.gemm_4bit(A, B, *gemm_4bit_weight_arguments(state, None, "state"), out=out)  # type: ignore[arg-type]
+
+
+def _check_not_transposed(name: str, transposed: bool) -> None:
+    check_flag(name, transposed)
+    if transposed:
+        raise ValueError(f"{name}: expected False, got True; B is always taken as [N, K]")
 
 
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -373,16 +444,18 @@ def int8_double_quant(
         codes by row, codes by column, row_stats, col_stats, outlier columns (None when threshold is 0).
     """
     check_tensor("A", A)
-    outputs = (out_row, out_col, row_stats, col_stats, None)
-    given = outputs if any(output is not None for output in outputs) else None
-    *results, outlier_mask = primitives.int8_double_quant(A, threshold, out=given)
+    outputs = {"out_row": out_row, "out_col": out_col, "row_stats": row_stats, "col_stats": col_stats}
+    if all(output is None for output in outputs.values()):
+        *results, outlier_mask = primitives.int8_double_quant(A, threshold)
+    else:
+        *results, outlier_mask = _filled(primitives.int8_double_quant, (A, threshold), **outputs, outlier_mask=None)
     return (*results, outlier_mask.nonzero().view(-1) if threshold > 0 else None)
 
 
 def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
     """``A @ B^T`` in i32, exact: A i8[..., K], B i8[N, K]."""
-    if dtype != torch.int32:
-        raise ValueError(f"dtype: expected torch.int32, got {dtype}")
+    if dtype is not torch.int32:
+        raise ValueError(f"dtype: expected torch.int32, got {shown(dtype)}")
     return primitives.int8_linear_matmul(A, B, out=out)
 
 
@@ -402,21 +475,23 @@ def igemm(
     A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False
 ) -> Tensor:
     """``A @ B`` of int8 matrices in i32, exact: A [M, K] (transposed_A: [K, M]), B [K, N] (transposed_B: [N, K])."""
-    check_tensor("A", A)
-    check_tensor("B", B)
-    check_dimensions("A", A, 2)
-    check_dimensions("B", B, 2)
+    _check_factors(A, B, 2, transposed_A, transposed_B)
     return primitives.int8_linear_matmul(A.t() if transposed_A else A, B if transposed_B else B.t(), out=out)
+
+
+def _check_factors(A: Tensor, B: Tensor, dimensions: int, transposed_A: bool, transposed_B: bool) -> None:
+    for name, tensor in (("A", A), ("B", B)):
+        check_dtype(name, tensor, (torch.int8,))
+        check_dimensions(name, tensor, dimensions)
+    check_flag("transposed_A", transposed_A)
+    check_flag("transposed_B", transposed_B)
 
 
 def batched_igemm(
     A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False
 ) -> Tensor:
     """:func:`igemm` over the leading dimension of two 3-D tensors."""
-    check_tensor("A", A)
-    check_tensor("B", B)
-    check_dimensions("A", A, 3)
-    check_dimensions("B", B, 3)
+    _check_factors(A, B, 3, transposed_A, transposed_B)
     A, B = (A.mT if transposed_A else A), (B if transposed_B else B.mT)
     if A.shape[0] != B.shape[0] or A.shape[2] != B.shape[2]:
         raise ValueError(
@@ -501,6 +576,7 @@ def get_ptr(A: Tensor | None) -> ctypes.c_void_p | None:
     """
     if A is None:
         return None
+    check_dense("A", A)
     if A.is_neg():
         raise ValueError("A: its memory holds the values with the other sign; A.resolve_neg() copies them")
     return ctypes.c_void_p(A.data_ptr())
@@ -524,11 +600,11 @@ def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
     """
     if device is None:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return paged_tensor(shape, dtype, torch.device(device))
+    return paged_tensor(shape, dtype, device)
 
 
-def _is_paged(tensor: Tensor) -> bool:
-    return getattr(tensor, "is_paged", False)
+def _is_paged(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and getattr(tensor, "is_paged", False)
 
 
 def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
@@ -542,6 +618,7 @@ def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
     """
     if not _is_paged(A):
         raise ValueError("A: expected a paged tensor, as get_paged makes them")
+    check_flag("to_cpu", to_cpu)
     prefetch(A, to_cpu)
 
 
@@ -551,7 +628,13 @@ def is_on_gpu(tensors: Iterable[Tensor | None]) -> bool:
     Raises:
         ValueError: they are not.
     """
-    devices = {str(tensor.device) for tensor in tensors if tensor is not None and not _is_paged(tensor)}
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        raise TypeError(f"tensors: expected several of them, got {shown(tensors)}")
+    devices = set()
+    for tensor in tensors:
+        if tensor is not None and not _is_paged(tensor):
+            check_tensor("tensors", tensor)
+            devices.add(str(tensor.device))
     if len(devices) > 1 or "cpu" in devices:
         raise ValueError(f"tensors: expected all on one GPU, found them on {', '.join(sorted(devices))}")
     return True

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bnb_core import registry
+from bnb_core.checks import I64_MAX, as_device, check_sizes, shown
 
 FOLDER_VARIABLE = "BNB_PAGED_DIR"
 
@@ -34,10 +35,16 @@ def paged_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device 
     Raises:
         BackendError: a device that has no paged memory here.
         RuntimeError: it has too little.
+        TypeError, ValueError: not a shape, a dtype or a device; more bytes than i64 counts.
         OSError: the folder does not exist, cannot be written to or has too little space; the errno says which.
     """
-    device = torch.device(device)
+    check_sizes("shape", shape)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {shown(dtype)}")
+    device = as_device("device", device)
     numel = math.prod(shape)
+    if numel * dtype.itemsize > I64_MAX:
+        raise ValueError(f"shape: expected at most {I64_MAX} bytes, got {shown(numel)} elements of {dtype}")
     memory = _host_memory if device.type == "cpu" else registry.paged_memory(device.type)
     flat = torch.zeros(0, dtype=dtype, device=device) if numel == 0 else memory.allocate(numel, dtype, device)
     tensor = flat.view(tuple(shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -102,7 +103,9 @@ class Primitive:
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         # An optimizer's arguments are never like earlier ones, as they count its steps.
         self._signature = signature if self.op._schema.returns else lambda arguments: None
-        self._first_tensor = [str(argument.type) for argument in self.op._schema.arguments].index("Tensor")
+        types = [str(argument.type) for argument in self.op._schema.arguments]
+        self._first_tensor = types.index("Tensor")
+        self._last_tensor = max(index for index, name in enumerate(types) if "Tensor" in name)
         registry.declare(self.name)
 
     def __repr__(self) -> str:
@@ -113,14 +116,24 @@ class Primitive:
         if not goes_to_dispatcher(first):
             return self._run(arguments, out)
         check_tensor(self._argument_names[self._first_tensor], first)
-        result = self.op(*arguments)
+        result = self._dispatched(arguments)
         if out is None:
             return result
         filled = tuple(
-            computed if given is None else given.copy_(computed)
-            for given, computed in zip(_as_tuple(out), _as_tuple(result), strict=True)
+            computed if given is None else _copied_into(name, given, computed)
+            for (name, given), computed in zip(
+                _given_outputs(out, len(_as_tuple(result))), _as_tuple(result), strict=True
+            )
         )
         return filled if isinstance(out, tuple) else filled[0]
+
+    def _dispatched(self, arguments: tuple[Any, ...]) -> Any:
+        """The call by way of torch, which names no argument when one is of a kind that the schema does not have."""
+        try:
+            return self.op(*arguments)
+        except RuntimeError:
+            self._checked(arguments)
+            raise
 
     def _run(self, arguments: tuple[Any, ...], out: Any = None) -> Any:
         key = self._signature(arguments)
@@ -132,20 +145,54 @@ class Primitive:
             arguments = made_readable(arguments)
         kernel = registry.kernel_for(self.name, plan.device_type, arguments)
         if result is None:
-            kernel(*arguments)
+            kernel.function(*arguments)
         else:
-            kernel(*arguments, out=result)
+            kernel.function(*arguments, out=result)
         return result
+
+    def several(self, *arguments: Any) -> None:
+        """Many calls of a primitive that changes its arguments, in one where the kernel can.
+
+        Args:
+            arguments: those of one call, with a list of one length for each tensor that differs between the calls. What
+                follows the last tensor is checked at each time, and not part of what is remembered.
+        """
+        first = self._of_call(arguments, 0)
+        count = len(next(argument for argument in arguments if isinstance(argument, list)))
+        if any(goes_to_dispatcher(tensor) for tensor in first if isinstance(tensor, Tensor)):
+            for index in range(count):
+                self(*self._of_call(arguments, index))
+            return
+        self.declaration(*first)
+        key = signature(arguments[: self._last_tensor + 1])
+        plan = self._plans.get(key)
+        if plan is None:
+            plans = [self._plan(self._of_call(arguments, index)) for index in range(count)]
+            tensors = [t for a in arguments if isinstance(a, list) for t in a]
+            readable = all(is_readable(t) for t in tensors) and len({p.device for p in plans}) == 1
+            plan = plans[0]._replace(readable=readable)
+            self._remember(key, plan)
+        kernel = registry.kernel_for(self.name, plan.device_type, first)
+        if plan.readable and kernel.several is not None:
+            kernel.several(*arguments)
+        else:
+            for index in range(count):
+                kernel.function(*self._of_call(arguments, index))
+
+    @staticmethod
+    def _of_call(arguments: tuple[Any, ...], index: int) -> tuple[Any, ...]:
+        return tuple([argument[index] if isinstance(argument, list) else argument for argument in arguments])
 
     def _run_into(self, out: Any, plan: _Plan, arguments: tuple[Any, ...]) -> Any:
         """Fill the caller's outputs; those that are None are allocated."""
         outputs, device = plan.outputs, plan.device
+        named = _given_outputs(out, len(outputs))
         given = tuple(
             expected.allocate(device) if tensor is None else tensor
-            for tensor, expected in zip(_as_tuple(out), outputs, strict=True)
+            for (_, tensor), expected in zip(named, outputs, strict=True)
         )
-        for tensor, expected in zip(given, outputs, strict=True):
-            self._check_output(tensor, expected, arguments, device)
+        for (name, _), tensor, expected in zip(named, given, outputs, strict=True):
+            self._check_output(name, tensor, expected, arguments, device)
         for tensor, other in combinations(given, 2):
             if _share_memory(tensor, other):
                 raise ValueError("out: two of its tensors share memory")
@@ -155,20 +202,19 @@ class Primitive:
         buffers = tuple(t if is_readable(t) else e.allocate(device) for t, e in zip(given, outputs, strict=True))
         arguments = made_readable(arguments)
         kernel = registry.kernel_for(self.name, plan.device_type, arguments)
-        kernel(*arguments, out=buffers if isinstance(out, tuple) else buffers[0])
+        kernel.function(*arguments, out=buffers if isinstance(out, tuple) else buffers[0])
         for tensor, buffer in zip(given, buffers, strict=True):
             if tensor is not buffer:
                 tensor.copy_(buffer)
         return given if isinstance(out, tuple) else given[0]
 
-    def _check_output(self, tensor: Tensor, expected: Out, arguments: tuple[Any, ...], device: torch.device) -> None:
-        check_dtype("out", tensor, (expected.dtype,))
-        check_shape("out", tensor, expected.shape)
-        if tensor.device != device:
-            raise ValueError(f"out: expected on {device}, got on {tensor.device}")
-        for name, argument in zip(self._argument_names, arguments, strict=True):
+    def _check_output(
+        self, name: str, tensor: Tensor, expected: Out, arguments: tuple[Any, ...], device: torch.device
+    ) -> None:
+        _check_fits(name, tensor, expected.dtype, expected.shape, device)
+        for argument_name, argument in zip(self._argument_names, arguments, strict=True):
             if isinstance(argument, Tensor) and _share_memory(argument, tensor):
-                raise ValueError(f"out: shares its memory with {name}, which is still to be read")
+                raise ValueError(f"{name}: shares its memory with {argument_name}, which is still to be read")
 
     def _fake(self, *arguments: Any) -> Any:
         outputs, device = self._checked(arguments)
@@ -182,11 +228,17 @@ class Primitive:
         All of a plan follows from the arguments' metadata. Without a signature the arguments are checked each time.
         """
         plan = self._plan(arguments)
-        if key is not None:
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
-            self._plans[key] = plan
+        self._remember(key, plan)
         return plan
+
+    def _remember(self, key: Hashable | None, plan: _Plan) -> None:
+        """In place of the oldest, where there are too many."""
+        if key is None:
+            return
+        if len(self._plans) >= MOST_PLANS:
+            with suppress(KeyError, RuntimeError, StopIteration):  # another thread may have done so
+                del self._plans[next(iter(self._plans))]
+        self._plans[key] = plan
 
     def _plan(self, arguments: tuple[Any, ...]) -> _Plan:
         outputs, device = self._checked(arguments)
@@ -225,6 +277,29 @@ def primitive(schema: str, differentiable: bool = False) -> Callable[[Callable[.
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     """A lone Out is itself a tuple, of shape and dtype."""
     return value if isinstance(value, tuple) and not isinstance(value, Out) else (value,)
+
+
+def _given_outputs(out: Any, count: int) -> list[tuple[str, Any]]:
+    """The caller's outputs and what errors call them: ``out``, or ``out[0]`` and so on where it is a tuple."""
+    if not isinstance(out, tuple):
+        out, names = (out,), ["out"]
+    else:
+        names = [f"out[{index}]" for index in range(len(out))]
+    if len(out) != count:
+        raise ValueError(f"out: expected {count} tensors, got {len(out)}")
+    return list(zip(names, out, strict=True))
+
+
+def _check_fits(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> None:
+    check_dtype(name, tensor, (dtype,))
+    check_shape(name, tensor, shape)
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected on {device}, got on {tensor.device}")
+
+
+def _copied_into(name: str, given: Tensor, computed: Tensor) -> Tensor:
+    _check_fits(name, given, computed.dtype, computed.shape, computed.device)
+    return given.copy_(computed)
 
 
 def made_readable(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from bnb_core.checks import (
+    F32_MAX,
+    FLOAT_DTYPES,
+    I64_MAX,
     QUANT_STORAGES,
     QUANT_TYPES,
     check_blocksize,
@@ -20,10 +23,14 @@ from bnb_core.checks import (
     check_dimensions,
     check_dtype,
     check_dtype_argument,
+    check_flag,
     check_float,
     check_number,
     check_numel,
     check_shape,
+    check_sizes,
+    check_whole,
+    shown,
 )
 from bnb_core.primitive import Out, primitive
 
@@ -196,6 +203,7 @@ def dequantize_4bit(
         nested_absmax, nested_code, offset: with double quantization f32[ceil(blocks / nested_blocksize)], f32[256]
             and one f32; otherwise None, as in :data:`F32_SCALES`.
     """
+    check_sizes("shape", shape)
     n = _product(shape)
     _check_packed("A", A, n, blocksize, quant_type)
     _check_block_scales(absmax, block_count(n, blocksize), nested_absmax, nested_code, offset, nested_blocksize)
@@ -252,6 +260,7 @@ def _check_weight(
     nested_blocksize: int,
 ) -> tuple[int, int]:
     """(N, K) of a packed weight and its scales."""
+    check_sizes("shape", shape)
     if len(shape) != 2:
         raise ValueError(f"shape: expected (N, K), got {tuple(shape)}")
     N, K = shape
@@ -447,8 +456,11 @@ def _check_optimizer(
     unorm_vec: Tensor | None,
     step: int,
     max_unorm: float,
+    numbers: Sequence[float],
+    lr: float,
+    skip_zeros: bool,
 ) -> None:
-    check_choice("optimizer_name", optimizer_name, tuple(OPTIMIZERS))
+    check_choice("optimizer_name", optimizer_name, _OPTIMIZER_NAMES)
     traits = OPTIMIZERS[optimizer_name]
     check_float("p", p)
     check_dtype("g", g, (p.dtype,))
@@ -458,16 +470,49 @@ def _check_optimizer(
     if traits.states == 2:
         check_dtype("state2", state2, (state_dtype,))  # type: ignore[arg-type]
         check_shape("state2", state2, p.shape)  # type: ignore[arg-type]
-    elif state2 is not None:
-        raise ValueError(f"state2: {optimizer_name} has one state, expected None")
-    if step < 1:
-        raise ValueError(f"step: counts from 1, got {step}")
-    check_number("max_unorm", max_unorm, minimum=0.0)
+    else:
+        _check_absent("state2", state2, optimizer_name)
+    if type(step) is not int or not 1 <= step <= I64_MAX:
+        check_whole("step", step, minimum=1)
+    if type(max_unorm) is not float or not 0.0 <= max_unorm <= F32_MAX:
+        check_number("max_unorm", max_unorm, minimum=0.0)
+    for number in numbers:
+        if type(number) is not float or not -F32_MAX <= number <= F32_MAX:
+            _check_numbers(numbers)
+    if type(lr) is not float or not -F32_MAX <= lr <= F32_MAX:
+        check_number("lr", _one_number("lr", lr))
+    if skip_zeros is not True and skip_zeros is not False:
+        check_flag("skip_zeros", skip_zeros)
     if max_unorm > 0 and not traits.takes_max_unorm:
         raise ValueError(f"max_unorm: {optimizer_name} has no bounded update, expected 0, got {max_unorm}")
-    if max_unorm > 0:
+    if max_unorm > 0 or unorm_vec is not None:
         check_dtype("unorm_vec", unorm_vec, (torch.float32,))  # type: ignore[arg-type]
-        check_numel("unorm_vec", unorm_vec, 1)  # type: ignore[arg-type]
+        check_shape("unorm_vec", unorm_vec, (1,))  # type: ignore[arg-type]
+
+
+_OPTIMIZER_NAMES = tuple(OPTIMIZERS)
+_NUMBERS = ("beta1", "beta2", "beta3", "alpha", "eps", "weight_decay", "gnorm_scale")
+
+
+def _check_numbers(numbers: Sequence[float]) -> None:
+    for name, number in zip(_NUMBERS, numbers, strict=True):
+        check_number(name, number)
+
+
+def _check_absent(name: str, value: object, optimizer_name: str) -> None:
+    if value is not None:
+        raise ValueError(f"{name}: {optimizer_name} has one state, expected None, got {shown(value)}")
+
+
+def _one_number(name: str, value: object) -> object:
+    """The number in a tensor of one element, as learning rates may be; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    check_dtype(name, value, (*FLOAT_DTYPES, torch.float64))
+    check_numel(name, value, 1)
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a number, got a tensor on meta, which has none")
+    return value.item()
 
 
 _HYPERPARAMETERS_SCHEMA = (
@@ -506,9 +551,13 @@ def optimizer_update_32bit(
         g, p: gradient and parameter of one shape and dtype: f32, f16 or bf16. p is updated.
         state1, state2: f32 in p's shape ([2, *shape] for ademamix's state1; state2 None where there is one state).
         unorm_vec: f32[1], receives the norm of the update when ``max_unorm`` > 0; otherwise may be None.
-        step: from 1. alpha and beta3 are this step's, schedules applied.
+        step: from 1, as far as i64 goes. alpha and beta3 are this step's, schedules applied.
+        beta1, ..., gnorm_scale: numbers that f32 holds; lr may be a tensor of one.
     """
-    _check_optimizer(optimizer_name, g, p, state1, state2, torch.float32, unorm_vec, step, max_unorm)
+    numbers = (beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale)
+    _check_optimizer(
+        optimizer_name, g, p, state1, state2, torch.float32, unorm_vec, step, max_unorm, numbers, lr, skip_zeros
+    )
 
 
 @primitive(
@@ -542,11 +591,14 @@ def optimizer_update_8bit_blockwise(
 
     Args:
         state1, state2: u8 codes, shaped as in :data:`optimizer_update_32bit`.
-        qmap1, qmap2: f32[256], the codebooks of the two states.
+        qmap1, qmap2: f32[256], the codebooks of the two states; with absmax2 None where there is one state.
         absmax1, absmax2: f32[blocks] ([2, blocks] for ademamix's absmax1), updated.
         The others as in :data:`optimizer_update_32bit`.
     """
-    _check_optimizer(optimizer_name, g, p, state1, state2, torch.uint8, unorm_vec, step, max_unorm)
+    numbers = (beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale)
+    _check_optimizer(
+        optimizer_name, g, p, state1, state2, torch.uint8, unorm_vec, step, max_unorm, numbers, lr, skip_zeros
+    )
     traits = OPTIMIZERS[optimizer_name]
     blocks = block_count(p.numel(), OPTIMIZER_BLOCKSIZE)
     check_code("qmap1", qmap1)
@@ -556,3 +608,6 @@ def optimizer_update_8bit_blockwise(
         check_code("qmap2", qmap2)  # type: ignore[arg-type]
         check_dtype("absmax2", absmax2, (torch.float32,))  # type: ignore[arg-type]
         check_numel("absmax2", absmax2, blocks)  # type: ignore[arg-type]
+    else:
+        _check_absent("qmap2", qmap2, optimizer_name)
+        _check_absent("absmax2", absmax2, optimizer_name)

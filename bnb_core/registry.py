@@ -2,22 +2,24 @@
 
 A backend is a table from primitive names to functions. Backends are found through the entry-point group
 ``bnb_core.backends``, ours and other people's alike, and each is imported when it is first asked for. One that
-fails to import is listed with its reason and disturbs nobody.
+fails to import is listed with its reason and disturbs nobody; so is a package whose entry points cannot be read.
 
 Without an override the available backend of highest priority serves. ``BNB_BACKEND`` and :func:`use_backend`
-are strict: the backend they name serves, or the call raises :class:`BackendError`.
+are strict: the backend they name serves, or the call raises :class:`BackendError`. An environment variable with a
+value that cannot be used is no failure of the backend that reads it: it raises :class:`SettingError`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from functools import cache, wraps
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,10 +29,27 @@ ENTRY_POINT_GROUP = "bnb_core.backends"
 ENVIRONMENT_VARIABLE = "BNB_BACKEND"
 EVERY_DEVICE = "*"
 EVERY_PRIMITIVE = "*"
+OUR_MODULES = "bnb_core.backends."
 
 
 class BackendError(ValueError):
     """No backend can serve a call, or a backend was named that does not exist or is not available."""
+
+
+class SettingError(BackendError):
+    """An environment variable has a value that cannot be used."""
+
+    def __init__(self, variable: str, value: str, accepted: str) -> None:
+        super().__init__(f"{variable}: expected {accepted}, got {value!r}")
+
+
+def in_words(error: BaseException) -> str:
+    """Its class and message, whatever the message holds."""
+    try:
+        message = str(error).encode(errors="backslashreplace").decode()
+    except Exception:
+        message = "a message that cannot be shown"
+    return f"{type(error).__name__}: {message}"
 
 
 @dataclass(frozen=True)
@@ -40,12 +59,14 @@ class Kernel:
     ``function(*arguments, out=outputs)`` writes the outputs (a tensor or a tuple of them) that the primitive
     has allocated. ``supports(*arguments)`` returns None, or the reason why these arguments cannot be served.
     A kernel that comes and goes while the process runs has ``present(device_type)``, which says whether it is there
-    now; where it is not, ``supports`` refuses.
+    now; where it is not, ``supports`` refuses. ``several``, where there is one, does the work of many calls: it takes a
+    list for each tensor that differs between them.
     """
 
     function: Callable[..., None]
     supports: Callable[..., str | None] | None = None
     present: Callable[[str], bool] | None = None
+    several: Callable[..., None] | None = None
 
     def is_on(self, device_type: str) -> bool:
         return self.present is None or self.present(device_type)
@@ -116,9 +137,13 @@ class Backend:
         _require("device_types", self.device_types, devices, "a tuple of str")
         _require("priority", self.priority, isinstance(self.priority, int), "an int")
         _require("kernels", self.kernels, isinstance(self.kernels, Mapping), "a mapping")
+        object.__setattr__(self, "kernels", dict(self.kernels))  # read here once, as another mapping may raise later
         for primitive, kernel in self.kernels.items():
             function = kernel.function if isinstance(kernel, Kernel) else kernel
             _require(f"kernels[{primitive!r}]", kernel, callable(function), "a function or a Kernel")
+        reason = self.unavailable
+        _require("unavailable", reason, reason is None or isinstance(reason, str), "a str or None")
+        _require("details", self.details, callable(self.details), "a function")
         failures = self.expected_failures
         _require("expected_failures", failures, failures is None or isinstance(failures, Path), "a Path or None")
 
@@ -128,6 +153,13 @@ class Backend:
 
     def prepare(self) -> None:
         """Called where the backend is named, before it is asked whether it is available; most have nothing to do."""
+
+    def facts(self) -> dict[str, str]:
+        """Its ``details``, or why it cannot tell them."""
+        try:
+            return {str(name): str(fact) for name, fact in self.details().items()}
+        except Exception as error:
+            return {"details": f"backend {self.name!r} cannot tell them: {in_words(error)}"}
 
     def serves(self, device_type: str) -> bool:
         return EVERY_DEVICE in self.device_types or device_type in self.device_types
@@ -158,31 +190,73 @@ def primitive_names() -> list[str]:
     return list(_primitives)
 
 
+def installed_entry_points(group: str) -> tuple[list[EntryPoint], dict[str, str]]:
+    """Those of the group, and the packages whose entry points cannot be read, each with the reason."""
+    try:
+        return list(entry_points(group=group)), {}
+    except Exception:
+        return _readable_entry_points(group)
+
+
+def _readable_entry_points(group: str) -> tuple[list[EntryPoint], dict[str, str]]:
+    """Package by package, the first of each name, as Python's own search does that gives up at the first bad one."""
+    found: dict[str, Sequence[EntryPoint]] = {}
+    unreadable: dict[str, str] = {}
+    for distribution in distributions():
+        name = _name_of(distribution)
+        if name in found or name in unreadable:
+            continue
+        try:
+            found[name] = tuple(distribution.entry_points.select(group=group))
+        except Exception as error:
+            unreadable[name] = in_words(error)
+    return [entry for entries in found.values() for entry in entries], unreadable
+
+
+def _name_of(distribution: Distribution) -> str:
+    """As pip compares them; of a package that does not tell its name, where its metadata lie."""
+    try:
+        return re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
+    except Exception:
+        return str(getattr(distribution, "_path", distribution))
+
+
 @cache
-def _entry_points() -> dict[str, list[EntryPoint]]:
+def _installed() -> tuple[dict[str, list[EntryPoint]], dict[str, str]]:
+    """The entry points of every backend by name, and the packages that cannot be asked for theirs."""
+    entries, unreadable = installed_entry_points(ENTRY_POINT_GROUP)
     found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
+    for entry in entries:
         found.setdefault(entry.name, []).append(entry)
     if not found:
         raise BackendError(
             f"no backend is registered under the entry-point group {ENTRY_POINT_GROUP!r}: "
             "bnb_core is not installed; run `pip install .` (or `pip install -e .`) in its source folder"
         )
-    return found
+    return found, unreadable
 
 
 def _names() -> list[str]:
-    """Of every backend there is, loaded or not."""
-    return sorted({*_entry_points(), *_registered})
+    """Of every backend there is, loaded or not, and of the packages that cannot be asked for theirs."""
+    found, unreadable = _installed()
+    return sorted({*found, *unreadable, *_registered})
 
 
 @cache
 def _loaded(name: str) -> Backend:
     """The backend of that entry point; one that fails to load is unavailable with the error as the reason.
 
-    So is one that several installed packages offer: none of them is preferred, and a warning names them all.
+    So is one that several installed packages offer: none of them is preferred, and a warning names them all. A package
+    whose entry points cannot be read stands under its own name.
+
+    Raises:
+        SettingError: an environment variable that the backend reads has a value that cannot be used.
     """
-    entry, *others = _entry_points()[name]
+    found, unreadable = _installed()
+    if name not in found:
+        reason = f"the entry points of the package {name} cannot be read: {unreadable[name]}"
+        return Backend(name, (), 0, {}, unavailable=reason)
+    entry, *others = found[name]
     if others:
         offers = sorted(f"{o.dist.name if o.dist else 'unknown'} ({o.value})" for o in (entry, *others))
         reason = f"several installed packages offer a backend of this name, uninstall all but one: {', '.join(offers)}"
@@ -195,9 +269,17 @@ def _loaded(name: str) -> Backend:
         if backend.name != name:
             raise ValueError(f"its entry point is called {name!r}, the backend {backend.name!r}")
         return backend
-    except (Exception, SystemExit) as error:
-        reason = f"importing {entry.value} failed: {type(error).__name__}: {error}"
+    except (SettingError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        reason = f"importing {entry.value} failed: {in_words(error)}"
         return Backend(name, (), 0, {}, unavailable=reason)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether the backend comes with bnb_core."""
+    entries = _installed()[0].get(name, [])
+    return name not in _registered and all(entry.value.startswith(OUR_MODULES) for entry in entries)
 
 
 def backends() -> dict[str, Backend]:
@@ -206,10 +288,23 @@ def backends() -> dict[str, Backend]:
     return dict(sorted(loaded, key=lambda item: -item[1].priority))
 
 
-def _named(name: str) -> Backend:
+def _check_name(name: str) -> None:
     if name not in _names():
         raise BackendError(f"unknown backend {name!r}; registered are: {', '.join(_names())}")
+
+
+def _named(name: str) -> Backend:
+    _check_name(name)
     return _registered[name] if name in _registered else _loaded(name)
+
+
+def why_unavailable(backend: Backend) -> str | None:
+    """The reason why the backend cannot serve, once it has prepared; None when it can."""
+    try:
+        backend.prepare()
+    except Exception as error:
+        return f"preparing it failed: {in_words(error)}"
+    return backend.unavailable
 
 
 def available_backend(name: str) -> Backend:
@@ -219,10 +314,15 @@ def available_backend(name: str) -> Backend:
         BackendError: it is unknown, or not available (with the reason).
     """
     backend = _named(name)
-    backend.prepare()
-    if backend.unavailable is not None:
-        raise BackendError(f"backend {name!r} is not available: {backend.unavailable}")
+    reason = why_unavailable(backend)
+    if reason is not None:
+        raise BackendError(f"backend {name!r} is not available: {reason}")
     return backend
+
+
+def _forget_lookups() -> None:
+    _look_up.cache_clear()
+    paged_memory.cache_clear()
 
 
 @contextmanager
@@ -235,14 +335,15 @@ def registered(backend: Backend) -> Iterator[None]:
     if backend.name in _names():
         raise BackendError(f"backend {backend.name!r} is registered already")
     _registered[backend.name] = backend
-    _look_up.cache_clear()
+    _forget_lookups()
     try:
         yield
     finally:
         del _registered[backend.name]
-        _look_up.cache_clear()
+        _forget_lookups()
 
 
+@cache
 def paged_memory(device_type: str) -> PagedMemory:
     """That of the backend of highest priority which has it for this device.
 
@@ -296,7 +397,7 @@ def parse_override(text: str) -> dict[str, str]:
             raise BackendError(f"unknown primitive {primitive!r} in {text!r}; primitives are: {', '.join(_primitives)}")
         if primitive in override:
             raise BackendError(f"{text!r} names a backend for {primitive!r} twice")
-        _named(name)
+        _check_name(name)
         override[primitive] = name
     return override
 
@@ -304,7 +405,10 @@ def parse_override(text: str) -> dict[str, str]:
 @cache
 def _environment_override() -> dict[str, str]:
     text = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
-    return parse_override(text) if text else {}
+    try:
+        return parse_override(text) if text else {}
+    except BackendError as error:
+        raise BackendError(f"{ENVIRONMENT_VARIABLE}: {error}") from None
 
 
 @contextmanager
@@ -382,7 +486,44 @@ def _strict_candidate(primitive: str, device_type: str, name: str) -> _Candidate
     kernel = backend.kernel(primitive)
     if kernel is None:
         raise BackendError(f"{primitive}: backend {name!r} does not have this primitive; {remedy}")
-    return _Candidate(name, kernel)
+    return _candidate(primitive, name, kernel)
+
+
+def _candidate(primitive: str, backend: str, kernel: Kernel) -> _Candidate:
+    return _Candidate(backend, kernel if _is_ours(backend) else _others_kernel(primitive, backend, kernel))
+
+
+def _others_kernel(primitive: str, backend: str, kernel: Kernel) -> Kernel:
+    """Somebody else's kernel: what it raises names the backend and the primitive, and keeps its type.
+
+    Where asking it whether it supports a call raises, it supports none, which a warning says.
+    """
+    whose = f"{primitive}: backend {backend!r}"
+
+    @wraps(kernel.function)
+    def function(*arguments: Any, **outputs: Any) -> None:
+        try:
+            kernel.function(*arguments, **outputs)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"raised in {whose}")
+            raise
+
+    def asked(question: Callable[..., Any] | None, otherwise: Callable[[str], Any]) -> Callable[..., Any] | None:
+        if question is None:
+            return None
+
+        def ask(*arguments: Any) -> Any:
+            try:
+                return question(*arguments)
+            except Exception as error:
+                sentence = f"cannot say whether it supports a call: {in_words(error)}"
+                warnings.warn(f"{whose} {sentence}", stacklevel=2)
+                return otherwise(sentence)
+
+        return ask
+
+    return Kernel(function, asked(kernel.supports, str), asked(kernel.present, lambda sentence: False))
 
 
 def _by_priority(primitive: str, device_type: str) -> list[_Candidate]:
@@ -392,7 +533,7 @@ def _by_priority(primitive: str, device_type: str) -> list[_Candidate]:
         if kernel is None or backend.by_name_only or not backend.serves(device_type):
             continue
         if backend.available or kernel.present is not None:
-            found.append(_Candidate(backend.name, kernel))
+            found.append(_candidate(primitive, backend.name, kernel))
     if not found:
         reasons = "; ".join(f"{b.name}: {b.unavailable}" for b in backends().values() if b.unavailable)
         raise BackendError(
@@ -401,8 +542,8 @@ def _by_priority(primitive: str, device_type: str) -> list[_Candidate]:
     return found
 
 
-def kernel_for(primitive: str, device_type: str, arguments: tuple[Any, ...]) -> Callable[..., None]:
-    """The function that serves ``primitive`` with these arguments on tensors of this device type.
+def kernel_for(primitive: str, device_type: str, arguments: tuple[Any, ...]) -> Kernel:
+    """The kernel that serves ``primitive`` with these arguments on tensors of this device type.
 
     Raises:
         BackendError: none does, or the one that an override names cannot.
@@ -414,7 +555,7 @@ def kernel_for(primitive: str, device_type: str, arguments: tuple[Any, ...]) -> 
         if reason is None:
             for observer in _observers:
                 observer(primitive, candidate.backend)
-            return candidate.kernel.function
+            return candidate.kernel
         reasons.append(f"{candidate.backend}: {reason}")
     raise BackendError(f"{primitive}: no backend supports these arguments: {'; '.join(reasons)}")
 

@@ -8,13 +8,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bnb_core.checks import check_dense, shown
+
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import WriteItem
 
 
 def pack_dict_to_tensor(source_dict: dict[str, Any]) -> Tensor:
-    """The JSON text of ``source_dict`` in UTF-8, u8[bytes] on the CPU."""
-    return torch.tensor(list(json.dumps(source_dict).encode("utf-8")), dtype=torch.uint8, device="cpu")
+    """The JSON text of ``source_dict`` in UTF-8, u8[bytes] on the CPU.
+
+    Raises:
+        TypeError, ValueError: not a dict, or one of what JSON does not have.
+    """
+    if not isinstance(source_dict, dict):
+        raise TypeError(f"source_dict: expected a dict, got {shown(source_dict)}")
+    try:
+        text = json.dumps(source_dict)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"source_dict: cannot be written as JSON: {error}") from error
+    return torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8, device="cpu")
 
 
 class PackedValues(Tensor):
@@ -41,13 +53,16 @@ def unpack_tensor_to_dict(tensor_data: Tensor) -> dict[str, Any]:
     """Undo :func:`pack_dict_to_tensor`.
 
     Raises:
-        ValueError: not a u8 tensor that holds a JSON object.
+        TypeError, ValueError: not a u8 tensor that holds a JSON object.
     """
+    check_dense("tensor_data", tensor_data)
     if tensor_data.dtype != torch.uint8:
         raise ValueError(f"tensor_data: expected uint8 bytes of JSON, got {tensor_data.dtype}")
+    if tensor_data.is_meta:
+        raise ValueError("tensor_data: expected bytes of JSON, got a tensor on meta, which has none")
     try:
         content = json.loads(bytes(tensor_data.cpu().flatten().tolist()).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"tensor_data: does not hold JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"tensor_data: expected a JSON object, got {type(content).__name__}")

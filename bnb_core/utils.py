@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bnb_core.checks import check_dense, check_dimensions, check_flag, check_number, check_tensor, check_whole, shown
 from bnb_core.serialization import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
@@ -31,7 +32,7 @@ INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {
 def replace_linear(
     model: nn.Module,
     linear_replacement: Callable[..., nn.Module],
-    skip_modules: Sequence[str] = ("lm_head",),
+    skip_modules: Collection[str] = ("lm_head",),
     copy_weights: bool = False,
     post_processing_function: str | None = None,
 ) -> nn.Module:
@@ -45,7 +46,18 @@ def replace_linear(
 
     Returns:
         The model.
+
+    Raises:
+        TypeError: an argument that is not as above, by its name.
     """
+    _check_module("model", model)
+    if not callable(linear_replacement):
+        raise TypeError(f"linear_replacement: expected a class of layers, got {shown(linear_replacement)}")
+    if isinstance(skip_modules, Tensor | bytes) or not isinstance(skip_modules, Collection):
+        raise TypeError(f"skip_modules: expected names of layers, got {shown(skip_modules)}")
+    check_flag("copy_weights", copy_weights)
+    if not isinstance(post_processing_function, str | None):
+        raise TypeError(f"post_processing_function: expected a name or None, got {shown(post_processing_function)}")
     for name, module in model.named_children():
         if isinstance(module, nn.Linear) and name not in skip_modules:
             replacement = linear_replacement(module.in_features, module.out_features, module.bias is not None)
@@ -62,6 +74,11 @@ def replace_linear(
         else:
             replace_linear(module, linear_replacement, skip_modules, copy_weights, post_processing_function)
     return model
+
+
+def _check_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {shown(value)}")
 
 
 def _zscores(values: Tensor) -> Tensor:
@@ -82,9 +99,20 @@ def find_outlier_dims(
 
     Returns:
         i64, ascending unless ``topk`` is given.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as above, by its name.
     """
+    check_dense("weight", weight)
+    check_dimensions("weight", weight, 2)
+    if weight.is_meta or weight.is_complex():
+        raise ValueError(f"weight: expected real values, got {weight.dtype} on {weight.device}")
+    check_whole("reduction_dim", reduction_dim, minimum=-2, maximum=1)
+    check_number("zscore", zscore)
+    check_flag("rdm", rdm)
     spread = weight.float().std(dim=reduction_dim)
     if topk is not None:
+        check_whole("topk", topk, maximum=spread.numel())
         return spread.topk(topk).indices
     outliers = (_zscores(spread) > zscore).nonzero().view(-1)
     if rdm:
@@ -131,6 +159,7 @@ class OutlierTracer:
 
     def initialize(self, model: nn.Module) -> None:
         """Watch the forward of every nn.Linear of the model."""
+        _check_module("model", model)
         self.remove()
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -144,6 +173,7 @@ class OutlierTracer:
 
     def get_hvalue(self, weight: Tensor) -> int:
         """What stands for a weight: the address of its data."""
+        check_dense("weight", weight)
         return weight.data_ptr()
 
     def trace(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -165,6 +195,7 @@ class OutlierTracer:
 
 
 def sync_gpu(t: Tensor) -> None:
-    """Wait until the device of the tensor ``t`` has done what was asked of it; a CPU always has."""
-    if t.device.type != "cpu":
+    """Wait until the device of the tensor ``t`` has done what was asked of it; CPU and meta always have."""
+    check_tensor("t", t)
+    if t.device.type not in ("cpu", "meta"):
         torch.get_device_module(t.device).synchronize(t.device)

@@ -13,7 +13,8 @@ OURS = "+bnb.core"
 def refuse_to_replace() -> None:
     """End the build if the environment of this interpreter has another bitsandbytes.
 
-    A build that pip isolates runs on the interpreter of the environment that it installs into.
+    A build that pip isolates runs on the interpreter of the environment that it installs into. One that uv isolates
+    does not, and cannot know which environment that is (README.md).
     """
     folders = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     for found in distributions(name="bitsandbytes", path=folders):

@@ -1,6 +1,5 @@
 #include "dispatch.h"
 
-#include <cstdlib>
 #include <stdexcept>
 
 #include "targets/targets.h"
@@ -49,7 +48,8 @@ bool has_avx512() {
 
 bool has_avx512_vnni() { return has_avx512() && bits_set(Cpuid(7).ecx, bit_AVX512VNNI); }
 
-constexpr unsigned kAvx512Bf16 = 1u << 5;  // cpuid 7.1, eax
+constexpr unsigned kAvx512Bf16 = 1u << 5;   // cpuid 7.1, eax
+constexpr unsigned kAvx512Fp16 = 1u << 23;  // cpuid 7, edx
 constexpr unsigned kTileState = 0x60000;
 constexpr unsigned kTileFeatures =
     1u << 22 | 1u << 24 | 1u << 25;  // cpuid 7, edx: AMX-BF16, AMX-TILE, AMX-INT8
@@ -70,17 +70,18 @@ struct Isa {
   const char* name;
   bool (*available)();
   const Kernels* kernels;
-  const FusedBackward* fused_gemm_4bit_backward;
+  const Backward* backward;
+  const TileBackward* backward_on_tiles;
 };
 
 // Ascending: the last one available is the default.
 const Isa kIsas[] = {
-    {"portable", always, &portable_kernels, nullptr},
+    {"portable", always, &portable_kernels, &portable_backward, nullptr},
 #if defined(__x86_64__)
-    {"avx2", has_avx2, &avx2_kernels, nullptr},
-    {"avx512", has_avx512, &avx512_kernels, nullptr},
-    {"avx512_vnni", has_avx512_vnni, &avx512_vnni_kernels, nullptr},
-    {"amx", has_amx, &amx_kernels, &amx_gemm_4bit_backward},
+    {"avx2", has_avx2, &avx2_kernels, &avx2_backward, nullptr},
+    {"avx512", has_avx512, &avx512_kernels, &avx512_backward, nullptr},
+    {"avx512_vnni", has_avx512_vnni, &avx512_vnni_kernels, &avx512_vnni_backward, nullptr},
+    {"amx", has_amx, &amx_kernels, &amx_backward, &amx_backward_on_tiles},
 #endif
 };
 
@@ -116,19 +117,22 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument(message);
 }
 
-void choose_isa() {
-  const char* cap = std::getenv("BNB_CPU_ISA");
-  try {
-    set_isa(cap && *cap ? cap : isas_available().back());
-  } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument(std::string("BNB_CPU_ISA: ") + error.what());
-  }
-}
+void choose_isa() { set_isa(isas_available().back()); }
 
 const Kernels& kernels() { return *chosen->kernels; }
 
-FusedBackward fused_gemm_4bit_backward() {
-  return chosen->fused_gemm_4bit_backward ? *chosen->fused_gemm_4bit_backward : nullptr;
+Backward backward() { return *chosen->backward; }
+
+TileBackward backward_on_tiles() { return chosen->backward_on_tiles ? *chosen->backward_on_tiles : nullptr; }
+
+bool multiplies(DType dtype) {
+#if defined(__x86_64__)
+  static const bool bf16 = has_avx512() && bits_set(Cpuid(7, 1).eax, kAvx512Bf16);
+  static const bool f16 = has_avx512() && bits_set(Cpuid(7).edx, kAvx512Fp16);
+  return dtype == DType::bf16 ? bf16 : dtype == DType::f16 && f16;
+#else
+  return dtype != DType::f32;
+#endif
 }
 
 }  // namespace bnb

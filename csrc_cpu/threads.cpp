@@ -1,8 +1,11 @@
 #include "threads.h"
 
 #include <dlfcn.h>
+#include <time.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <stdexcept>
 #include <string>
 
@@ -31,14 +34,24 @@ void* find(void* library, const char* name, Function*& function) {
   return symbol;
 }
 
+using Clock = std::chrono::steady_clock;
+
+// How long the calling thread has had a core.
+std::chrono::nanoseconds thread_time() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return std::chrono::seconds(now.tv_sec) + std::chrono::nanoseconds(now.tv_nsec);
+}
+
 struct Job {
   int64_t n;
   RangeBody body;
   void* context;
+  std::chrono::nanoseconds own_end;  // of the calling thread's part, as thread_time
 };
 
 void run_part(void* data) {
-  const Job& job = *static_cast<const Job*>(data);
+  Job& job = *static_cast<Job*>(data);
   const int64_t threads = openmp.threads();
   const int64_t thread = openmp.thread();
   const int64_t part = job.n / threads;
@@ -46,6 +59,22 @@ void run_part(void* data) {
   const int64_t begin = thread * part + std::min(thread, longer);
   const int64_t end = begin + part + (thread < longer);
   if (begin < end) job.body(job.context, begin, end);
+  if (thread == 0) job.own_end = thread_time();
+}
+
+// Where other programs have the cores, or a quota is used up, a region ends when its last thread has had a core, some
+// ten milliseconds later. The next calls then do without regions, for this many times as long as was waited.
+constexpr int kRest = 20;
+constexpr auto kLate = std::chrono::milliseconds(1);
+
+std::atomic<Clock::rep> rests_until{0};
+
+// Of a region from `start` on, in which the calling thread has worked for `own`.
+void remember_waiting(Clock::time_point start, std::chrono::nanoseconds own) {
+  const Clock::time_point end = Clock::now();
+  const auto waited = end - start - own;
+  if (waited < kLate || waited < own) return;
+  rests_until.store((end + kRest * waited).time_since_epoch().count(), std::memory_order_relaxed);
 }
 
 }  // namespace
@@ -72,8 +101,12 @@ void parallel_range(int64_t n, int64_t grain, RangeBody body, void* context) {
   const bool serial = parts == 1 || !openmp.parallel || openmp.in_parallel();
   const int64_t threads = serial ? 1 : std::min<int64_t>(openmp.max_threads(), parts);
   if (threads <= 1) return body(context, 0, n);
-  Job job{n, body, context};
+  const Clock::time_point start = Clock::now();
+  if (start.time_since_epoch().count() < rests_until.load(std::memory_order_relaxed)) return body(context, 0, n);
+  const std::chrono::nanoseconds own_start = thread_time();
+  Job job{n, body, context, own_start};
   openmp.parallel(run_part, &job, static_cast<unsigned>(threads), 0);
+  remember_waiting(start, job.own_end - own_start);
 }
 
 }  // namespace bnb

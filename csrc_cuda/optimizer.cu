@@ -2,6 +2,9 @@
 //
 // A warp takes a block of 256 entries, reads its gradient, parameter and state once and writes them once.
 // What an optimizer computes stands in csrc_shared/optimizer_rules.h.
+#include <functional>
+#include <vector>
+
 #include "grid.h"
 #include "operations.h"
 #include "optimizer_state.h"
@@ -238,6 +241,11 @@ void gpu::optimizer_update_8bit_blockwise(const OptimizerStep& step, const void*
                         {absmax1, absmax1 + ceil_div(n, kOptimizerBlock), absmax2},
                         {qmap1, qmap2}};
   optimizer_update("optimizer_update_8bit_blockwise", step, g, p, dtype, state, n, norms, stream);
+}
+
+// Launches follow one another in the stream.
+void for_each_tensor(const std::vector<int64_t>& counts, const std::function<void(size_t)>& body) {
+  for (size_t i = 0; i < counts.size(); i++) body(i);
 }
 
 }  // namespace bnb

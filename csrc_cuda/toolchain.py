@@ -9,6 +9,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from csrc_shared.environment import listed
+
 DEFAULT_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 """What is built where no GPU is visible and none is named, as far as the compiler knows them."""
 
@@ -98,10 +100,10 @@ def visible_archs() -> list[str]:
 def archs() -> list[str]:
     """What to build for: BNB_CUDA_ARCHS, else the GPUs of this machine, else every usual one."""
     known = known_archs()
-    requested = [arch.strip() for arch in os.environ.get("BNB_CUDA_ARCHS", "").split(";") if arch.strip()]
+    requested = listed("BNB_CUDA_ARCHS", ";", "80;90")
     for arch in requested:
         if arch not in known:
-            raise SystemExit(f"BNB_CUDA_ARCHS={arch}: {nvcc()} compiles for {';'.join(known)}")
+            raise SystemExit(f"BNB_CUDA_ARCHS: expected what {nvcc()} compiles for, {';'.join(known)}, got {arch!r}")
     return requested or visible_archs() or [arch for arch in DEFAULT_ARCHS if arch in known]
 
 

@@ -11,6 +11,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from csrc_shared.environment import listed
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc_cuda"
 UNCHANGED = ("csrc_shared", "csrc_hip")
@@ -18,6 +20,9 @@ UNCHANGED = ("csrc_shared", "csrc_hip")
 
 DEFAULT_ARCHS = ("gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1201")
 """What is built where no GPU is visible and none is named."""
+
+ARCH = r"gfx[0-9a-z-]+(:(xnack|sramecc)[+-])*"
+"""What hipcc calls a chip or a family of them, with or without the features it is set to."""
 
 # Results are promised to the bit: no contraction, and divisions and square roots rounded correctly.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
@@ -101,7 +106,10 @@ def visible_archs() -> list[str]:
 
 def archs() -> list[str]:
     """What to build for: BNB_HIP_ARCHS, else the GPUs of this machine, else usual ones."""
-    requested = [arch.strip() for arch in os.environ.get("BNB_HIP_ARCHS", "").split(";") if arch.strip()]
+    requested = listed("BNB_HIP_ARCHS", ";", "gfx90a;gfx1100")
+    for arch in requested:
+        if not re.fullmatch(ARCH, arch):
+            raise SystemExit(f"BNB_HIP_ARCHS: expected names of chips such as gfx90a or gfx90a:xnack+, got {arch!r}")
     return requested or visible_archs() or list(DEFAULT_ARCHS)
 
 

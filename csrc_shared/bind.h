@@ -9,6 +9,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "dlpack.h"
 #include "kernels.h"
@@ -49,11 +50,45 @@ inline void* address_of(PyObject* object) {
   return address;
 }
 
+inline int64_t count_of(PyObject* object) {
+  dlpack::Tensor tensor;
+  if (exchange && exchange->view(object, &tensor) == 0) return tensor.count();
+  PyErr_Clear();
+  return number_from(object, "numel");
+}
+
+// A list of tensors: their addresses and how many elements each has. An empty one stands for no tensors.
+struct TensorList {
+  std::vector<void*> addresses;
+  std::vector<int64_t> counts;
+
+  TensorList() = default;
+  explicit TensorList(PyObject* list) {
+    if (!PyList_Check(list)) {
+      PyErr_SetString(PyExc_TypeError, "expected a list of tensors");
+      return;
+    }
+    const Py_ssize_t size = PyList_GET_SIZE(list);
+    addresses.reserve(size);
+    counts.reserve(size);
+    for (Py_ssize_t i = 0; i < size && !PyErr_Occurred(); i++) {
+      PyObject* tensor = PyList_GET_ITEM(list, i);
+      addresses.push_back(address_of(tensor));
+      counts.push_back(count_of(tensor));
+    }
+  }
+  size_t size() const { return addresses.size(); }
+  template <class T>
+  T* at(size_t i) const {
+    return addresses.empty() ? nullptr : static_cast<T*>(addresses[i]);
+  }
+};
+
 // What Python passes for a parameter of type T; where it is no such thing, an error of Python's is set.
 template <class T>
 T from_python(PyObject* object) {
-  static_assert(std::is_pointer_v<T> || std::is_arithmetic_v<T> || std::is_enum_v<T>);
   if (PyErr_Occurred()) return T{};  // of an argument before
+  if constexpr (std::is_same_v<T, TensorList>) return TensorList(object);
   if constexpr (std::is_pointer_v<T>) return static_cast<T>(address_of(object));
   if constexpr (std::is_same_v<T, bool>) return PyObject_IsTrue(object) == 1;
   if constexpr (std::is_floating_point_v<T>) return static_cast<T>(PyFloat_AsDouble(object));

@@ -1,4 +1,6 @@
 // Every function of kernels.h for Python, once for all kernel sets. The arguments were checked in Python.
+#include <functional>
+
 #include "bind.h"
 #include "kernels.h"
 
@@ -6,8 +8,9 @@ namespace py = pybind11;
 
 namespace bnb {
 
-// Each kernel set defines what its own module has in addition.
+// Each kernel set defines what its own module has in addition, and in which order it works on several tensors.
 void bind_extras(py::module_& m);
+void for_each_tensor(const std::vector<int64_t>& counts, const std::function<void(size_t)>& body);
 
 namespace {
 
@@ -48,6 +51,37 @@ void optimizer_update_8bit_blockwise(OptimizerName name, int64_t step, double lr
                                             absmax2, n, norms, stream);
 }
 
+using binding::TensorList;
+
+// One step of several parameters, each as optimizer_update_32bit has it; an empty list where a state is unused.
+void optimizer_updates_32bit(OptimizerName name, int64_t step, double lr, double beta1, double beta2,
+                             double beta3, double alpha, double eps, double weight_decay, double gnorm_scale,
+                             bool skip_zeros, TensorList g, TensorList p, DType dtype, TensorList state1,
+                             TensorList state2, void* stream) {
+  const OptimizerStep settings{name,  step, lr,           beta1,       beta2, beta3,
+                               alpha, eps,  weight_decay, gnorm_scale, 0,     skip_zeros};
+  for_each_tensor(p.counts, [&](size_t i) {
+    kernels().optimizer_update_32bit(settings, g.at<void>(i), p.at<void>(i), dtype, state1.at<float>(i),
+                                     state2.at<float>(i), p.counts[i], nullptr, stream);
+  });
+}
+
+// The same of optimizer_update_8bit_blockwise.
+void optimizer_updates_8bit_blockwise(OptimizerName name, int64_t step, double lr, double beta1, double beta2,
+                                      double beta3, double alpha, double eps, double weight_decay,
+                                      double gnorm_scale, bool skip_zeros, TensorList g, TensorList p,
+                                      DType dtype, TensorList state1, TensorList state2, const float* qmap1,
+                                      const float* qmap2, TensorList absmax1, TensorList absmax2,
+                                      void* stream) {
+  const OptimizerStep settings{name,  step, lr,           beta1,       beta2, beta3,
+                               alpha, eps,  weight_decay, gnorm_scale, 0,     skip_zeros};
+  for_each_tensor(p.counts, [&](size_t i) {
+    kernels().optimizer_update_8bit_blockwise(
+        settings, g.at<void>(i), p.at<void>(i), dtype, state1.at<uint8_t>(i), state2.at<uint8_t>(i), qmap1,
+        qmap2, absmax1.at<float>(i), absmax2.at<float>(i), p.counts[i], nullptr, stream);
+  });
+}
+
 }  // namespace
 }  // namespace bnb
 
@@ -67,5 +101,7 @@ PYBIND11_MODULE(BNB_MODULE_NAME, m) {
   bnb::bind<&bnb::gemm_4bit>(m, "gemm_4bit");
   bnb::bind<&bnb::optimizer_update_32bit>(m, "optimizer_update_32bit");
   bnb::bind<&bnb::optimizer_update_8bit_blockwise>(m, "optimizer_update_8bit_blockwise");
+  bnb::bind<&bnb::optimizer_updates_32bit>(m, "optimizer_updates_32bit");
+  bnb::bind<&bnb::optimizer_updates_8bit_blockwise>(m, "optimizer_updates_8bit_blockwise");
   bnb::bind_extras(m);
 }

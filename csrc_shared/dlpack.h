@@ -29,12 +29,13 @@ struct Tensor {
 
   void* first() const { return static_cast<char*>(data) + byte_offset; }
 
-  bool empty() const {
-    for (int32_t i = 0; i < dimensions; i++) {
-      if (shape[i] == 0) return true;
-    }
-    return false;
+  int64_t count() const {
+    int64_t result = 1;
+    for (int32_t i = 0; i < dimensions; i++) result *= shape[i];
+    return result;
   }
+
+  bool empty() const { return count() == 0; }
 
   bool contiguous() const {
     if (!strides || empty()) return true;

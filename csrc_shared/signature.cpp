@@ -1,6 +1,7 @@
 // bnb_core._signature: what the checks of a call look at, as bytes. bnb_core/signature.py says the same in
 // Python, for where this is not built or torch has no exchange API.
 #include <cstring>
+#include <string>
 
 #include "dlpack.h"
 
@@ -33,14 +34,22 @@ class Signature {
     return told;
   }
 
-  PyObject* bytes() const { return PyBytes_FromStringAndSize(bytes_, size_); }
+  PyObject* bytes() const {
+    if (longer_.empty()) return PyBytes_FromStringAndSize(bytes_, size_);
+    return PyBytes_FromStringAndSize(longer_.data(), longer_.size());
+  }
 
  private:
+  // On the stack as long as it fits: only lists of tensors take more.
   bool add_bytes(const void* data, size_t size) {
-    if (size > sizeof bytes_ - size_) return false;
-    std::memcpy(bytes_ + size_, data, size);
-    size_ += size;
-    return true;
+    if (longer_.empty() && size <= sizeof bytes_ - size_) {
+      std::memcpy(bytes_ + size_, data, size);
+      size_ += size;
+      return true;
+    }
+    if (longer_.empty()) longer_.assign(bytes_, size_);
+    longer_.append(static_cast<const char*>(data), size);
+    return longer_.size() <= kMost;
   }
 
   template <class T>
@@ -80,8 +89,11 @@ class Signature {
     return negated != Py_False;
   }
 
+  static constexpr size_t kMost = 1 << 20;
+
   char bytes_[1024];
   size_t size_ = 0;
+  std::string longer_;
 };
 
 PyObject* signature(PyObject*, PyObject* arguments) {

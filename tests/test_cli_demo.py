@@ -5,15 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import processes
 import pytest
 import torch
+from click import ClickException
 from click.testing import CliRunner
+from rich.console import Console
 
 from bnb_core.cli.commands import bnb_core as group
 from bnb_core.cli.demo import data, pipeline, qlora, quantized, training
+from bnb_core.cli.demo.command import command
+from bnb_core.cli.demo.fresh_process import in_fresh_process
 from bnb_core.cli.demo.model import Transformer
 from bnb_core.cli.demo.settings import Settings
 from bnb_core.cli.errors import BadInput
@@ -83,8 +90,17 @@ def test_the_same_seed_gives_the_same_results_and_another_gives_others(tmp_path,
     [
         (["--backend", "nonesuch"], "nonesuch"),
         (["--device", "nonesuch"], "nonesuch"),
+        (["--backend", ""], "registered are"),
+        (["--device", ""], "--device: expected"),
         (["--data", "nonesuch"], "nonesuch"),
+        (["--data", ""], "'--data': expected a path, got ''"),
+        (["--data", "a" * 300], "--data: cannot read aaa"),
         (["--out", os.devnull + "/folder"], os.devnull),
+        (["--out", ""], "'--out': expected a path, got ''"),
+        (["--seed", 2**64], "'--seed': 18446744073709551616 is not in the range"),
+        (["--seed", -1], "'--seed': -1 is not in the range"),
+        (["--steps", 0], "'--steps': 0 is not in the range"),
+        (["--steps", 10**30], "'--steps': 1"),
     ],
 )
 def test_input_that_cannot_work_is_one_line_and_exit_code_2(arguments, named, tmp_path, monkeypatch):
@@ -94,6 +110,36 @@ def test_input_that_cannot_work_is_one_line_and_exit_code_2(arguments, named, tm
     assert len(result.output.splitlines()) == 1
     assert named in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_for_paged_memory_that_does_not_exist_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("BNB_PAGED_DIR", str(tmp_path / "missing"))
+    result = demo("--out", tmp_path / "out")
+    assert result.exit_code == 2 and result.output.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert f"{tmp_path / 'missing'} (No such file or directory" in result.output and "BNB_PAGED_DIR" in result.output
+
+
+def test_the_largest_seed_is_one_that_torch_takes():
+    (seed,) = (option for option in command.params if option.name == "seed")
+    torch.Generator().manual_seed(seed.type.max)
+    with pytest.raises((RuntimeError, ValueError)):  # which of them depends on torch's version
+        torch.Generator().manual_seed(seed.type.max + 1)
+
+
+def test_the_name_of_a_folder_is_printed_as_it_is(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "[" / "x]"
+    folder.mkdir(parents=True)
+    (folder / "only.txt").write_text("0123456789" * 1000)
+    text = data.source_code(folder)
+
+    def stop(*arguments):
+        raise InterruptedError
+
+    monkeypatch.setattr(pipeline, "train_model", stop)
+    monkeypatch.setattr(pipeline, "console", Console(width=500))
+    with pytest.raises(InterruptedError):
+        pipeline.run(TINY, text, text, tmp_path)
+    assert f"text files under {folder}: 9,000 bytes" in capsys.readouterr().out
 
 
 def test_a_folder_without_text_is_refused(tmp_path):
@@ -114,6 +160,63 @@ def test_interrupting_ends_with_one_line_and_exit_code_130(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.split() == ["interrupted"]
+
+
+def test_a_fresh_process_reports_its_steps_and_its_result():
+    steps = []
+    assert in_fresh_process(processes.double, 21, on_step=steps.append) == 42 and steps == [1.5]
+
+
+def test_what_the_system_refuses_a_fresh_process_is_raised_here():
+    with pytest.raises(OSError, match="no room for state"):
+        in_fresh_process(processes.refuse, on_step=print)
+
+
+def test_a_fresh_process_that_ends_without_a_result_is_an_error_that_names_the_function():
+    with pytest.raises(ClickException, match="end failed in its process"):
+        in_fresh_process(processes.end, on_step=print)
+
+
+PARENT = """
+import subprocess, sys
+from bnb_core.cli.demo.fresh_process import in_fresh_process
+import processes
+
+class Announced(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        print(self.pid, flush=True)
+
+if sys.argv[1] == "at its start":
+    subprocess.Popen = Announced
+in_fresh_process(processes.sleep, on_step=lambda pid: print(pid, flush=True))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux's list of processes")
+@pytest.mark.parametrize("killed_by", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["at its start", "at work"])
+def test_the_process_of_a_killed_demo_ends_at_once(when, killed_by):
+    """Also while it is still importing what it needs."""
+    command = [sys.executable, "-c", PARENT, when]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+    child = int(parent.stdout.readline())
+    assert is_alive(child)
+    parent.send_signal(killed_by)
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10  # it sleeps for 60 s
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_alive(child)
+
+
+def is_alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # ended, and nobody has asked how
 
 
 def test_a_file_is_either_trained_on_or_held_out(text_folder):

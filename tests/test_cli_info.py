@@ -64,8 +64,65 @@ def test_help_lists_every_command():
     assert {"info", "demo"} <= set(result.output.split())
 
 
-def test_unknown_command_is_exit_code_2():
-    assert CliRunner().invoke(group, ["nonesuch"]).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nonesuch"], "No such command 'nonesuch'; see `bnb-core --help`"),
+        (["--nonesuch"], "No such option"),
+        (["info", "--nonesuch"], "see `bnb-core info --help`"),
+        (["info", "more"], "unexpected extra argument"),
+        (["demo", "--seed"], "'--seed' requires an argument"),
+        (["conformance", "--seed", "-1"], "'--seed': -1 is not in the range"),
+        (["conformance", "--seed", str(2**63)], "'--seed'"),
+        (["conformance", "--json", ""], "'--json': expected a path, got ''"),
+        (["conformance", "--backend", ""], "registered are"),
+        (["conformance", "nonesuch"], "No such command 'nonesuch'; see `bnb-core conformance --help`"),
+        (["conformance", "compare", "nonesuch", ""], "'FIRST'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, sentence):
+    result = CliRunner().invoke(group, arguments, prog_name="bnb-core")
+    assert result.exit_code == 2 and result.output.count("\n") == 1 and result.output.startswith("Error: ")
+    assert sentence in result.output
+
+
+def test_without_a_command_the_program_shows_its_help():
+    assert "Commands:" in CliRunner().invoke(group, []).output
+
+
+def test_help_of_conformance_says_that_a_backend_is_required():
+    text = " ".join(CliRunner().invoke(group, ["conformance", "--help"]).output.split())
+    assert "`bnb-core info` lists them. [required]" in text
+    result = CliRunner().invoke(group, ["conformance"])
+    assert result.exit_code == 2 and "--backend: expected one of" in result.output
+
+
+def program(*arguments, **options):
+    command = [sys.executable, "-m", "bnb_core", *arguments]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--help"], ["bench", "--size", "64"]])
+def test_output_to_a_full_disk_is_one_line_and_exit_code_1(arguments):
+    with open("/dev/full", "w") as full:
+        result = program(*arguments, stdout=full)
+    assert result.returncode == 1
+    assert result.stderr == "Error: cannot write the output: No space left on device\n"
+
+
+def test_a_reader_that_has_gone_is_no_error_to_be_told():
+    read, write = os.pipe()
+    os.close(read)
+    result = program("info", "--json", stdout=write)
+    os.close(write)
+    assert result.returncode == 1 and result.stderr == ""
+
+
+def test_what_the_output_cannot_encode_is_replaced():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "60"}
+    result = program("info", stdout=subprocess.PIPE, env=environment)
+    assert result.returncode == 0 and "Which backend serves" in result.stdout, result.stderr
 
 
 def test_without_the_cli_extra_the_program_says_what_to_install(monkeypatch, capsys):

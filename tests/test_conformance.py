@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from throwaway import after, run, throwaway
+from throwaway import NAME, after, run, throwaway
 
 from bnb_core import primitives, registry
 from bnb_core.cli import conformance as cli_conformance
 from bnb_core.cli.commands import bnb_core as program
 from bnb_core.conformance import runner
 from bnb_core.conformance.case import Case, Failure
-from bnb_core.conformance.suite import all_cases, required_classes
+from bnb_core.conformance.suite import all_cases, required_classes, threads
 from bnb_core.registry import InstructionSets
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +102,23 @@ SPOILT = {
 def test_a_spoilt_result_fails(sentence):
     with throwaway(after("dequantize_blockwise", SPOILT[sentence])) as backend:
         assert sentence in _message(run(backend, [CASE]))
+
+
+def _round_by_threads(arguments, out):
+    if torch.get_num_threads() > 1:
+        out.copy_(torch.nextafter(out, torch.tensor(float("inf"))))
+
+
+@pytest.mark.parametrize("sums", ["torch's", "its own"])
+def test_only_a_backend_that_leaves_its_sums_to_torch_may_round_them_by_the_number_of_threads(monkeypatch, sums):
+    before = torch.get_num_threads()
+    if sums == "its own":
+        monkeypatch.setattr(threads, "IN_AN_ORDER_OF_THEIR_OWN", (NAME,))
+    case = next(c for c in threads.cases() if c.primitive == "gemm_4bit" and c.traits["dtype"] == "float32")
+    with throwaway(after("gemm_4bit", _round_by_threads)) as backend:
+        (result,) = run(backend, [case])
+    assert result.failed == (sums == "its own") and torch.get_num_threads() == before
+    assert not result.failed or "with two threads, beside that with one" in result.message
 
 
 def test_an_output_left_unwritten_fails():

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import setuptools
 from packaging.version import Version
 from test_registry import run_python
 
@@ -197,6 +198,54 @@ def test_the_distribution_beside_a_real_one_is_an_error_that_names_both(real, co
     result = run_with([compat_folder, real.metadata], "import bitsandbytes")
     assert "ImportError: bitsandbytes is installed twice" in result.stderr
     assert VERSION in result.stderr and f"0.50.2 in {real.metadata}" in result.stderr
+
+
+@pytest.fixture
+def environment(tmp_path, real) -> Path:
+    """The interpreter of a virtual environment that has a real bitsandbytes, and our setuptools to build with."""
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    installed = Path(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip())
+    shutil.copytree(real.package, installed, dirs_exist_ok=True)
+    (installed / "ours.pth").write_text(str(Path(setuptools.__file__).parents[1]))
+    return python
+
+
+INSTALLERS = {
+    "pip": [sys.executable, "-m", "pip", "--python", "{python}", "install", "--no-index"],
+    "pip, by force": [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        "{python}",
+        "install",
+        "--no-index",
+        "--force-reinstall",
+    ],
+    "uv": ["uv", "pip", "install", "--python", "{python}", "--offline", "--no-cache"],
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the paths in an environment are those of other systems")
+@pytest.mark.parametrize("installer", INSTALLERS)
+def test_an_installer_that_builds_in_sight_of_a_real_one_leaves_it_as_it_is(installer, environment, tmp_path):
+    command = [part.format(python=environment) for part in INSTALLERS[installer]]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    source = shutil.copytree(COMPAT, tmp_path / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    command += ["--no-deps", "--no-build-isolation", str(source)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0 and "bitsandbytes 0.50.2 is installed in" in result.stdout + result.stderr
+    code = "import bitsandbytes; print(bitsandbytes.__version__)"
+    assert subprocess.run([environment, "-c", code], capture_output=True, text=True).stdout.strip() == "0.50.2"
+
+
+def test_what_cannot_be_refused_stands_in_the_first_line_of_the_readme():
+    first = (COMPAT / "README.md").read_text().splitlines()[0]
+    assert "`uv pip install` and wheels replace a real bitsandbytes without asking" in first
 
 
 REFUSE = """

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from bnb_core import functional as F
+from bnb_core import matmul_4bit
+from bnb_core.conformance import oracle
 from bnb_core.conformance.compare import ROUNDOFF, matmul_bound, same_bits, within
 from bnb_core.nn import EmbeddingNF4, Linear4bit, LinearFP4, LinearNF4, Params4bit
 from bnb_core.nn.linear4bit import fix_4bit_weight_quant_state_from_module
@@ -169,11 +171,6 @@ def test_not_a_number_and_infinity_survive_a_checkpoint():
         same_bits(key, value, state[key])
 
 
-def test_storage_that_does_not_divide_the_bytes_says_what_fits():
-    with pytest.raises(ValueError, match=r"quant_storage.*uint8, float16, bfloat16 fit"):
-        LinearNF4(6, 2, quant_storage=torch.float32).to("cpu")
-
-
 def test_threads_share_one_layer():
     module = LinearNF4(256, 128).to("cpu")
     inputs = [torch.randn(rows, 256) for rows in (1, 2, 7, 40)]
@@ -299,3 +296,25 @@ def test_splits_keep_the_parameter_class_and_its_state():
     for parts in (torch.chunk(weight, 2), torch.split(weight, 768), weight.chunk(2), weight.split(768)):
         assert len(parts) == 2
         assert all(type(part) is Params4bit and part.quant_state is weight.quant_state for part in parts)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "double-quantized"])
+def test_the_untransposed_product_and_its_gradient(backend, nested):
+    """Deprecated: for A of N columns, where N and K differ, ``A @ W``."""
+    torch.manual_seed(0)
+    packed, state = F.quantize_nf4(torch.randn(20, 33), compress_statistics=nested)
+    scales = state.absmax.numpy()
+    if nested:
+        parts = (state.state2.absmax, state.state2.code, state.offset)
+        scales = oracle.double_quantized_scales(scales, state.state2.blocksize, *(part.numpy() for part in parts))
+    weight = oracle.dequantize_4bit(packed.view(-1).numpy(), scales, 20 * 33, 64, "nf4").reshape(20, 33)
+    A, dY, bias = torch.randn(5, 20, requires_grad=True), torch.randn(5, 33), torch.randn(33)
+    with pytest.warns(DeprecationWarning, match="Re-quantize"):
+        result = matmul_4bit(A, packed.t(), state, bias=bias)
+    result.backward(dY)
+    expected = A.detach().double().numpy() @ weight + bias.double().numpy()
+    torch.testing.assert_close(result.detach().double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    gradient = dY.double().numpy() @ weight.T
+    torch.testing.assert_close(A.grad.double(), torch.from_numpy(gradient), rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), pytest.warns(DeprecationWarning):
+        same_bits("without gradients", matmul_4bit(A, packed.t(), state, bias=bias), result.detach())

@@ -52,11 +52,6 @@ def test_the_environment_caps_the_instruction_set(isa):
     assert _cpu_backend(BNB_CPU_ISA=isa) == isa
 
 
-def test_an_unknown_instruction_set_is_an_error_that_lists_what_there_is():
-    reason = _cpu_backend(BNB_CPU_ISA="mmx")
-    assert "mmx" in reason and "portable" in reason
-
-
 def _everything():
     """One result of each kind of kernel, large enough to be shared out among threads."""
     A = torch.randn(300, 1031, generator=torch.Generator().manual_seed(1))

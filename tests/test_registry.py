@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +68,7 @@ def test_the_environment_variable_chooses_per_primitive():
 )
 def test_a_wrong_environment_variable_is_an_error_that_lists_what_there_is(value, named):
     result = run_python(QUANTIZE, BNB_BACKEND=value)
-    assert result.returncode and "BackendError" in result.stderr and named in result.stderr
+    assert result.returncode and "BackendError: BNB_BACKEND: " in result.stderr and named in result.stderr
     assert run_python("import bnb_core", BNB_BACKEND=value).returncode == 0
 
 
@@ -170,6 +172,8 @@ WRONG_FIELDS = {
     "priority": {"priority": "high"},
     "kernels": {"kernels": ["gemm_4bit"]},
     "kernels['gemm_4bit']": {"kernels": {"gemm_4bit": "a function"}},
+    "unavailable": {"unavailable": False},
+    "details": {"details": {"driver": "13.0"}},
     "expected_failures": {"expected_failures": "failures.json"},
 }
 
@@ -215,12 +219,154 @@ def test_a_wrong_environment_variable_neither_prevents_nor_keeps_a_registration(
     assert result.stdout.split() == ["first", "second"], result.stderr
 
 
-def _offer(folder, distribution, name):
-    """Install by hand a package that offers a backend under that name."""
+def _offer(folder, distribution, name, source=None):
+    """Install by hand a package that offers a backend under that name, with a module of that source."""
     metadata = folder / f"{distribution}-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1\n")
     (metadata / "entry_points.txt").write_text(f"[{registry.ENTRY_POINT_GROUP}]\n{name} = {distribution}:backend\n")
+    if source is not None:
+        (folder / f"{distribution}.py").write_text(f"from bnb_core.registry import Backend, Kernel\n{source}\n")
+
+
+FAIL = "def fail(*arguments, **outputs): raise ZeroDivisionError('a bug of theirs')\n"
+STRANGE = {
+    "exits": ("raise SystemExit(3)", "SystemExit: 3"),
+    "raises-its-own": ("class Own(BaseException): pass\nraise Own('no such device')", "Own: no such device"),
+    "leaves-a-generator": ("raise GeneratorExit", "GeneratorExit"),
+    "cannot-say-why": (
+        "class Own(Exception):\n    def __str__(self): raise self\nraise Own",
+        "Own: a message that cannot be shown",
+    ),
+    "says-what-is-no-text": ("raise OSError('\\udcff')", r"OSError: \udcff"),
+    "has-a-table-that-raises": (
+        "from collections import UserDict\n"
+        "class Table(UserDict):\n    def __getitem__(self, primitive): raise LookupError('not yet')\n"
+        "backend = Backend('has-a-table-that-raises', ('cpu',), 1000, Table(gemm_4bit=print))",
+        "LookupError: not yet",
+    ),
+    "has-no-reason-in-words": (
+        "backend = Backend('has-no-reason-in-words', ('cpu',), 1000, {}, unavailable=1)",
+        "Backend: unavailable: expected a str or None, got 1",
+    ),
+}
+"""What a module of somebody else's does, and the reason that is given for it."""
+
+
+@pytest.fixture(scope="module")
+def odd_ones(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    for name, (source, _) in STRANGE.items():
+        _offer(folder, name.replace("-", "_"), name, source)
+    _offer(
+        folder,
+        "tells_nothing",
+        "[/tells] nothing",
+        f"{FAIL}backend = Backend('[/tells] nothing', ('cpu',), 1, {{}}, details=fail)",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def odd_facts(odd_ones):
+    """What `bnb-core info --json` says beside them, once a call was served."""
+    program = "from bnb_core.cli import main; import sys; sys.argv[1:] = ['info', '--json']; main()"
+    result = run_python(f"{QUANTIZE}\n{program}", odd_ones)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    served, _, facts = result.stdout.partition("\n")
+    assert served == "served"
+    return json.loads(facts)
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_backend_that_fails_in_any_way_is_listed_with_its_reason_and_disturbs_nobody(odd_facts, name):
+    assert STRANGE[name][1] in odd_facts["backends"][name]["unavailable because"]
+    assert {row["cpu"] for row in odd_facts["serving"].values()} == {"cpu"}
+
+
+def test_a_backend_that_cannot_tell_its_details_is_listed_with_the_reason(odd_facts):
+    assert odd_facts["backends"]["[/tells] nothing"]["details"] == {
+        "details": "backend '[/tells] nothing' cannot tell them: ZeroDivisionError: a bug of theirs"
+    }
+
+
+def test_tables_show_names_as_they_are(odd_ones):
+    program = "from bnb_core.cli import main; import sys; sys.argv[1:] = ['info']; main()"
+    result = run_python(program, odd_ones, COLUMNS="250")
+    assert result.returncode == 0 and "[/tells] nothing" in result.stdout, result.stderr
+
+
+def test_an_interrupt_while_a_backend_is_imported_ends_the_program(tmp_path):
+    _offer(tmp_path, "interrupted", "interrupted", "raise KeyboardInterrupt")
+    result = run_python("import bnb_core; bnb_core.backends()", tmp_path)
+    assert result.returncode and "KeyboardInterrupt" in result.stderr
+
+
+def test_a_package_whose_entry_points_cannot_be_read_is_listed_and_disturbs_nobody(tmp_path):
+    _offer(tmp_path, "good", "good", "backend = Backend('good', ('cpu',), 1, {})")
+    _offer(tmp_path, "bad", "bad")
+    (tmp_path / "bad-1.dist-info" / "entry_points.txt").write_bytes(b"[bnb_core.backends]\n\xff = bad:backend\n")
+    code = f"{QUANTIZE}; b = bnb_core.backends(); print(b['good'].available, b['bad'].unavailable)"
+    # torch itself reads the entry points of all packages when it is imported, unless it is told not to.
+    result = run_python(code, tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    reason = "the entry points of the package bad cannot be read: UnicodeDecodeError: 'utf-8' codec can't decode byte"
+    assert result.stdout.startswith(f"served\nTrue {reason}"), result.stderr
+    refused = run_python(QUANTIZE, tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0", BNB_BACKEND="bad")
+    assert f"BackendError: backend 'bad' is not available: {reason}" in refused.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have no notes before Python 3.11")
+@pytest.mark.parametrize("backend", ["theirs", None], ids=["named", "by priority"])
+def test_what_a_kernel_of_somebody_else_raises_names_the_backend_and_the_primitive(backend):
+    def fail(*arguments, out):
+        raise ZeroDivisionError("a bug of theirs")
+
+    with (
+        registry.registered(Backend("theirs", ("cpu",), 1000, {"quantize_4bit": fail})),
+        bnb_core.use_backend(backend) if backend else nullcontext(),
+        pytest.raises(ZeroDivisionError, match="a bug of theirs") as caught,
+    ):
+        bnb_core.functional.quantize_4bit(torch.ones(64))
+    assert caught.value.__notes__ == ["raised in quantize_4bit: backend 'theirs'"]
+
+
+def test_a_backend_that_cannot_say_what_it_supports_is_passed_over_with_a_warning_unless_named():
+    def fail(*arguments):
+        raise ZeroDivisionError("a bug of theirs")
+
+    kernel = Kernel(lambda *arguments, out: None, supports=fail, present=fail)
+    sentence = r"backend 'theirs' cannot say whether it supports a call: ZeroDivisionError: a bug of theirs"
+    with registry.registered(Backend("theirs", ("cpu",), 1000, {"quantize_4bit": kernel})):
+        seen = []
+        with registry.observe(lambda *by: seen.append(by)), pytest.warns(UserWarning, match=sentence):
+            bnb_core.functional.quantize_4bit(torch.ones(64))
+        assert seen == [("quantize_4bit", "cpu")]
+        with pytest.warns(UserWarning, match=sentence):
+            assert registry.served_by("quantize_4bit", "cpu") == "cpu"
+        with (
+            bnb_core.use_backend("theirs"),
+            pytest.warns(UserWarning, match=sentence),
+            pytest.raises(BackendError, match="theirs: cannot say whether it supports a call"),
+        ):
+            bnb_core.functional.quantize_4bit(torch.ones(64))
+
+
+def test_a_backend_that_cannot_prepare_is_not_available_with_the_reason():
+    class Unprepared(Backend):
+        def prepare(self):
+            raise ZeroDivisionError("a bug of theirs")
+
+    backend = Unprepared("theirs", ("cpu",), 1, {})
+    assert registry.why_unavailable(backend) == "preparing it failed: ZeroDivisionError: a bug of theirs"
+    with registry.registered(backend), pytest.raises(BackendError, match="'theirs' is not available: preparing it"):
+        registry.available_backend("theirs")
+
+
+def test_a_setting_that_a_backend_cannot_use_is_an_error_and_no_reason_to_go_on_without_it(tmp_path):
+    source = "from bnb_core.registry import SettingError\nraise SettingError('MINE', 'x', 'a number')"
+    _offer(tmp_path, "strict", "strict", source)
+    result = run_python(QUANTIZE, tmp_path)
+    assert result.stderr.splitlines()[-1] == "bnb_core.registry.SettingError: MINE: expected a number, got 'x'"
 
 
 def test_of_two_packages_that_offer_one_name_neither_serves_and_both_are_named(tmp_path):

@@ -83,13 +83,13 @@ def test_many_rows_go_to_hoppers_kernel_where_it_takes_them(simulated, monkeypat
 
 
 @pytest.mark.parametrize("variable", ["-1", "many", "64.0"])
-def test_a_number_of_rows_that_is_none_makes_the_backend_unavailable(monkeypatch, variable):
+def test_a_number_of_rows_that_is_none_is_an_error_that_names_the_variable(monkeypatch, variable):
     monkeypatch.setenv(compiled_gpu.WGMMA_VARIABLE, variable)
     for name in ("_other_maker", "_why_unavailable"):
         monkeypatch.setattr(compiled_gpu, name, lambda *of: None)
     monkeypatch.setattr(compiled_gpu, "import_module", lambda name: SimpleNamespace())
-    backend = compiled_gpu.make_backend(compiled_gpu.GpuPlatform("cuda", build="", compiler=""))
-    assert backend.unavailable == f"BNB_WGMMA_ROWS must be a number of rows, got '{variable}'"
+    with pytest.raises(registry.SettingError, match=f"BNB_WGMMA_ROWS: expected a number of rows.*, got '{variable}'"):
+        compiled_gpu.make_backend(compiled_gpu.GpuPlatform("cuda", build="", compiler=""))
 
 
 def test_torch_multiplies_int8_operands_at_aligned_addresses_only():

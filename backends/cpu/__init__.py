@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from bnb_core.registry import Backend, InstructionSets
+from bnb_core.registry import Backend, InstructionSets, SettingError
 
 from ..native import kernels_of, module_file
 from .kernels import CpuKernels
 
+ISA_VARIABLE = "BNB_CPU_ISA"
+LEVELS = ("portable", "avx2", "avx512", "avx512_vnni", "amx")
+"""The instruction sets of csrc_cpu on all machines, ascending."""
 
-def _load_kernels() -> ModuleType:
-    """The compiled module, bound to the OpenMP runtime that torch itself runs on."""
+
+def _load_kernels(cap: str | None) -> ModuleType:
+    """The compiled module, on an instruction set no higher than the cap and the OpenMP runtime that torch runs on."""
     module = import_module("bnb_core.backends.cpu._kernels")
+    if cap is not None:
+        module.set_isa(capped_level(cap, module.isas_available()))
     module.set_openmp(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     return module
+
+
+def level_cap() -> str | None:
+    """The level that BNB_CPU_ISA names, None where it names none.
+
+    Raises:
+        SettingError: there is no such level.
+    """
+    cap = os.environ.get(ISA_VARIABLE)
+    if cap and cap not in LEVELS:
+        raise SettingError(ISA_VARIABLE, cap, f"one of {', '.join(LEVELS)}")
+    return cap or None
+
+
+def capped_level(cap: str, available: Sequence[str]) -> str:
+    """The highest of the available levels up to the cap."""
+    return next(level for level in reversed(LEVELS[: LEVELS.index(cap) + 1]) if level in available)
 
 
 def _unavailable_backend(reason: str) -> Backend:
@@ -26,8 +51,9 @@ def _unavailable_backend(reason: str) -> Backend:
 
 
 def _make_backend() -> Backend:
+    cap = level_cap()
     try:
-        module = _load_kernels()
+        module = _load_kernels(cap)
     except ImportError as error:
         return _unavailable_backend(
             f"its compiled kernels cannot be loaded ({error}); build them with `pip install .` and a C++17 compiler "
@@ -39,6 +65,7 @@ def _make_backend() -> Backend:
     def details() -> dict[str, str]:
         return {
             "isa": module.isa(),
+            **({ISA_VARIABLE: f"{cap} at most"} if cap else {}),
             "isas available": ", ".join(module.isas_available()),
             "isas built": ", ".join(module.isas_built()),
             "openmp": module.openmp_path(),

@@ -16,14 +16,19 @@ from ..native import DTYPE_CODES, QUANT_TYPE_CODES, NativeKernels, block_scales
 class _Workspace(threading.local):
     """Where a thread's backward passes dequantize the weight that they multiply by, one after the other.
 
-    It is kept, because the page faults of a fresh tensor take longer than dequantizing into it.
+    It is kept up to ``MOST_KEPT``, because the page faults of a fresh tensor take longer than dequantizing into it.
     """
+
+    MOST_KEPT = 64 * 2**20
+    """In bytes, of each thread: a weight of 4096 x 8192 in bf16."""
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
+        if size > self.MOST_KEPT:
+            return torch.empty(tuple(shape), dtype=dtype)
         if self.buffer.numel() < size:
             self.buffer = torch.empty(size, dtype=torch.uint8)
         return self.buffer[:size].view(dtype).view(*shape)

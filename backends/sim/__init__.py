@@ -11,11 +11,13 @@ from importlib import import_module
 
 import torch
 
-from bnb_core.registry import Backend, InstructionSets
+from bnb_core.registry import Backend, InstructionSets, SettingError
 
 from ..gpu import GpuKernels
 from ..native import kernels_of, module_file
 
+WARP_VARIABLE = "BNB_SIM_WARP"
+WARP_SIZES = (32, 64)
 ORDERS = ("forward", "reverse", "shuffled:1")
 
 WGMMA_ROWS = 2**20
@@ -26,18 +28,23 @@ def _no_stream(device: torch.device) -> int:
     return 0
 
 
+def _warp_size(default: int) -> int:
+    text = os.environ.get(WARP_VARIABLE) or str(default)
+    if text not in map(str, WARP_SIZES):
+        raise SettingError(WARP_VARIABLE, text, " or ".join(map(str, WARP_SIZES)))
+    return int(text)
+
+
 def _make_backend(name: str, module_name: str, warp_size: int) -> Backend:
     try:
         module = import_module(f"bnb_core.backends.sim.{module_name}")
-        module.set_warp_size(int(os.environ.get("BNB_SIM_WARP", warp_size)))
     except ImportError as error:
         reason = (
             f"its kernels are not built ({error}); BNB_BUILD=cpu,sim pip install --no-build-isolation . builds them "
             "with a C++17 compiler, beside the torch that translates them"
         )
         return Backend(name, ("cpu",), 0, {}, unavailable=reason, by_name_only=True)
-    except ValueError as error:
-        return Backend(name, ("cpu",), 0, {}, unavailable=f"BNB_SIM_WARP: {error}", by_name_only=True)
+    module.set_warp_size(_warp_size(warp_size))
     return Backend(
         name=name,
         device_types=("cpu",),

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bnb_core.registry import Backend
+from bnb_core.registry import Backend, Kernel
 
 from ..gpu import LargeProducts
 from ..native import FILLING, IN_PLACE, kernels_of
@@ -88,7 +88,7 @@ def _why_no_triton(device_type: str) -> str | None:
 
 
 @cache
-def _kernels() -> dict[str, Callable[..., None]]:
+def _kernels() -> dict[str, Kernel]:
     from . import kernels
 
     return kernels_of(LargeProducts(kernels))
@@ -98,7 +98,7 @@ def _with_first_call(primitive: str) -> Callable[..., None]:
     """A kernel that Triton is imported for with its first call."""
 
     def call(*arguments: Any, **outputs: Any) -> None:
-        _kernels()[primitive](*arguments, **outputs)
+        _kernels()[primitive].function(*arguments, **outputs)
 
     return call
 

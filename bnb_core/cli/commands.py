@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from .errors import in_one_line
+
 COMMANDS = {
     "info": ".info",
     "demo": ".demo.command",
@@ -19,7 +21,7 @@ INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):
-    """A group that imports a sub-command only when it is asked for."""
+    """A group that imports a sub-command only when it is asked for, and refuses bad usage in one line."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -29,9 +31,14 @@ class LazyGroup(click.Group):
             return None
         return importlib.import_module(COMMANDS[name], __package__).command
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with in_one_line():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with in_one_line():
+                return super().invoke(context)
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)
             context.exit(INTERRUPTED)

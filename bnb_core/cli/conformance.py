@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -36,7 +37,7 @@ SUMMARY = {
 
 
 @click.group(invoke_without_command=True)
-@click.option("--backend", "backend_name", help="The backend to test; `bnb-core info` lists them.")
+@click.option("--backend", "backend_name", help="The backend to test; `bnb-core info` lists them.  [required]")
 @click.option("--isa", default=None, help="Instruction set of a cpu backend, or `all`; default: the one in use.")
 @click.option("--primitive", "primitives", multiple=True, help="Only this primitive; may be repeated. `api`: the API.")
 @click.option("--case", "pattern", default="*", help="Only cases whose name matches this pattern.")
@@ -157,7 +158,7 @@ def run_on(
     console: Console, backend: Backend, isa: str | None, device: torch.device, cases: Sequence[Case], seed: int
 ) -> list[runner.Result]:
     """Run the cases with a progress bar, and print what failed and the support table."""
-    title = f"{backend.name}{f' ({isa})' if isa else ''} on {device}"
+    title = escape(f"{backend.name}{f' ({isa})' if isa else ''} on {device}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=len(cases))

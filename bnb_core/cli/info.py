@@ -18,8 +18,6 @@ from rich.table import Table
 import bnb_core
 from bnb_core import registry, signature
 
-from .errors import BadInput
-
 PACKAGES = ("torch", "numpy", "safetensors")
 GPU_KINDS = ("cuda", "xpu")
 
@@ -28,10 +26,7 @@ GPU_KINDS = ("cuda", "xpu")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def command(as_json: bool) -> None:
     """Show versions, hardware, backends, and the backend that serves each primitive."""
-    try:
-        facts = collect()
-    except registry.BackendError as error:
-        raise BadInput(str(error)) from None
+    facts = collect()
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
@@ -42,10 +37,10 @@ def collect() -> dict[str, Any]:
     """All facts as plain dicts, lists and strings.
 
     Raises:
-        BackendError: BNB_BACKEND names what does not exist, or nothing is registered.
+        BackendError: BNB_BACKEND names what does not exist, another variable of ours cannot be used, or nothing is
+            registered.
     """
-    for backend in registry.backends().values():
-        backend.prepare()
+    backends = {name: describe(backend) for name, backend in registry.backends().items()}
     gpus = list(find_gpus())
     devices = ["cpu", *dict.fromkeys(gpu["device"].partition(":")[0] for gpu in gpus)]
     serving = {device: registry.serving(device) for device in devices}
@@ -61,7 +56,7 @@ def collect() -> dict[str, Any]:
             "signatures of calls": signature.implementation,
         },
         "gpus": gpus,
-        "backends": {name: describe(backend) for name, backend in registry.backends().items()},
+        "backends": backends,
         "serving": {name: {d: serving[d][name] for d in devices} for name in registry.primitive_names()},
     }
 
@@ -94,12 +89,13 @@ def find_gpus() -> Iterable[dict[str, str]]:
 
 def describe(backend: registry.Backend) -> dict[str, Any]:
     """One backend: available or why not, the devices it takes and what it tells of itself."""
+    reason = registry.why_unavailable(backend)
     return {
-        "available": backend.available,
-        "unavailable because": backend.unavailable,
+        "available": reason is None,
+        "unavailable because": reason,
         "devices": list(backend.device_types),
         "priority": backend.priority,
-        "details": backend.details() if backend.available else {},
+        "details": backend.facts() if reason is None else {},
     }
 
 
@@ -119,13 +115,13 @@ def show(facts: dict[str, Any]) -> None:
     for name, backend in facts["backends"].items():
         details = backend["unavailable because"] or lines(backend["details"])
         available = "[green]yes[/]" if backend["available"] else "[red]no[/]"
-        backends.add_row(name, available, ", ".join(backend["devices"]), escape(details))
+        backends.add_row(escape(name), available, escape(", ".join(backend["devices"])), escape(details))
     console.print(backends)
 
     devices: dict[str, str] = next(iter(facts["serving"].values()), {})
     serving = Table("primitive", *devices, title="Which backend serves", title_justify="left")
     for primitive, by_device in facts["serving"].items():
-        serving.add_row(primitive, *by_device.values())
+        serving.add_row(primitive, *map(escape, by_device.values()))
     console.print(serving)
 
 

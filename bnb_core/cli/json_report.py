@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from .errors import BadInput
+from .paths import PathOption
 
 
 def _refused(path: Path, error: OSError) -> BadInput:
@@ -30,7 +31,7 @@ def _check_writable(context: click.Context, parameter: click.Parameter, path: Pa
 
 
 json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), callback=_check_writable, help="Write a report here."
+    "--json", "json_path", type=PathOption(), callback=_check_writable, help="Write a report here."
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnb_core import functional
-from bnb_core.checks import check_choice, check_tensor
+from bnb_core.checks import check_choice, check_dense, check_flag, check_same_device, check_shape, shown
 from bnb_core.codebooks import create_dynamic_map
 from bnb_core.compat.c_library import lib
 from bnb_core.paged import GlobalPageManager
@@ -58,8 +58,12 @@ def check_matmul(
         TypeError: not tensors of ``expected_type``.
         ValueError: shapes that cannot be multiplied, or that of ``out`` is another than the product's.
     """
+    check_flag("transposed_A", transposed_A)
+    check_flag("transposed_B", transposed_B)
+    if not isinstance(expected_type, torch.dtype):
+        raise TypeError(f"expected_type: expected a torch.dtype, got {shown(expected_type)}")
     for name, tensor in (("A", A), ("B", B)):
-        check_tensor(name, tensor)
+        check_dense(name, tensor)
         if tensor.dtype != expected_type:
             raise TypeError(f"{name}: expected {expected_type}, got {tensor.dtype}")
         if tensor.dim() not in (2, 3):
@@ -69,13 +73,17 @@ def check_matmul(
     if left.shape[-1] != right.shape[-2] or len(batches) > 1:
         raise ValueError(f"B: shape {tuple(right.shape)} cannot be multiplied from the left by {tuple(left.shape)}")
     shape = (*batches, left.shape[-2], right.shape[-1])
-    if out is not None and tuple(out.shape) != shape:
-        raise ValueError(f"out: expected shape {shape}, got {tuple(out.shape)}")
+    if out is not None:
+        check_dense("out", out)
+        check_shape("out", out, shape)
     return shape
 
 
 def _fill(A: Tensor, B: Tensor | None, value: float) -> None:
-    A.fill_(value)
+    try:
+        A.fill_(value)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"value: expected a number that {A.dtype} holds, got {shown(value)}") from error
 
 
 def _arange(A: Tensor, B: Tensor | None, value: float) -> None:
@@ -85,7 +93,11 @@ def _arange(A: Tensor, B: Tensor | None, value: float) -> None:
 def _multiply(A: Tensor, B: Tensor | None, value: float) -> None:
     if B is None:
         raise ValueError("B: expected a tensor to multiply by, got None")
-    A.mul_(B)
+    check_same_device([("A", A), ("B", B)])
+    try:
+        A.mul_(B)
+    except RuntimeError as error:
+        raise ValueError(f"B: cannot be multiplied into A: {error}") from error
 
 
 _IN_PLACE: dict[str, Callable[[Tensor, Tensor | None, float], None]] = {
@@ -106,7 +118,10 @@ def elementwise_func(func_name: str, A: Tensor, B: Tensor | None, value: float, 
         ValueError: an unknown name, or no B to multiply by.
     """
     check_choice("func_name", func_name, tuple(_IN_PLACE))
-    check_tensor("A", A)
+    check_dense("A", A)
+    check_flag("prefetch", prefetch)
+    if B is not None:
+        check_dense("B", B)
     for tensor in (A, B):
         if prefetch and getattr(tensor, "is_paged", False):
             functional.prefetch_tensor(tensor)  # type: ignore[arg-type]
@@ -145,6 +160,7 @@ def _convert_weight_packed_for_cpu(
     Returns:
         The packed weight and a state whose scales are plain f32, as callers hand them on by themselves.
     """
+    functional.check_quant_state("quant_state", quant_state)
     plain = copy(quant_state)
     plain.absmax = functional.dequantize_absmax(quant_state)
     plain.nested, plain.offset, plain.state2 = False, None, None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from importlib.metadata import entry_points
+
+from bnb_core.registry import in_words, installed_entry_points
 
 ENTRY_POINT_GROUP = "bitsandbytes.backends"
 
@@ -14,18 +15,19 @@ def load() -> None:
     Warns:
         UserWarning: one fails; the others go on.
     """
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
+    for entry in installed_entry_points(ENTRY_POINT_GROUP)[0]:
         try:
             entry.load()()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             package = entry.dist.name if entry.dist else "an unknown package"
             warnings.warn(
-                f"{entry.name!r} of {package} ({entry.value}) has registered no kernels: "
-                f"{type(error).__name__}: {error}",
+                f"{entry.name!r} of {package} ({entry.value}) has registered no kernels: {in_words(error)}",
                 stacklevel=2,
             )
 
 
 def offered() -> bool:
     """Whether there is such a package."""
-    return bool(entry_points(group=ENTRY_POINT_GROUP))
+    return bool(installed_entry_points(ENTRY_POINT_GROUP)[0])

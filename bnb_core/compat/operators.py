@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.library import register_fake, register_kernel
 
 from bnb_core import autograd, functional, primitives
-from bnb_core.checks import QUANT_TYPES, check_dtype, check_dtype_argument, check_float
+from bnb_core.checks import QUANT_TYPES, check_dtype, check_dtype_argument, check_float, renamed
 from bnb_core.codebooks import get_4bit_type
 from bnb_core.compat.names import NAME
 from bnb_core.primitives import F32_SCALES, NESTED_BLOCKSIZE
@@ -74,8 +74,7 @@ def _errors(**names: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        argument, colon, rest = str(error).partition(":")
-        raise RuntimeError(f"{names.get(argument, argument)}{colon}{rest}") from error
+        raise RuntimeError(str(renamed(error, names))) from error
 
 
 def _has_values(tensor: Tensor) -> bool:

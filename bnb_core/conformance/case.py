@@ -80,7 +80,8 @@ class Context:
 
     def move(self, tensor: Tensor) -> Tensor:
         """To the device, with the same strides and storage offset: cases are about layouts, too."""
-        if tensor.device == self.device or tensor.is_meta:
+        # Sparse tensors are there to be refused, also on devices that have none.
+        if tensor.device == self.device or tensor.is_meta or tensor.layout is not torch.strided:
             return tensor
         storage_size = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
         base = tensor.as_strided((storage_size,), (1,), 0).to(self.device)

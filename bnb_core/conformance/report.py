@@ -61,7 +61,7 @@ def header(backend: Backend, device: torch.device) -> dict[str, Any]:
         "machine": machine(),
         "backend": backend.name,
         "isa": backend.instruction_sets.current() if backend.instruction_sets else None,
-        "details": backend.details(),
+        "details": backend.facts(),
         "device": str(device),
     }
 

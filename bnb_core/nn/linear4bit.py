@@ -16,6 +16,7 @@ from bnb_core.checks import check_float
 from bnb_core.functional import QuantState
 from bnb_core.nn.params4bit import Params4bit
 from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized
+from bnb_core.primitive import goes_to_dispatcher
 
 _WEIGHT = "weight"
 _log = logging.getLogger(__name__)
@@ -193,13 +194,19 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
         quant_state = self._current_quant_state()
         if quant_state is None:
             raise RuntimeError(not_quantized(self.weight))
-        dtype = self._dtype_for(x)
+        dtype, given = self._dtype_for(x), x.dtype
         if not (self._looked_at_dtype or torch.compiler.is_compiling()):
             self._look_at_dtype(x, dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        with torch._C.DisableTorchFunctionSubclass():
-            packed = self.weight.view(1, -1)  # torch.export does not see through .data
-        return linear_4bit(x.to(dtype), packed, quant_state, bias).to(x.dtype)
+        bias: Tensor | None = self.bias
+        packed: Tensor = self.weight
+        if goes_to_dispatcher(x):
+            with torch._C.DisableTorchFunctionSubclass():
+                packed = packed.view(1, -1)  # torch.export does not see through .data
+        if bias is not None and bias.dtype is not dtype:
+            bias = bias.to(dtype)
+        if given is dtype:
+            return linear_4bit(x, packed, quant_state, bias)
+        return linear_4bit(x.to(dtype), packed, quant_state, bias).to(given)
 
 
 class LinearNF4(Linear4bit):

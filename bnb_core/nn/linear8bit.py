@@ -211,9 +211,10 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
 
     def _scales(self) -> Tensor | None:
         """The weight's; adapters that rebuild the weight leave them in the state."""
-        if getattr(self.weight, "SCB", None) is None and self.state.SCB is not None:
-            return self.state.SCB
-        return super()._scales()
+        scales = getattr(self.weight, "SCB", None)
+        if scales is None:
+            scales = self.state.SCB
+        return self._kept_scales if scales is None else scales
 
     def init_8bit_state(self) -> None:
         """Point the state at the weight as it is now: it may have moved or been replaced since the last forward."""
@@ -223,22 +224,26 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         check_float("x", x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if not torch.compiler.is_compiling():
-            self.state.is_training = self.training
-        if self.state.has_fp16_weights:
-            weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
-            return matmul(x, weight, bias=bias, state=self.state)
-        if self.weight.dtype != torch.int8:
-            raise RuntimeError(not_quantized(self.weight))
-        if not torch.compiler.is_compiling():
-            self.init_8bit_state()
+        bias: Tensor | None = self.bias
+        weight, state = self.weight, self.state
+        if bias is not None and bias.dtype is not x.dtype:
+            bias = bias.to(x.dtype)
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:
+            state.is_training = self.training
+        if state.has_fp16_weights:
+            return matmul(x, weight if weight.dtype is x.dtype else weight.to(x.dtype), bias=bias, state=state)
+        if weight.dtype is not torch.int8:
+            raise RuntimeError(not_quantized(weight))
+        scales = self._scales_for_forward(weight)
         with torch._C.DisableTorchFunctionSubclass():
-            codes = self.weight.detach()  # torch.export does not see through .data
-        return int8_linear(x, codes, self._scales_for_forward(), bias, self.state.threshold)
+            codes = weight.detach()  # torch.export does not see through .data
+        if not is_compiling:
+            state.CB, state.SCB = codes, scales
+        return int8_linear(x, codes, scales, bias, state.threshold)
 
-    def _scales_for_forward(self) -> Tensor:
+    def _scales_for_forward(self, weight: Tensor) -> Tensor:
         scales = self._scales()
         if scales is None:
             raise ValueError("weight.SCB: the int8 weight has no scales; expected float32, one per row, got None")
-        return scales.to(self.weight.device)
+        return scales if scales.device == weight.device else scales.to(weight.device)

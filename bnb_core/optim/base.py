@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnb_core import functional
+from bnb_core import functional, primitives
 from bnb_core.optim.checkpoint import (
     QUANT_STATE_KEY,
     STATE_KEYS,
@@ -205,11 +205,65 @@ class Optimizer8bit(torch.optim.Optimizer):
             if _has_dense_gradient(p)
         ]
         self._init_states(indices)
+        if type(self).update_step is Optimizer8bit.update_step:
+            self._update_together(indices)
+            return loss
         for group, p, gindex, pindex in indices:
             if self.is_paged:
                 self.prefetch_state(p)
             self.update_step(group, p, gindex, pindex)
         return loss
+
+    def _update_together(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
+        """One call for the parameters that differ in nothing but their tensors; each for itself where norms count."""
+        together: dict[Any, list[tuple[Tensor, dict[str, Any]]]] = {}
+        configs: dict[Any, dict[str, Any]] = {}
+        for group, p, gindex, pindex in indices:
+            own = id(p) if id(p) in self._overrides else None
+            settings = (gindex, own)
+            config = configs.get(settings)
+            if config is None:
+                config = configs[settings] = self.get_config(gindex, pindex, group)
+            state = self.state[p]
+            if self.is_paged:
+                self.prefetch_state(p)
+            if "state1" not in state or config["max_unorm"] > 0:
+                self.update_step(group, p, gindex, pindex)
+            else:
+                key = (settings, state["step"], p.dtype, p.device, state["state1"].dtype)
+                together.setdefault(key, []).append((p, state))
+        for key, members in together.items():
+            self._update_several(members, configs[key[0]])
+
+    def _update_several(self, members: list[tuple[Tensor, dict[str, Any]]], config: Mapping[str, Any]) -> None:
+        states = [state for _, state in members]
+        step = states[0]["step"] + 1
+        hyperparameters = self._hyperparameters(config, step)
+        g, p = [p.grad for p, _ in members], [p for p, _ in members]
+
+        def column(key: str) -> list[Tensor] | None:
+            return [state[key] for state in states] if key in states[0] else None
+
+        if states[0]["state1"].dtype == torch.uint8:
+            qmaps = states[0]["qmap1"], states[0].get("qmap2")
+            primitives.optimizer_update_8bit_blockwise.several(
+                self.optimizer_name, g, p, column("state1"), column("state2"), *qmaps, column("absmax1"),
+                column("absmax2"), None, *hyperparameters,
+            )  # fmt: skip
+        else:
+            primitives.optimizer_update_32bit.several(
+                self.optimizer_name, g, p, column("state1"), column("state2"), None, *hyperparameters
+            )
+        for state in states:
+            state["step"] = step
+
+    def _hyperparameters(self, config: Mapping[str, Any], step: int) -> tuple[Any, ...]:
+        """Those of the primitives, in their order."""
+        beta1, beta2 = config["betas"][:2]
+        alpha, beta3 = self.scheduled(config, step)
+        lr, eps, weight_decay = float(config["lr"]), config["eps"], config["weight_decay"]
+        max_unorm, skip_zeros = config["max_unorm"], config["skip_zeros"]
+        return beta1, beta2, beta3, alpha, eps, step, lr, weight_decay, 1.0, max_unorm, skip_zeros
 
     def _init_states(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
         """Make the states that are missing, or none."""
@@ -240,29 +294,34 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def update_step(self, group: Mapping[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
         """Step one parameter that has its gradient and its state."""
-        self._update(p, self.state[p], self.get_config(gindex, pindex, group))
+        config, state = self.get_config(gindex, pindex, group), self.state[p]
+        if "state1" not in state and self.keeps_state(config):
+            self.init_state(group, p, gindex, pindex)
+        if "state1" in state:
+            self._update(p, state, config)
+        else:
+            self._update_stateless(p, state, config)
+
+    def _update_stateless(self, p: Tensor, state: dict[str, Any], config: Mapping[str, Any]) -> None:
+        """For rules that may do without a state (``keeps_state``)."""
+        raise NotImplementedError
 
     def _update(self, p: Tensor, state: dict[str, Any], config: Mapping[str, Any]) -> None:
         assert p.grad is not None
         step = state["step"] + 1
-        beta1, beta2 = config["betas"][:2]
-        alpha, beta3 = self.scheduled(config, step)
-        lr, eps, weight_decay = float(config["lr"]), config["eps"], config["weight_decay"]
-        max_unorm, skip_zeros = config["max_unorm"], config["skip_zeros"]
-        if max_unorm > 0 and "unorm_vec" not in state:
+        if config["max_unorm"] > 0 and "unorm_vec" not in state:
             state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
+        hyperparameters = self._hyperparameters(config, step)
         state1, state2, unorm_vec = state["state1"], state.get("state2"), state.get("unorm_vec")
         if state1.dtype == torch.uint8:
-            functional.optimizer_update_8bit_blockwise(
-                self.optimizer_name, p.grad, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr,
-                state["qmap1"], state.get("qmap2"), state["absmax1"], state.get("absmax2"), weight_decay,
-                1.0, skip_zeros, unorm_vec=unorm_vec, max_unorm=max_unorm,
+            primitives.optimizer_update_8bit_blockwise(
+                self.optimizer_name, p.grad, p, state1, state2, state["qmap1"], state.get("qmap2"), state["absmax1"],
+                state.get("absmax2"), unorm_vec, *hyperparameters,
             )  # fmt: skip
         else:
-            functional.optimizer_update_32bit(
-                self.optimizer_name, p.grad, p, state1, beta1, eps, step, lr, state2, beta2, beta3, alpha,
-                weight_decay, 1.0, unorm_vec, max_unorm, skip_zeros,
-            )  # fmt: skip
+            primitives.optimizer_update_32bit(
+                self.optimizer_name, p.grad, p, state1, state2, unorm_vec, *hyperparameters
+            )
         state["step"] = step
 
     def scheduled(self, config: Mapping[str, Any], step: int) -> tuple[float, float]:

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
+
+from torch import Tensor
+
+from bnb_core.checks import F32_MAX, check_dense, shown
 
 
 def _at_least_zero(value: Any) -> bool:
-    return bool(value >= 0)
+    return isinstance(value, Real) and bool(0 <= value <= F32_MAX)  # type: ignore[operator]
+
+
+def _is_learning_rate(value: Any) -> bool:
+    """Also a tensor of one number, as torch's optimizers take it."""
+    if not isinstance(value, Tensor):
+        return _at_least_zero(value)
+    check_dense("lr", value)
+    return value.numel() == 1 and not value.is_complex() and _at_least_zero(value.item())
+
+
+def _are_betas(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(beta, Real) and 0 <= beta < 1 for beta in value)  # type: ignore[operator]
 
 
 def _is_horizon(value: Any) -> bool:
-    return value is None or bool(value > 0)
+    return value is None or (_at_least_zero(value) and value > 0)
 
 
 _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "lr": ("a number >= 0", _at_least_zero),
-    "betas": ("numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas)),
-    "eps": ("a number >= 0", _at_least_zero),
-    "weight_decay": ("a number >= 0", _at_least_zero),
-    "alpha": ("a number >= 0", _at_least_zero),
+    "lr": ("a number >= 0 that f32 holds", _is_learning_rate),
+    "betas": ("numbers in [0, 1)", _are_betas),
+    "eps": ("a number >= 0 that f32 holds", _at_least_zero),
+    "weight_decay": ("a number >= 0 that f32 holds", _at_least_zero),
+    "alpha": ("a number >= 0 that f32 holds", _at_least_zero),
     "t_alpha": ("None or a number of steps > 0", _is_horizon),
     "t_beta3": ("None or a number of steps > 0", _is_horizon),
-    "optim_bits": ("8 or 32", lambda bits: bits in (8, 32)),
-    "min_8bit_size": ("a number of elements >= 0", _at_least_zero),
-    "max_unorm": ("a number >= 0", _at_least_zero),
+    "optim_bits": ("8 or 32", lambda bits: isinstance(bits, Real) and bits in (8, 32)),
+    "min_8bit_size": ("a number of elements >= 0", lambda size: isinstance(size, Real) and size >= 0),  # type: ignore[operator]
+    "max_unorm": ("a number >= 0 that f32 holds", _at_least_zero),
     "skip_zeros": ("True or False", lambda value: isinstance(value, bool)),
 }
 HYPERPARAMETERS = tuple(_ACCEPTED)
@@ -38,17 +55,17 @@ def check_hyperparameters(config: Mapping[str, Any]) -> None:
     """
     for name, (accepted, is_accepted) in _ACCEPTED.items():
         if name in config and not _holds(is_accepted, config[name]):
-            raise ValueError(f"{name}: expected {accepted}, got {config[name]!r}")
+            raise ValueError(f"{name}: expected {accepted}, got {shown(config[name])}")
 
 
 def _holds(is_accepted: Callable[[Any], bool], value: Any) -> bool:
     try:
         return is_accepted(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # of a tensor that has no value
         return False
 
 
 def check_only(name: str, given: Any, accepted: Any) -> None:
     """For arguments that an optimizer has in its signature but can honour with one value only."""
-    if given != accepted:
-        raise ValueError(f"{name}: only {accepted!r} is supported, got {given!r}")
+    if isinstance(given, Tensor) or given != accepted:
+        raise ValueError(f"{name}: only {accepted!r} is supported, got {shown(given)}")

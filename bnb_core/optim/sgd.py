@@ -24,14 +24,7 @@ class MomentumOptimizer(Optimizer1State):
         else:
             self.state[p]["step"] = 0
 
-    def update_step(self, group: Mapping[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
-        config = self.get_config(gindex, pindex, group)
-        state = self.state[p]
-        if "state1" not in state and self.keeps_state(config):
-            self.init_state(group, p, gindex, pindex)
-        if "state1" in state:
-            self._update(p, state, config)
-            return
+    def _update_stateless(self, p: Tensor, state: dict[str, Any], config: Mapping[str, Any]) -> None:
         # At its first step the rule takes the gradient for the momentum and does not read the state.
         scratch = {"step": 0, "state1": torch.empty(p.shape, dtype=torch.float32, device=p.device)}
         self._update(p, scratch, config)

@@ -2,6 +2,7 @@
 // 16 pairs of rows by 16 columns, decoded once, and dY is used in the order it has in memory.
 #pragma once
 
+#include "../generic/gemm_4bit_backward.h"
 #include "gemm_4bit.h"
 
 namespace bnb::BNB_TARGET {
@@ -211,16 +212,6 @@ void backward_tiles(const BFloat16* dY, int64_t M, const Weight& w, const float*
       }
     }
   });
-}
-
-// The scale of every block; `buffer` has room for them where they are double-quantized.
-const float* all_scales(const Weight& w, float* buffer) {
-  if (w.scales.absmax) return w.scales.absmax;
-  parallel_for(ceil_div(w.blocks(), kChunk), grain(kChunk), [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kChunk;
-    w.stored_scales().decode(first, min(end * kChunk, w.blocks()) - first, buffer + first);
-  });
-  return buffer;
 }
 
 bool gemm_4bit_backward_amx(const void* dY, DType dtype, int64_t M, int64_t N, int64_t K,

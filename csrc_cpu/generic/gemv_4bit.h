@@ -224,13 +224,13 @@ void multiply_rows(const T* a, int64_t rows, const Weight& w, float* y) {
   for (int64_t phase = 0; phase < min(phases, w.N); phase++) {
     const int64_t zeros = phase * w.K % kWord;
     const int64_t groups = ceil_div(zeros + w.K, kGroup);
-    parallel_for(rows, grain(w.K), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, grain(w.K, kDecodedShare), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
         rearrange_row(a + r * w.K, w.K, zeros, groups, rearranged.data() + r * groups * kGroup);
       }
     });
     const Product product{w, phase, phases, rearranged.data(), rows, groups, y};
-    parallel_for(product.weight_rows(), grain(w.K / 2),
+    parallel_for(product.weight_rows(), grain(w.K, kMultipliedShare),
                  [&](int64_t begin, int64_t end) { multiply(product, begin, end); });
   }
 }
@@ -238,7 +238,7 @@ void multiply_rows(const T* a, int64_t rows, const Weight& w, float* y) {
 // out = y + bias, rounded once.
 template <class T>
 void finish_rows(const float* y, int64_t rows, int64_t N, const T* bias, T* out) {
-  parallel_for(rows, grain(N), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, grain(N, kDecodedShare), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
       for_each_vector(N, [&](int64_t n, auto lanes) {
         const F32 sum = load(y + r * N + n, lanes);

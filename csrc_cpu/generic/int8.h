@@ -89,8 +89,8 @@ void int8_vectorwise_quant(const void* A, DType dtype, int64_t M, int64_t K, flo
       }
     };
     // Every outlier column must be known before the first row is quantized.
-    parallel_for(M, grain(K), measure);
-    parallel_for(M, grain(K), quantize);
+    parallel_for(M, grain(K, kDecodedShare), measure);
+    parallel_for(M, grain(K, kDecodedShare), quantize);
   });
 }
 

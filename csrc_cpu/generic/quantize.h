@@ -84,7 +84,7 @@ void dequantize_blockwise(const uint8_t* q, const float* absmax, const float* co
                           int64_t blocksize, void* out, DType dtype, Stream) {
   with_type(dtype, out, [&](auto* y) {
     advise_huge_pages(y, n * sizeof *y);
-    parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
+    parallel_for(ceil_div(n, blocksize), grain(blocksize, kDecodedShare), [&](int64_t begin, int64_t end) {
       const Table<256> table(code);
       for (int64_t b = begin; b < end; b++) {
         const int64_t first = b * blocksize;
@@ -138,7 +138,7 @@ void dequantize_4bit(const uint8_t* packed, const BlockScales& scales, int64_t n
   const StoredScales stored{scales, ceil_div(n, blocksize)};
   with_type(dtype, out, [&](auto* y) {
     advise_huge_pages(y, n * sizeof *y);
-    parallel_for(stored.blocks, grain(blocksize), [&](int64_t begin, int64_t end) {
+    parallel_for(stored.blocks, grain(blocksize, kDecodedShare), [&](int64_t begin, int64_t end) {
       const Table<16> code(codebook(quant_type));
       float buffer[kScales + kLanes];
       for (int64_t b = begin; b < end;) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../targets/targets.h"
-#include "gemm_4bit.h"
+#include "gemm_4bit_backward.h"
 #include "int8.h"
 #include "optimizer.h"
 #include "quantize.h"

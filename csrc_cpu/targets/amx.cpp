@@ -18,4 +18,5 @@ constexpr bnb::Kernels with_tiles() {
 }  // namespace
 
 const bnb::Kernels bnb::amx_kernels = with_tiles();
-const bnb::FusedBackward bnb::amx_gemm_4bit_backward = bnb::amx::gemm_4bit_backward_amx;
+const bnb::Backward bnb::amx_backward = bnb::amx::gemm_4bit_backward;
+const bnb::TileBackward bnb::amx_backward_on_tiles = bnb::amx::gemm_4bit_backward_amx;

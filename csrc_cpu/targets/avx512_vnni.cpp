@@ -16,3 +16,4 @@ constexpr bnb::Kernels with_vnni() {
 }  // namespace
 
 const bnb::Kernels bnb::avx512_vnni_kernels = with_vnni();
+const bnb::Backward bnb::avx512_vnni_backward = bnb::avx512_vnni::gemm_4bit_backward;

@@ -4,3 +4,4 @@
 #include "../generic/table.h"
 
 const bnb::Kernels bnb::portable_kernels = bnb::portable::kTable;
+const bnb::Backward bnb::portable_backward = bnb::portable::gemm_4bit_backward;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 import bnb_core as bnb
@@ -19,9 +19,9 @@ FILES = {FLOAT: "model-f32.safetensors", QLORA_BASE: "model-nf4-double-quantized
 """What the report folder keeps, by method."""
 
 
-def save(model: nn.Module, path: Path) -> None:
+def save_model(model: nn.Module, path: Path) -> None:
     """Write the state dict; tensors that layers share are written once for each of them."""
-    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, path)
+    path.write_bytes(save({name: tensor.clone() for name, tensor in model.state_dict().items()}))
 
 
 def load(path: Path, method: str, settings: Settings) -> nn.Module:

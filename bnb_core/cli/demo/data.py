@@ -73,7 +73,11 @@ def _library_files() -> list[tuple[str, Path]]:
 
 
 def _user_files(folder: Path) -> list[tuple[str, Path]]:
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise BadInput(f"--data: cannot read {folder}: {error.strerror}") from None
+    if not is_folder:
         raise BadInput(f"--data: {folder} is not a folder; give a folder of text files")
     files = (path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES and path.is_file())
     return [(str(path.relative_to(folder)), path) for path in files]

@@ -32,10 +32,10 @@ console = Console()
 def run(settings: Settings, text: data.Corpus, documentation: data.Corpus, folder: Path) -> report.Results:
     """The whole demo. Prints as it goes, writes the report folder and returns what it measured."""
     start, cpu_start = time.perf_counter(), os.times()
-    console.print(f"{text.name}: {len(text.train):,} bytes to train on, {len(text.held_out):,} held out")
+    console.print(f"{text.name}: {len(text.train):,} bytes to train on, {len(text.held_out):,} held out", markup=False)
     model, losses = train_model(settings, text)
     paths = {method: folder / name for method, name in checkpoint.FILES.items()}
-    checkpoint.save(model, paths[quantized.FLOAT])
+    checkpoint.save_model(model, paths[quantized.FLOAT])
 
     rows, same_logits = compare(model, text, settings, paths[quantized.QLORA_BASE])
     console.print(report.screen_table("Quantized copies", report.comparison(rows)))
@@ -58,7 +58,7 @@ def run(settings: Settings, text: data.Corpus, documentation: data.Corpus, folde
         cpu_seconds=sum(os.times()[:4]) - sum(cpu_start[:4]),
     )
     report.write(folder, results)
-    console.print(f"report: {folder / 'report.md'} ({results.seconds:.0f} s)")
+    console.print(f"report: {folder / 'report.md'} ({results.seconds:.0f} s)", markup=False)
     return results
 
 
@@ -84,7 +84,7 @@ def compare(model: nn.Module, text: data.Corpus, settings: Settings, path: Path)
             row = measure(copy, method, bf16_bytes, text, settings)
             rows.append(row)
             if method == quantized.QLORA_BASE:
-                checkpoint.save(copy, path)
+                checkpoint.save_model(copy, path)
                 loaded = checkpoint.load(path, method, settings)
                 same_logits = checkpoint.same_logits(copy, loaded, text.held_out, settings)
             on_step(row.perplexity)

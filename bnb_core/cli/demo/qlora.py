@@ -77,7 +77,7 @@ def attach_adapters(model: nn.Module, settings: Settings) -> list[nn.Parameter]:
 
 def chosen_backend(settings: Settings) -> AbstractContextManager:
     """The context in which the backend that was asked for serves; without one, the registry chooses."""
-    return bnb.use_backend(settings.backend) if settings.backend else nullcontext()
+    return bnb.use_backend(settings.backend) if settings.backend is not None else nullcontext()
 
 
 def fine_tune(

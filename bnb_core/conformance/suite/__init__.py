@@ -5,9 +5,20 @@ from __future__ import annotations
 from functools import cache
 
 from bnb_core.conformance.case import Case
-from bnb_core.conformance.suite import api, errors, gemm_4bit, int8, large, nonfinite, optimizer, properties, quantize
+from bnb_core.conformance.suite import (
+    api,
+    errors,
+    gemm_4bit,
+    int8,
+    large,
+    nonfinite,
+    optimizer,
+    properties,
+    quantize,
+    threads,
+)
 
-_FILES = (quantize, gemm_4bit, int8, optimizer, nonfinite, errors, api, properties, large)
+_FILES = (quantize, gemm_4bit, int8, optimizer, nonfinite, errors, api, properties, threads, large)
 
 
 @cache

@@ -90,7 +90,21 @@ NESTED = [
     Bad("nested_blocksize", {"nested_blocksize": 100}),
 ]
 MAX_UNORM = [Bad("max_unorm", {"max_unorm": -1.0}), Bad("unorm_vec", {"max_unorm": 1.0, "unorm_vec": None}, TypeError)]
+HUGE, NAN = 10**400, float("nan")
+NUMBERS = ("beta1", "beta2", "beta3", "alpha", "eps", "lr", "weight_decay", "gnorm_scale", "max_unorm")
+"""Of an optimizer's step: those that f32 has to hold."""
 STEPS = [
+    *(Bad(name, {name: value}) for name in NUMBERS for value in (HUGE, 1e39, NAN)),
+    *(Bad(name, {name: value}, TypeError) for name in NUMBERS for value in (None, "0.1", [0.1])),
+    *(Bad(name, {name: torch.tensor(0.5)}, TypeError) for name in NUMBERS if name != "lr"),
+    Bad("lr", {"lr": torch.ones(2)}),
+    Bad("step", {"step": HUGE}),
+    Bad("step", {"step": 2**63}),
+    Bad("step", {"step": 1.0}, TypeError),
+    Bad("step", {"step": None}, TypeError),
+    Bad("skip_zeros", {"skip_zeros": "no"}, TypeError),
+    Bad("unorm_vec", {"unorm_vec": torch.zeros(2)}),
+    Bad("unorm_vec", {"unorm_vec": "none"}, TypeError),
     Bad("optimizer_name", {"optimizer_name": "adamw"}),
     Bad("step", {"step": 0}),
     Bad("state2", {"optimizer_name": "lion"}),
@@ -98,6 +112,25 @@ STEPS = [
     Bad("state2", {"state2": None}, TypeError),
     Bad("max_unorm", {"optimizer_name": "adagrad", "state2": None, "max_unorm": 1.0}),
     *MAX_UNORM,
+]
+
+SHAPES = [
+    Bad("shape", {"shape": (-6, -64)}),
+    Bad("shape", {"shape": (6, 2**63)}),
+    Bad("shape", {"shape": (6, 64.0)}, TypeError),
+    Bad("shape", {"shape": 384}, TypeError),
+    Bad("shape", {"shape": None}, TypeError),
+]
+THRESHOLDS = [
+    *(Bad("threshold", {"threshold": value}) for value in (-1.0, NAN, HUGE, 1e39)),
+    *(Bad("threshold", {"threshold": value}, TypeError) for value in (None, "6", torch.tensor(6.0))),
+]
+ONE_STATE = {"optimizer_name": "lion", "state2": None, "qmap2": None, "absmax2": None}
+SECOND_STATES = [
+    Bad("qmap2", {**ONE_STATE, "qmap2": create_dynamic_map()}),
+    Bad("qmap2", {**ONE_STATE, "qmap2": "none"}),
+    Bad("absmax2", {**ONE_STATE, "absmax2": torch.ones(1)}),
+    Bad("absmax2", {**ONE_STATE, "absmax2": torch.ones(3, dtype=torch.int64)}),
 ]
 
 # What is particular to a primitive; wrong types, dtypes, sizes and devices of every tensor are added below.
@@ -114,12 +147,14 @@ PARTICULAR: dict[str, list[Bad]] = {
         *QUANT_TYPES,
         *DTYPES,
         *NESTED,
+        *SHAPES,
         Bad("A", {"shape": (6, 65)}),
         Bad("A", {"shape": (5, 64)}),
     ],
     "gemm_4bit": [
         *BLOCKSIZES,
         *QUANT_TYPES,
+        *SHAPES,
         Bad("shape", {"shape": (6, 64, 1)}),
         Bad("B", {"shape": (7, 64)}),
         Bad("A", {"shape": (64, 6)}),
@@ -130,6 +165,7 @@ PARTICULAR: dict[str, list[Bad]] = {
     "gemm_4bit_backward": [
         *BLOCKSIZES,
         *QUANT_TYPES,
+        *SHAPES,
         Bad("shape", {"shape": (6, 64, 1)}),
         Bad("B", {"shape": (7, 64)}),
         Bad("dY", {"shape": (64, 6)}),
@@ -139,12 +175,8 @@ PARTICULAR: dict[str, list[Bad]] = {
         Bad("offset", {"offset": None}, TypeError),
         Bad("nested_blocksize", {"nested_blocksize": 100}),
     ],
-    "int8_vectorwise_quant": [
-        Bad("threshold", {"threshold": -1.0}),
-        Bad("threshold", {"threshold": float("nan")}),
-        Bad("A", {"A": torch.ones(())}),
-    ],
-    "int8_double_quant": [Bad("threshold", {"threshold": -1.0}), Bad("A", {"A": torch.ones(())})],
+    "int8_vectorwise_quant": [*THRESHOLDS, Bad("A", {"A": torch.ones(())})],
+    "int8_double_quant": [*THRESHOLDS, Bad("A", {"A": torch.ones(())})],
     "int8_linear_matmul": [
         Bad("B", {"B": torch.zeros(6, 63, dtype=torch.int8)}),
         Bad("B", {"B": torch.zeros(6, 8, 8, dtype=torch.int8)}),
@@ -154,7 +186,7 @@ PARTICULAR: dict[str, list[Bad]] = {
     "int8_scaled_mm": [*DTYPES, Bad("B", {"B": torch.zeros(6, 63, dtype=torch.int8)})],
     "int8_mixed_scaled_mm": [Bad("CA", {"A": torch.ones(4, 63)})],
     "optimizer_update_32bit": STEPS,
-    "optimizer_update_8bit_blockwise": STEPS,
+    "optimizer_update_8bit_blockwise": [*STEPS, *SECOND_STATES],
 }
 
 # A tensor whose size nothing else fixes: one of another size is another valid call.
@@ -176,8 +208,6 @@ NOTICED_IN = {
     ("optimizer_update_32bit", "p"): "g",
     ("optimizer_update_8bit_blockwise", "p"): "g",
 }
-UNUSED = {("optimizer_update_32bit", "unorm_vec")}
-"""Not looked at when max_unorm is 0."""
 
 
 def _larger(tensor: torch.Tensor) -> torch.Tensor:
@@ -188,9 +218,10 @@ def _larger(tensor: torch.Tensor) -> torch.Tensor:
 
 def _of_every_tensor(primitive: str) -> Iterator[tuple[str, Bad]]:
     for name, value in valid_arguments(primitive).items():
-        if not isinstance(value, torch.Tensor) or (primitive, name) in UNUSED:
+        if not isinstance(value, torch.Tensor):
             continue
         yield "a list", Bad(name, {name: [1.0, 2.0]}, TypeError)
+        yield "sparse", Bad(name, {name: value.to_sparse()}, TypeError)
         yield "complex", Bad(name, {name: value.to(torch.complex64)}, TypeError)
         yield "i64", Bad(name, {name: value.to(torch.int64)}, TypeError)
         if name not in FREE_SIZE.get(primitive, ()):

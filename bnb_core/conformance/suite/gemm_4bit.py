@@ -53,6 +53,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "N long": ((40,), 600, 128),
     "N long, K no multiple of 256": ((70,), 131, 320),
     "N long, K odd": ((3,), 200, 67),
+    "4 rows, N and K long": ((4,), 600, 512),
 }
 
 

@@ -28,6 +28,7 @@ ACTIVATION_SHAPES: dict[str, tuple[int, ...]] = {
     "4-D": (2, 2, 3, 17),
     "no rows": (0, 16),
     "no columns": (3, 0),
+    "more than a thread's share": (80, 1000),
 }
 THRESHOLDS = (0.0, 3.0)
 
@@ -44,6 +45,7 @@ PRODUCT_SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "3-D": ((2, 3), 20, 64),
     "no rows": ((0,), 8, 32),
     "K long": ((2,), 3, 65536),
+    "more than a thread's share": ((130,), 200, 256),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from bnb_core import primitives
 from bnb_core.codebooks import create_dynamic_map
 from bnb_core.conformance import oracle
 from bnb_core.conformance.case import Case, Context, Failure
-from bnb_core.conformance.compare import ROUNDOFF, SUBNORMAL_ROUNDOFF, within
-from bnb_core.conformance.values import DTYPES, dtype_name
+from bnb_core.conformance.compare import ROUNDOFF, SUBNORMAL_ROUNDOFF, same_bits, within
+from bnb_core.conformance.values import DTYPES, LAYOUTS, dtype_name
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS
 
 RELATIVE = 1e-5
@@ -216,11 +217,16 @@ def _check_codes(what: str, before: Quantized, got: Any, exact: oracle.F64, scal
         )
 
 
-def _check_8bit(context: Context, sample: Sample) -> None:
-    generator, traits = context.generator(sample.name), OPTIMIZERS[sample.optimizer]
-    (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
+def _quantized(optimizer: str, state1: Tensor, state2: Tensor | None) -> tuple[Quantized, Quantized | None]:
+    traits = OPTIMIZERS[optimizer]
     first = Quantized.of(state1, True, traits.divides_by_state1, traits.stacked)
-    second = None if state2 is None else Quantized.of(state2, False, True, False)
+    return first, None if state2 is None else Quantized.of(state2, False, True, False)
+
+
+def _check_8bit(context: Context, sample: Sample) -> None:
+    generator = context.generator(sample.name)
+    (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
+    first, second = _quantized(sample.optimizer, state1, state2)
     codes2, qmap2, absmax2 = (None, None, None) if second is None else (second.codes, second.qmap, second.absmax)
     h = sample.hyperparameters
     arguments = (
@@ -240,7 +246,7 @@ def _check_8bit(context: Context, sample: Sample) -> None:
 def _contained(context: Context, optimizer: str, bits: int, bad: float) -> None:
     """A gradient entry that is not finite touches its own parameter entry and its own state block, nothing else."""
     sample = Sample(optimizer, torch.float32, "many blocks")
-    generator, traits = context.generator(f"contained,{optimizer}"), OPTIMIZERS[optimizer]
+    generator = context.generator(f"contained,{optimizer}")
     (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
     place = 3 * OPTIMIZER_BLOCKSIZE + 17
     spoilt = g.clone()
@@ -253,8 +259,7 @@ def _contained(context: Context, optimizer: str, bits: int, bad: float) -> None:
         tail: tuple = (p, state1, state2, None, *h)
     else:
         primitive, changed = primitives.optimizer_update_8bit_blockwise, (2, 3, 4, 7, 8)
-        first = Quantized.of(state1, True, traits.divides_by_state1, traits.stacked)
-        second = None if state2 is None else Quantized.of(state2, False, True, False)
+        first, second = _quantized(optimizer, state1, state2)
         codes2, qmap2, absmax2 = (None, None, None) if second is None else (second.codes, second.qmap, second.absmax)
         tail = (p, first.codes, codes2, first.qmap, qmap2, first.absmax, absmax2, None, *h)
     clean = context.update(primitive, optimizer, g, *tail, changed=changed)
@@ -272,6 +277,44 @@ def _contained(context: Context, optimizer: str, bits: int, bad: float) -> None:
             raise Failure(f"state{index - 2}: an entry of another block changed")
 
 
+def _several(context: Context, optimizer: str, dtype: torch.dtype, bits: int, layout: str) -> None:
+    """One call for parameters of all shapes gives the bits of a call for each."""
+    primitive: Any = primitives.optimizer_update_32bit if bits == 32 else primitives.optimizer_update_8bit_blockwise
+    samples = [Sample(optimizer, dtype, shape) for shape in (*SHAPES, "many blocks")]
+    rows = [_of_8_or_32_bits(context, sample, bits) for sample in samples]
+    rows = [[LAYOUTS[layout](t) if t is not None and t.dim() > 1 else t for t in row] for row in rows]
+    h = samples[0].hyperparameters
+    qmaps: tuple[Any, ...] = ()
+    if bits == 8:
+        unsigned = create_dynamic_map(False) if OPTIMIZERS[optimizer].states == 2 else None
+        qmaps = tuple(None if m is None else m.to(context.device) for m in (create_dynamic_map(True), unsigned))
+
+    def called(columns: list[Any]) -> tuple[Any, ...]:
+        return optimizer, *columns[:4], *qmaps, *columns[4:], None, *h
+
+    for_each = [[None if t is None else t.to(context.device).clone() for t in row] for row in rows]
+    together = [[None if t is None else t.to(context.device).clone() for t in row] for row in rows]
+    for row in for_each:
+        primitive(*called(row))
+    columns = [None if column[0] is None else list(column) for column in zip(*together, strict=True)]
+    primitive.several(*called(columns))
+    for sample, one, other in zip(samples, for_each, together, strict=True):
+        for index, (expected, got) in enumerate(zip(one, other, strict=True)):
+            if expected is not None and got is not None:
+                same_bits(f"tensor {index} of {sample.shape}", got, expected)
+
+
+def _of_8_or_32_bits(context: Context, sample: Sample, bits: int) -> list[Tensor | None]:
+    """g, p, state1, state2 and, of 8 bits, absmax1 and absmax2."""
+    generator = context.generator(f"several,{sample.name}")
+    (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
+    if bits == 32:
+        return [g, p, state1, state2]
+    first, second = _quantized(sample.optimizer, state1, state2)
+    codes2, absmax2 = (None, None) if second is None else (second.codes, second.absmax)
+    return [g, p, first.codes, codes2, first.absmax, absmax2]
+
+
 def _samples() -> Iterator[Sample]:
     for optimizer in OPTIMIZERS:
         for dtype in DTYPES:
@@ -281,6 +324,7 @@ def _samples() -> Iterator[Sample]:
                 yield Sample(optimizer, dtype, shape)
         for gradient in GRADIENTS:
             yield Sample(optimizer, torch.float32, gradient=gradient)
+        yield Sample(optimizer, torch.float32, "many blocks", "all", "some zero")
 
 
 GRADIENTS = ("normal", "some zero", "wide", "zero")
@@ -296,12 +340,17 @@ def cases() -> Iterator[Case]:
             for bad in (float("nan"), float("inf")):
                 contained = partial(_contained, optimizer=optimizer, bits=bits, bad=bad)
                 yield Case(primitive, f"contained,{optimizer},{bad}", contained, {"gradient": str(bad)})
+            for dtype, layout in product(DTYPES, ("contiguous", "transposed")):
+                several = partial(_several, optimizer=optimizer, dtype=dtype, bits=bits, layout=layout)
+                yield Case(
+                    primitive, f"several,{optimizer},{dtype_name(dtype)},{layout}", several, {"shape": "several"}
+                )
 
 
 _REQUIRED = {
     "optimizer": tuple(OPTIMIZERS),
     "dtype": tuple(dtype_name(dtype) for dtype in DTYPES),
-    "shape": tuple(SHAPES),
+    "shape": (*SHAPES, "several"),
     "option": tuple(OPTIONS),
     "gradient": (*GRADIENTS, "nan", "inf"),
 }
