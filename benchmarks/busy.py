@@ -1,7 +1,7 @@
 """Small calls on a machine that other programs keep busy: `python benchmarks/busy.py`.
 
-Two threads, or as many as torch has, beside one thread, while other processes spin on the cores: a call that waits for a
-thread which has no core takes some ten milliseconds. Means, since it is the waits that count.
+As many threads as torch has beside one thread, while other processes spin on the cores: a call that waits for a thread
+which has no core takes some ten milliseconds. Means, since it is the waits that count.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -50,15 +51,26 @@ def _gemm_4bit_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _gemm_4bit_backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     """``dA = dY @ W`` and ``dbias = sum of dY``; the other nine arguments of gemm_4bit have no gradient."""
-    dA = dbias = None
-    if ctx.needs_input_grad[0]:
-        with registry.carry(ctx.backend_choice):
-            dA = _gradient_of_input(ctx, dY)
-    if ctx.needs_input_grad[6]:
-        dbias = _sum_to_bias(dY)
+    needed = ctx.needs_input_grad
+    dA = _gradient_of_input(ctx, dY) if needed[0] else None
+    dbias = _sum_to_bias(dY) if needed[6] else None
     return dA, None, None, None, None, None, dbias, None, None, None, None
 
 
+def _by_the_choice_of_the_forward(gradient: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Served by what ``use_backend`` named then, if it did: autograd runs in threads of its own."""
+
+    @wraps(gradient)
+    def call(ctx: Any, *arguments: Any) -> Tensor:
+        if ctx.backend_choice is None:
+            return gradient(ctx, *arguments)
+        with registry.carry(ctx.backend_choice):
+            return gradient(ctx, *arguments)
+
+    return call
+
+
+@_by_the_choice_of_the_forward
 def _gradient_of_input(ctx: Any, dY: Tensor) -> Tensor:
     """``dY @ W``, by torch where that is to be differentiated in turn."""
     if torch.is_grad_enabled() or _transforms():
@@ -82,16 +94,22 @@ torch.library.register_autograd(f"{NAMESPACE}::gemm_4bit", _gemm_4bit_backward, 
 class _Gemm4Bit(torch.autograd.Function):
     """The same gradient for eager calls, which do without torch's dispatcher.
 
-    torch binds the arguments of a function that has a ``setup_context`` by their names, at each call.
+    What torch does for each argument, at each call, it does not do for the weight in its tuple; nor does it bind them
+    by their names, as where there is a ``setup_context``.
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, A: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]) -> Tensor:
+        """``arguments``: all of gemm_4bit's, these two included."""
         result = primitives.gemm_4bit(*arguments)
         _gemm_4bit_context(ctx, arguments, result)
         return result
 
-    backward = staticmethod(_gemm_4bit_backward)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dY, needed = gradients[0], ctx.needs_input_grad
+        dA = _gradient_of_input(ctx, dY) if needed[0] else None
+        return dA, _sum_to_bias(dY) if needed[1] else None, None
 
 
 class _TransformedGemm4Bit(torch.autograd.Function):
@@ -128,12 +146,13 @@ class _UntransposedGemm4Bit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        B, absmax, *nested = ctx.saved_tensors
-        with registry.carry(ctx.backend_choice):
-            dA = primitives.gemm_4bit(
-                dY, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, None, *nested, ctx.nested
-            )
-        return dA, *[None] * 9
+        return _product_of_untransposed(ctx, dY), *[None] * 9
+
+
+@_by_the_choice_of_the_forward
+def _product_of_untransposed(ctx: Any, dY: Tensor) -> Tensor:
+    B, absmax, *nested = ctx.saved_tensors
+    return primitives.gemm_4bit(dY, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, None, *nested, ctx.nested)
 
 
 def _transforms() -> bool:
@@ -248,8 +267,9 @@ def linear_4bit(
         return primitives.gemm_4bit(*arguments, out=out)
     if _transforms():
         return _write_out(_TransformedGemm4Bit.apply(*arguments), out, A, bias)
-    function = primitives.gemm_4bit if goes_to_dispatcher(A) else _Gemm4Bit.apply
-    return _write_out(function(*arguments), out, A, bias)
+    if goes_to_dispatcher(A):
+        return _write_out(primitives.gemm_4bit(*arguments), out, A, bias)
+    return _write_out(_Gemm4Bit.apply(A, bias, arguments), out, A, bias)
 
 
 _TRANSPOSED_WEIGHT = (
@@ -324,14 +344,18 @@ def _int8_gradients(ctx: Any, dY: Tensor, CB: Tensor, SCB: Tensor, A: Tensor | N
     """``dY @ W`` for A, the sum of dY for the bias and ``dY^T @ A`` for the weight; the others have none."""
     dA = dbias = dweight = None
     if ctx.needs_input_grad[0]:
-        with registry.carry(ctx.backend_choice):
-            dA = _aligned(dY) @ primitives.int8_vectorwise_dequant(CB, SCB).to(dY.dtype)
+        dA = _aligned(dY) @ _dense_int8_weight(ctx, CB, SCB).to(dY.dtype)
     if ctx.needs_input_grad[3]:
         dbias = _sum_to_bias(dY)
     if ctx.needs_input_grad[4]:
         rows = tuple(range(dY.dim() - 1))
         dweight = torch.tensordot(dY, A, (rows, rows))
     return dA, None, None, dbias, dweight, None
+
+
+@_by_the_choice_of_the_forward
+def _dense_int8_weight(ctx: Any, CB: Tensor, SCB: Tensor) -> Tensor:
+    return primitives.int8_vectorwise_dequant(CB, SCB)
 
 
 class _TransformedInt8Linear(torch.autograd.Function):

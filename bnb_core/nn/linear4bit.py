@@ -16,7 +16,6 @@ from bnb_core.checks import check_float
 from bnb_core.functional import QuantState
 from bnb_core.nn.params4bit import Params4bit
 from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized
-from bnb_core.primitive import goes_to_dispatcher
 
 _WEIGHT = "weight"
 _log = logging.getLogger(__name__)
@@ -198,10 +197,8 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
         if not (self._looked_at_dtype or torch.compiler.is_compiling()):
             self._look_at_dtype(x, dtype)
         bias: Tensor | None = self.bias
-        packed: Tensor = self.weight
-        if goes_to_dispatcher(x):
-            with torch._C.DisableTorchFunctionSubclass():
-                packed = packed.view(1, -1)  # torch.export does not see through .data
+        with torch._C.DisableTorchFunctionSubclass():
+            packed = self.weight.view(1, -1)  # torch.export does not see through .data
         if bias is not None and bias.dtype is not dtype:
             bias = bias.to(dtype)
         if given is dtype:
