@@ -24,8 +24,9 @@ DEVICE_TYPE = "cuda"
 
 WGMMA_VARIABLE = "BNB_WGMMA_ROWS"
 MOST_WGMMA_ROWS = 128
-"""Up to so many rows of A a 4-bit product is left to the kernel on Hopper's wgmma, unless the variable says otherwise. On
-an H200 it takes 0.6 to 0.8 of the time of dequantizing and multiplying at 96 and 128 rows, 0.9 to 1.2 at 256, more
+"""Up to so many rows of A a 4-bit product is left to the kernel on Hopper's wgmma, unless the variable says otherwise.
+
+On an H200 it takes 0.6 to 0.8 of the time of dequantizing and multiplying at 96 and 128 rows, 0.9 to 1.2 at 256, more
 above (benchmarks/results/gpu-2026-11-27-h200.md)."""
 
 MAKERS = {"cuda": "NVIDIA", "hip": "AMD"}

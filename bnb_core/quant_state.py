@@ -130,7 +130,7 @@ class QuantState:
         Walkers of state dicts (FSDP, torch.distributed.checkpoint) look up each key as a path of attributes.
         """
         quant_type = self.__dict__.get("quant_type")
-        if quant_type is not None and name == _PACKED_NAME + quant_type:
+        if isinstance(quant_type, str) and name == _PACKED_NAME + quant_type:
             return self.as_dict(packed=True)[PACKED_KEY + quant_type]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
