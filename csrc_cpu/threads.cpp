@@ -62,8 +62,9 @@ void run_part(void* data) {
   if (thread == 0) job.own_end = thread_time();
 }
 
-// Where other programs have the cores, or a quota is used up, a region ends when its last thread has had a core, some
-// ten milliseconds later. The next calls then do without regions, for this many times as long as was waited.
+// Where other programs have the cores, or a quota is used up, a region ends when its last thread has had a
+// core, some ten milliseconds later. The next calls then do without regions, for this many times as long as
+// was waited.
 constexpr int kRest = 20;
 constexpr auto kLate = std::chrono::milliseconds(1);
 
@@ -102,7 +103,8 @@ void parallel_range(int64_t n, int64_t grain, RangeBody body, void* context) {
   const int64_t threads = serial ? 1 : std::min<int64_t>(openmp.max_threads(), parts);
   if (threads <= 1) return body(context, 0, n);
   const Clock::time_point start = Clock::now();
-  if (start.time_since_epoch().count() < rests_until.load(std::memory_order_relaxed)) return body(context, 0, n);
+  if (start.time_since_epoch().count() < rests_until.load(std::memory_order_relaxed))
+    return body(context, 0, n);
   const std::chrono::nanoseconds own_start = thread_time();
   Job job{n, body, context, own_start};
   openmp.parallel(run_part, &job, static_cast<unsigned>(threads), 0);

@@ -8,7 +8,8 @@ namespace py = pybind11;
 
 namespace bnb {
 
-// Each kernel set defines what its own module has in addition, and in which order it works on several tensors.
+// Each kernel set defines what its own module has in addition, and in which order it works on several
+// tensors.
 void bind_extras(py::module_& m);
 void for_each_tensor(const std::vector<int64_t>& counts, const std::function<void(size_t)>& body);
 
@@ -53,7 +54,8 @@ void optimizer_update_8bit_blockwise(OptimizerName name, int64_t step, double lr
 
 using binding::TensorList;
 
-// One step of several parameters, each as optimizer_update_32bit has it; an empty list where a state is unused.
+// One step of several parameters, each as optimizer_update_32bit has it; an empty list where a state is
+// unused.
 void optimizer_updates_32bit(OptimizerName name, int64_t step, double lr, double beta1, double beta2,
                              double beta3, double alpha, double eps, double weight_decay, double gnorm_scale,
                              bool skip_zeros, TensorList g, TensorList p, DType dtype, TensorList state1,

@@ -13,8 +13,8 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How many elements take some 10 us, which a thread should have before a second one is worth waking (3 us, where it
-// does not sleep): of a quantizer or an optimizer, of what only decodes, of a product's weight.
+// How many elements take some 10 us, which a thread should have before a second one is worth waking (3 us,
+// where it does not sleep): of a quantizer or an optimizer, of what only decodes, of a product's weight.
 constexpr int64_t kShare = 1 << 14, kDecodedShare = 1 << 16, kMultipliedShare = 1 << 18;
 
 // The same in rows or blocks of `length` elements.
