@@ -251,3 +251,31 @@ class TestFailedStep:
         self._assert_unchanged(optimizer, params, before, 0)
         optimizer.step()
         assert [optimizer.state[p]["step"] for p in params] == [1] * 3
+
+
+def test_parameters_with_codebooks_of_their_own_step_by_them():
+    """Parameters are stepped together where nothing but their tensors differs."""
+    linear = torch.linspace(-1, 1, 256)
+    params = [parameter(70, 60, seed=seed) for seed in range(3)]
+    optimizer = build("Lion8bit", params)
+    take_steps(optimizer)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["state"][1][KEY]["qmap1"] = linear
+    optimizer.load_state_dict(state_dict)
+    alone = []
+    for index, p in enumerate(params):
+        other = build("Lion8bit", [nn.Parameter(p.detach().clone())])
+        groups = copy.deepcopy(state_dict["param_groups"])
+        groups[0]["params"] = [0]
+        other.load_state_dict({"state": {0: copy.deepcopy(state_dict["state"][index])}, "param_groups": groups})
+        alone.append(other)
+    for index, p in enumerate(params):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(index))
+        (own,) = alone[index].param_groups[0]["params"]
+        own.grad = p.grad.clone()
+        alone[index].step()
+    optimizer.step()
+    for p, other in zip(params, alone, strict=True):
+        (own,) = other.param_groups[0]["params"]
+        assert torch.equal(p, own)
+        assert_same_state(optimizer.state[p], other.state[own])

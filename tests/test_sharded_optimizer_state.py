@@ -82,6 +82,11 @@ def test_live_state_is_flat_for_everything_but_plain_iteration():
     assert list(state.keys()) == [key for key, _ in state.items()] == list(dict(state)) == list({**state}) == flat
     assert list(state) == list(optimizer.state_dict()["state"][0]) == ["step", "__bnb_optimizer_quant_state__"]
     assert list(copy.deepcopy(state).keys()) == flat
+    for name in state:
+        assert state[name] is not None
+    assert list(state["__bnb_optimizer_quant_state__"]) == flat[1:]
+    with pytest.raises(KeyError, match="unknown"):
+        state["unknown"]
 
 
 @pytest.fixture(scope="module")

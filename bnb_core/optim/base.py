@@ -230,7 +230,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             if "state1" not in state or config["max_unorm"] > 0:
                 self.update_step(group, p, gindex, pindex)
             else:
-                key = (settings, state["step"], p.dtype, p.device, state["state1"].dtype)
+                codebooks = id(state.get("qmap1")), id(state.get("qmap2"))
+                key = (settings, state["step"], p.dtype, p.device, state["state1"].dtype, codebooks)
                 together.setdefault(key, []).append((p, state))
         for key, members in together.items():
             self._update_several(members, configs[key[0]])
@@ -360,7 +361,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _is_in_place(self, p: Tensor, key: str, value: Tensor) -> bool:
         paged = getattr(value, "is_paged", False)
-        in_memory = not paged or value.page_process == self._process  # type: ignore[attr-defined]
+        in_memory = not paged or getattr(value, "page_process", self._process) == self._process
         return value.device == p.device and in_memory and (key not in STATE_KEYS or paged == self._pages(p))
 
     def _copied(self, p: Tensor, key: str, value: Tensor) -> Tensor:

@@ -37,6 +37,11 @@ class ParameterState(dict[str, Any]):
             return super().__iter__()
         return iter([*(key for key in self.keys() if key not in GROUPED_KEYS), QUANT_STATE_KEY])
 
+    def __missing__(self, key: str) -> dict[str, Any]:
+        if key != QUANT_STATE_KEY or "absmax1" not in self:
+            raise KeyError(key)
+        return {name: value for name, value in self.items() if name in GROUPED_KEYS}
+
 
 def grouped(state: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's state as saved: its quantized tensors, if it has any, in a dict of their own."""
