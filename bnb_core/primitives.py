@@ -148,10 +148,8 @@ def _check_packed(name: str, packed: Tensor, n: int, blocksize: int, quant_type:
     check_blocksize(blocksize)
     check_choice("quant_type", quant_type, QUANT_TYPES)
     if packed.numel() != packed_numel(n, packed.dtype):
-        raise ValueError(
-            f"{name}: expected {packed_numel(n, packed.dtype)} elements of {packed.dtype} for {n} of 4 bits, "
-            f"got {packed.numel()}"
-        )
+        expected, given = (count * packed.dtype.itemsize for count in (packed_numel(n, packed.dtype), packed.numel()))
+        raise ValueError(f"{name}: expected {expected} bytes for {n} elements of 4 bits, got {given}")
 
 
 def _check_block_scales(
