@@ -198,6 +198,8 @@ def test_a_strict_load_that_fails_changes_nothing_in_the_module(layer, change):
         module.load_state_dict(other)
     _assert_is(module, before)
     result = module.load_state_dict(other, strict=False)
+    loaded = module.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in other.items() if key in loaded)
     assert (result.missing_keys, result.unexpected_keys) == (
         (["bias"], []) if change == "a missing bias" else ([], [next(key for key in other if "stray" in key)])
     )
@@ -263,3 +265,14 @@ def test_what_are_no_values_is_not_taken_for_them(layer, quantized, dtype):
 def test_json_text_survives_packing():
     content = {"text": "ü", "list": [1, 2.5, None], "nested": {"a": True}}
     assert unpack_tensor_to_dict(pack_dict_to_tensor(content)) == json.loads(json.dumps(content))
+
+
+@pytest.mark.parametrize("layer", QUANTIZED_LINEARS, ids=["4bit", "8bit"])
+def test_a_load_that_is_not_strict_takes_one_entry_at_a_time(layer):
+    """As Transformers loads: the bias alone, into a module on meta or not."""
+    for device in ("cpu", "meta"):
+        module = layer(64, 32).to(device)
+        bias = torch.randn(32)
+        model = nn.Sequential(module)
+        result = model.load_state_dict({"0.bias": bias}, strict=False, assign=True)
+        assert torch.equal(module.bias.data, bias) and result.unexpected_keys == []

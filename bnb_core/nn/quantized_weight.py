@@ -120,27 +120,30 @@ class QuantizedWeightMixin(nn.Module):
         except ValueError as error:
             raise CheckpointError(*error.args) from error
         missing: list[str] = []
-        if strict and (faults := self._misfits(rest, prefix, handled)) != ([], []):
-            missing_keys += faults[0]
-            unexpected_keys += faults[1]
-            return
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key not in handled]
         if weight is not None and not self._only_checks:
             self._set_weight(weight)
 
-    def _misfits(self, state_dict: Mapping[str, Any], prefix: str, handled: set[str]) -> tuple[list[str], list[str]]:
-        """The keys that a strict load misses, and those it has no place for: torch tells them when all is loaded."""
-        own = {name for name, value in (*self._parameters.items(), *self._buffers.items()) if value is not None}
-        own -= self._non_persistent_buffers_set
-        missing = [prefix + name for name in own if prefix + name not in state_dict and prefix + name not in handled]
-        names = {key: key[len(prefix) :].split(".", 1) for key in state_dict if key.startswith(prefix)}
-        unexpected = [
-            key
-            for key, (first, *rest) in names.items()
-            if (first not in self._modules if rest else first not in own and first != "_extra_state")
-        ]
-        return missing, unexpected
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch does; but a strict load that lacks a key, or has one too many, is refused before anything changes.
+
+        Raises:
+            CheckpointError: as above, or an entry is malformed.
+        """
+        # A hook may give the keys other names.
+        if strict and isinstance(state_dict, Mapping) and not self._load_state_dict_pre_hooks:
+            own = {name for name, value in (*self._parameters.items(), *self._buffers.items()) if value is not None}
+            own -= self._non_persistent_buffers_set
+            known = {*own, *self._part_keys("", state_dict), "_extra_state"}
+            missing = [name for name in own if name not in state_dict]
+            unexpected = [key for key in state_dict if key not in known and key.partition(".")[0] not in self._modules]
+            if missing or unexpected:
+                raise CheckpointError(
+                    f"{type(self).__name__}: missing keys: {', '.join(missing) or 'none'}; "
+                    f"unexpected keys: {', '.join(map(str, unexpected)) or 'none'}"
+                )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _read_weight(
         self, prefix: str, state_dict: Mapping[str, Any], assign: bool
