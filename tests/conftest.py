@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def paged_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where paged memory lies."""
     monkeypatch.setenv(paged.FOLDER_VARIABLE, str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """Of this process alone, for torch.distributed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def load_golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

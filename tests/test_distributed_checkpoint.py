@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -87,16 +86,6 @@ def test_other_files_hold_the_packed_values_as_a_plain_tensor(tmp_path):
         assert {type(value) for value in loaded.values()} == {torch.Tensor}
         for key, value in state_dict.items():
             same_bits(key, loaded[key], value)
-
-
-@pytest.fixture(scope="module")
-def process_group() -> Iterator[None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @layers

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import socket
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -87,16 +85,6 @@ def test_live_state_is_flat_for_everything_but_plain_iteration():
     assert list(state["__bnb_optimizer_quant_state__"]) == flat[1:]
     with pytest.raises(KeyError, match="unknown"):
         state["unknown"]
-
-
-@pytest.fixture(scope="module")
-def process_group() -> Iterator[None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @optimizers
