@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from bnb_core import functional, primitives, registry
@@ -144,15 +143,16 @@ class _UntransposedGemm4Bit(torch.autograd.Function):
         return primitives.gemm_4bit_backward(A, *weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dY,) = gradients
         return _product_of_untransposed(ctx, dY), *[None] * 9
 
 
 @_by_the_choice_of_the_forward
 def _product_of_untransposed(ctx: Any, dY: Tensor) -> Tensor:
     B, absmax, *nested = ctx.saved_tensors
-    return primitives.gemm_4bit(dY, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, None, *nested, ctx.nested)
+    arguments = (dY, B, ctx.shape, absmax, ctx.blocksize, ctx.quant_type, None, *nested, ctx.nested)
+    return _Gemm4Bit.apply(dY, None, arguments) if torch.is_grad_enabled() else primitives.gemm_4bit(*arguments)
 
 
 def _transforms() -> bool:

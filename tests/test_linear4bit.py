@@ -316,5 +316,12 @@ def test_the_untransposed_product_and_its_gradient(backend, nested):
     torch.testing.assert_close(result.detach().double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
     gradient = dY.double().numpy() @ weight.T
     torch.testing.assert_close(A.grad.double(), torch.from_numpy(gradient), rtol=1e-5, atol=1e-5)
+    dY.requires_grad_()
+    with pytest.warns(DeprecationWarning):
+        (dA,) = torch.autograd.grad(matmul_4bit(A, packed.t(), state), A, dY, create_graph=True)
+    (second,) = torch.autograd.grad(dA, dY, A.detach())
+    torch.testing.assert_close(
+        second.double(), torch.from_numpy(A.detach().double().numpy() @ weight), rtol=1e-5, atol=1e-5
+    )
     with torch.no_grad(), pytest.warns(DeprecationWarning):
         same_bits("without gradients", matmul_4bit(A, packed.t(), state, bias=bias), result.detach())
