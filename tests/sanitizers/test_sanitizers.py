@@ -24,8 +24,8 @@ THREADS = "thread"
 RUNTIMES = {MEMORY: ("libasan.so", "libubsan.so"), THREADS: ("libtsan.so",)}
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
-    "TSAN_OPTIONS": "halt_on_error=1",
-    # The threads of numpy's and torch's own libraries are not built for the thread sanitizer.
+    # numpy's and torch's own libraries are not built for the thread sanitizer, nor is the OpenMP runtime.
+    "TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
