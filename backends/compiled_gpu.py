@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnb_core.records import flat
 from bnb_core.registry import Backend, Kernel, SettingError
 
 from .gpu import GpuKernels
 from .managed_memory import ManagedMemory
-from .native import kernels_of, module_file
+from .native import NativeKernels, kernels_of, module_file
 
 DEVICE_TYPE = "cuda"
 """What torch calls the GPUs of NVIDIA and, in its ROCm builds, those of AMD."""
@@ -65,7 +66,8 @@ def make_backend(platform: GpuPlatform) -> Backend:
     reason = _why_unavailable(platform, module)
     if reason is not None:
         return _unavailable(platform, reason)
-    kernels = GpuKernels(module, current_stream, _wgmma_rows())
+    module.set_wgmma_rows(_wgmma_rows())
+    kernels = GpuKernels(NativeKernels(module, current_stream))
     return Backend(
         name=platform.name,
         device_types=(DEVICE_TYPE,),
@@ -130,7 +132,7 @@ def _on_its_device(kernel: Kernel) -> Kernel:
     def on_device(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def call(*arguments: Any, **outputs: Any) -> None:
-            first = next(argument for argument in arguments if isinstance(argument, Tensor | list))
+            first = next(argument for argument in flat(arguments) if isinstance(argument, Tensor | list))
             with torch.cuda.device((first[0] if isinstance(first, list) else first).device):
                 function(*arguments, **outputs)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -14,8 +15,9 @@ from measure import OURS, Case, Contender, Requirement, Work
 
 import bnb_core.optim
 from bnb_core import functional, nn, primitives
-from bnb_core.backends import compiled_gpu, gpu
-from bnb_core.backends.native import DTYPE_CODES, NativeKernels
+from bnb_core.backends import compiled_gpu
+from bnb_core.backends.native import NativeKernels
+from bnb_core.records import Weight4bit
 
 DEVICE = "cuda"
 BITSANDBYTES = peers.BITSANDBYTES
@@ -32,6 +34,8 @@ COPY = "copy bandwidth"
 DENSE = "torch dense bf16"
 INT_MM = "torch _int_mm"
 WGMMA = f"{OURS} on wgmma"
+FUSED_ROWS = 64
+"""Up to so many, products have other kernels than that on wgmma (csrc_cuda/gemm_4bit.cu)."""
 
 
 def graphed(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], kind: str = "peer") -> Contender:
@@ -109,7 +113,7 @@ def on_wgmma(M: int, N: int, K: int) -> dict[str, Contender]:
 
     Its result is looked at before it is timed: at these sizes blocks have another shape than at the suite's.
     """
-    if M <= gpu.FUSED_ROWS:
+    if M <= FUSED_ROWS:
         return {}
     try:
         module = import_module("bnb_core.backends.cuda._kernels")
@@ -118,20 +122,31 @@ def on_wgmma(M: int, N: int, K: int) -> dict[str, Contender]:
     x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
     kernels = NativeKernels(module, compiled_gpu.current_stream)
 
-    def multiply(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
-        kernels.gemm_4bit(x, packed, (N, K), absmax, 64, "nf4", None, *primitives.F32_SCALES, out)
+    def multiply(weight: Weight4bit, out: torch.Tensor) -> None:
+        kernels.gemm_4bit(x, weight, None, out)
 
-    def operands() -> tuple[torch.Tensor, ...]:
+    def operands() -> tuple[Weight4bit, torch.Tensor]:
         packed, absmax = primitives.quantize_4bit(_random_weight(N, K), 64, "nf4", torch.uint8)
-        return packed, absmax, x.new_empty(M, N)
+        return Weight4bit(packed, (N, K), absmax, 64, "nf4"), x.new_empty(M, N)
 
-    packed, absmax, out = operands()
-    if not module.takes_wgmma(x, DTYPE_CODES[x.dtype], K, packed, 64):
+    weight, out = operands()
+    if not module.takes_wgmma(x, weight):
         return {}
-    multiply(packed, absmax, out)
-    weight = primitives.dequantize_4bit(packed, absmax, 64, "nf4", (N, K), x.dtype, *primitives.F32_SCALES)
-    torch.testing.assert_close(out, torch.nn.functional.linear(x, weight), rtol=2**-7, atol=2**-7 * K**0.5)
-    return {WGMMA: graphed(multiply, copies(operands, N * K / 2), "own")}
+    with _wgmma_rows(module, M):
+        multiply(weight, out)
+        expected = torch.nn.functional.linear(x, primitives.dequantize_4bit(weight, x.dtype))
+        torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-7 * K**0.5)
+        return {WGMMA: graphed(multiply, copies(operands, N * K / 2), "own")}
+
+
+@contextmanager
+def _wgmma_rows(module: ModuleType, rows: int) -> Iterator[None]:
+    """Up to so many rows are multiplied on wgmma within it; a graph goes on doing what it did when it was captured."""
+    module.set_wgmma_rows(rows)
+    try:
+        yield
+    finally:
+        module.set_wgmma_rows(compiled_gpu._wgmma_rows())
 
 
 def decode(N: int, K: int, nested: bool) -> Work:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnb_core.formats import FORMATS
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-QUANT_TYPES = ("fp4", "nf4")
+QUANT_TYPES = tuple(FORMATS)
 QUANT_STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 F32_MAX = torch.finfo(torch.float32).max
 I64_MAX = 2**63 - 1

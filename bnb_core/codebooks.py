@@ -1,7 +1,7 @@
 """The codebooks: the values that a code stands for.
 
-``nf4`` is from QLoRA (arXiv 2305.14314, appendix E), the dynamic map from 8-bit Optimizers (arXiv 2110.02861,
-section 1.3), ``af4`` from NF4 Isn't Information Theoretically Optimal (arXiv 2306.06965).
+The dynamic map is from 8-bit Optimizers (arXiv 2110.02861, section 1.3), ``af4`` from NF4 Isn't Information
+Theoretically Optimal (arXiv 2306.06965).
 Every function returns a fresh tensor, on the CPU unless told otherwise: editing one changes no other.
 """
 
@@ -14,32 +14,10 @@ import torch
 from torch import Tensor
 
 from bnb_core.checks import as_device, check_choice, check_flag, check_number, check_whole, shown
+from bnb_core.formats import FORMATS
 
 FOUR_BIT_CODES: dict[str, tuple[float, ...]] = {
-    "nf4": (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
-    # Sign in bit 3, the magnitude in the low three bits; zero has no sign (adding 0.0 drops it).
-    "fp4": tuple(
-        sign * magnitude + 0.0
-        for sign in (1.0, -1.0)
-        for magnitude in (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
-    ),
+    **{each.name: each.codebook for each in FORMATS.values()},
     "int4": tuple(sign * step / 7 for sign, steps in ((1.0, range(7, -1, -1)), (-1.0, range(0, 8))) for step in steps),
     "af4": (
         1.0,

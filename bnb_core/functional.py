@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from bnb_core.codebooks import (
 from bnb_core.paged import paged_tensor, prefetch
 from bnb_core.primitive import Primitive
 from bnb_core.quant_state import QuantState
+from bnb_core.records import NESTED_BLOCKSIZE, OptimizerState8bit, OptimizerState32bit, OptimizerStep, Weight4bit
 from bnb_core.serialization import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
@@ -108,7 +110,7 @@ def _code_on(device: torch.device, code: Tensor | None) -> Tensor:
 def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
     """Double quantization (QLoRA, section 3): the scales less their mean, in 8 bits."""
     offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
-    codes, state2 = quantize_blockwise(absmax - offset, blocksize=primitives.NESTED_BLOCKSIZE)
+    codes, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
     return codes, offset, state2
 
 
@@ -209,23 +211,17 @@ def dequantize_4bit(
         TypeError, ValueError: an argument that is not as above, by its name.
     """
     check_tensor("A", A)
-    shape: Any
     dtype: Any
     if quant_state is None:
         if absmax is None or out is None:
             raise ValueError("quant_state: expected a QuantState, or absmax and out in its place, got None")
         check_float("out", out)
         blocksize = DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
-        shape, dtype = out.shape, out.dtype
-        nested = primitives.F32_SCALES
+        weight, dtype = Weight4bit(A, out.shape, absmax, blocksize, quant_type), out.dtype
     else:
-        if not isinstance(quant_state, QuantState):
-            check_quant_state("quant_state", quant_state)
-        quant_state.check_complete()
-        absmax, blocksize, quant_type = quant_state.absmax, quant_state.blocksize, str(quant_state.quant_type)
-        shape, dtype = quant_state.shape, _dtype_of("out", out, quant_state.dtype)
-        nested = _nested_arguments(quant_state)
-    result = primitives.dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype, *nested, out=out)
+        weight = weight_4bit(A, quant_state)
+        dtype = _dtype_of("out", out, quant_state.dtype)
+    result = primitives.dequantize_4bit(weight, dtype, out=out)
     return result.t() if is_transposed(A) and result.dim() == 2 else result
 
 
@@ -356,30 +352,16 @@ def gemm_4bit(
     A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """``A @ dequantized(B)^T + bias``, not differentiable: A [..., K], B packed, bias [N] or None. Result [..., N]."""
-    return primitives.gemm_4bit(A, B, *gemm_4bit_weight_arguments(quant_state, bias), out=out)
+    return primitives.gemm_4bit(A, weight_4bit(B, quant_state), bias, out=out)
 
 
-def gemm_4bit_weight_arguments(
-    quant_state: QuantState, bias: Tensor | None, name: str = "quant_state"
-) -> tuple[Any, ...]:
-    """What the primitive gemm_4bit takes after the packed weight; ``name`` is what errors call the quant state."""
+def weight_4bit(packed: Tensor, quant_state: QuantState, name: str = "quant_state") -> Weight4bit:
+    """What the primitives take for packed codes and their quant state, which errors call ``name``."""
     try:
-        quant_state.check_complete()
+        return quant_state.weight_4bit(packed)
     except AttributeError:
         check_quant_state(name, quant_state)
         raise
-    scales = (quant_state.absmax, quant_state.blocksize, quant_state.quant_type)
-    return quant_state.shape, *scales, bias, *_nested_arguments(quant_state)
-
-
-def _nested_arguments(quant_state: QuantState) -> tuple[Any, ...]:
-    """nested_absmax, nested_code, offset and nested_blocksize of the primitives."""
-    state2 = quant_state.state2 if quant_state.nested else None
-    if state2 is None:
-        return primitives.F32_SCALES
-    if not isinstance(state2, QuantState):
-        check_quant_state("quant_state.state2", state2)
-    return state2.absmax, state2.code, quant_state.offset, state2.blocksize
 
 
 def gemv_4bit(
@@ -405,7 +387,7 @@ def gemv_4bit(
         raise
     if not one_row:
         raise ValueError(f"A: expected one row, got shape {tuple(A.shape)}; matmul_4bit takes more")
-    return primitives.gemm_4bit(A, B, *gemm_4bit_weight_arguments(state, None, "state"), out=out)  # type: ignore[arg-type]
+    return primitives.gemm_4bit(A, weight_4bit(B, state, "state"), None, out=out)  # type: ignore[arg-type]
 
 
 def _check_not_transposed(name: str, transposed: bool) -> None:
@@ -528,10 +510,10 @@ def optimizer_update_32bit(
     skip_zeros: bool = False,
 ) -> None:
     """One optimizer step with f32 state, in place; :data:`bnb_core.primitives.optimizer_update_32bit` says more."""
-    primitives.optimizer_update_32bit(
-        optimizer_name, g, p, state1, state2, unorm_vec, beta1, beta2, beta3, alpha, eps, step, lr, weight_decay,
-        gnorm_scale, max_unorm, skip_zeros,
-    )  # fmt: skip
+    settings = OptimizerStep(
+        optimizer_name, step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, max_unorm, skip_zeros
+    )
+    primitives.optimizer_update_32bit(settings, g, p, OptimizerState32bit(state1, state2), unorm_vec)
 
 
 def optimizer_update_8bit_blockwise(
@@ -562,10 +544,11 @@ def optimizer_update_8bit_blockwise(
 
     :data:`bnb_core.primitives.optimizer_update_8bit_blockwise` says more.
     """
-    primitives.optimizer_update_8bit_blockwise(
-        optimizer_name, g, p, state1, state2, qmap1, qmap2, absmax1, absmax2, unorm_vec, beta1, beta2, beta3, alpha,
-        eps, step, lr, weight_decay, gnorm_scale, max_unorm, skip_zeros,
-    )  # fmt: skip
+    settings = OptimizerStep(
+        optimizer_name, step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, max_unorm, skip_zeros
+    )
+    state = OptimizerState8bit(state1, state2, qmap1, qmap2, absmax1, absmax2)
+    primitives.optimizer_update_8bit_blockwise(settings, g, p, state, unorm_vec)
 
 
 def get_ptr(A: Tensor | None) -> ctypes.c_void_p | None:
@@ -582,13 +565,15 @@ def get_ptr(A: Tensor | None) -> ctypes.c_void_p | None:
     return ctypes.c_void_p(A.data_ptr())
 
 
-def __getattr__(name: str) -> Any:
-    """Further names of bitsandbytes, such as ``lib``, are loaded when they are first asked for: hardly anybody does."""
-    if not name.startswith("__"):
-        from bnb_core.compat import functional_names
+further_names: Callable[[], ModuleType] | None = None
+"""Gives a module with more names, in its ``__all__``, when they are first asked for: hardly anybody does."""
 
-        if name in functional_names.__all__:
-            return getattr(functional_names, name)
+
+def __getattr__(name: str) -> Any:
+    if further_names is not None and not name.startswith("__"):
+        module = further_names()
+        if name in module.__all__:
+            return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

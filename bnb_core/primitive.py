@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import combinations
@@ -16,6 +17,7 @@ from torch.compiler import is_compiling
 
 from bnb_core import registry
 from bnb_core.checks import check_dtype, check_same_device, check_shape, check_tensor
+from bnb_core.records import RECORDS, SCHEMAS, flat, is_record, map_tensors
 from bnb_core.signature import is_readable, signature
 
 NAMESPACE = "bnb_core"
@@ -78,6 +80,14 @@ def goes_to_dispatcher(tensor: Tensor) -> bool:
     )
 
 
+def plain(value: Any) -> Any:
+    """A tensor without a class of ours, which torch's dispatcher would ask about each operation; others as they are."""
+    if not isinstance(value, Tensor) or type(value) not in _PLAIN_TYPES or type(value) is Tensor:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.view(value.shape)  # torch.export does not see through .data
+
+
 class Primitive:
     """A callable that checks its arguments, allocates its outputs and has the serving backend's kernel fill them.
 
@@ -89,33 +99,59 @@ class Primitive:
         self, schema: str, declaration: Callable[..., Out | tuple[Out, ...] | None], differentiable: bool
     ) -> None:
         self.name = declaration.__name__
-        self.schema = f"{self.name}{schema}"
         self.declaration = declaration
         self.__doc__ = declaration.__doc__
         self.__signature__ = inspect.signature(declaration)
-        self._argument_names = tuple(self.__signature__.parameters)
+        arguments = schema[1 : schema.rindex(") ->")].split(", ")
+        self._records = [RECORDS.get(argument.split()[0]) for argument in arguments]
+        self.schema = f"{self.name}{_RECORD.sub(_expanded, schema)}"
         self._plans: dict[Any, _Plan] = {}
         _library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(self.name, lambda *arguments: self._run(arguments), "CompositeExplicitAutograd")
+        _library.impl(self.name, lambda *flat: self._run(self.structured(flat)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._fake, lib=_library)
         if not differentiable:
             _library.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
         self.op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self.names = tuple(argument.name for argument in self.op._schema.arguments)
+        """Of the operator's arguments, and of those that errors tell of."""
         # An optimizer's arguments are never like earlier ones, as they count its steps.
         self._signature = signature if self.op._schema.returns else lambda arguments: None
-        types = [str(argument.type) for argument in self.op._schema.arguments]
-        self._first_tensor = types.index("Tensor")
-        self._last_tensor = max(index for index, name in enumerate(types) if "Tensor" in name)
+        self._first_name, self._first_place, self._first_field = self._first_tensor()
         registry.declare(self.name)
+
+    def _first_tensor(self) -> tuple[str, int, int | None]:
+        """Its name, which argument it is, and which field of that where the argument is a record."""
+        places = [
+            (place, None if record is None else field)
+            for place, record in enumerate(self._records)
+            for field in range(1 if record is None else len(record._fields))
+        ]
+        types = [str(argument.type) for argument in self.op._schema.arguments]
+        first = types.index("Tensor")
+        return self.names[first], *places[first]
+
+    def structured(self, flat: Sequence[Any]) -> tuple[Any, ...]:
+        """The operator's arguments as the declaration has them, records among them."""
+        remaining = iter(flat)
+        return tuple(
+            [
+                next(remaining) if record is None else record._make([next(remaining) for _ in record._fields])
+                for record in self._records
+            ]
+        )
 
     def __repr__(self) -> str:
         return f"<primitive {self.schema}>"
 
     def __call__(self, *arguments: Any, out: Any = None) -> Any:
-        first = arguments[self._first_tensor]
+        first = arguments[self._first_place]
+        if self._first_field is not None:
+            if not is_record(first):
+                self._checked(arguments)
+            first = first[self._first_field]
         if not goes_to_dispatcher(first):
             return self._run(arguments, out)
-        check_tensor(self._argument_names[self._first_tensor], first)
+        check_tensor(self._first_name, first)
         result = self._dispatched(arguments)
         if out is None:
             return result
@@ -130,7 +166,7 @@ class Primitive:
     def _dispatched(self, arguments: tuple[Any, ...]) -> Any:
         """The call by way of torch, which names no argument when one is of a kind that the schema does not have."""
         try:
-            return self.op(*arguments)
+            return self.op(*[plain(argument) for argument in flat(arguments)])
         except RuntimeError:
             self._checked(arguments)
             raise
@@ -154,22 +190,23 @@ class Primitive:
         """Many calls of a primitive that changes its arguments, in one where the kernel can.
 
         Args:
-            arguments: those of one call, with a list of one length for each tensor that differs between the calls. What
-                follows the last tensor is checked at each time, and not part of what is remembered.
+            arguments: those of one call, with a list of one length for each tensor that differs between the calls. The
+                fields of a record without tensors are checked at each time, and all but the first not remembered.
         """
         first = self._of_call(arguments, 0)
-        count = len(next(argument for argument in arguments if isinstance(argument, list)))
-        if any(goes_to_dispatcher(tensor) for tensor in first if isinstance(tensor, Tensor)):
+        tensors = [value for value in flat(arguments) if isinstance(value, Tensor | list)]
+        count = len(next(value for value in tensors if isinstance(value, list)))
+        if any(goes_to_dispatcher(value) for value in flat(first) if isinstance(value, Tensor)):
             for index in range(count):
                 self(*self._of_call(arguments, index))
             return
         self.declaration(*first)
-        key = signature(arguments[: self._last_tensor + 1])
+        key = signature((arguments[0][0], *tensors))
         plan = self._plans.get(key)
         if plan is None:
             plans = [self._plan(self._of_call(arguments, index)) for index in range(count)]
-            tensors = [t for a in arguments if isinstance(a, list) for t in a]
-            readable = all(is_readable(t) for t in tensors) and len({p.device for p in plans}) == 1
+            each = [t for value in tensors for t in (value if isinstance(value, list) else [value])]
+            readable = all(is_readable(t) for t in each) and len({p.device for p in plans}) == 1
             plan = plans[0]._replace(readable=readable)
             self._remember(key, plan)
         kernel = registry.kernel_for(self.name, plan.device_type, first)
@@ -181,7 +218,14 @@ class Primitive:
 
     @staticmethod
     def _of_call(arguments: tuple[Any, ...], index: int) -> tuple[Any, ...]:
-        return tuple([argument[index] if isinstance(argument, list) else argument for argument in arguments])
+        """The arguments of one of the calls."""
+
+        def member(argument: Any) -> Any:
+            if is_record(argument):
+                return type(argument)._make([member(field) for field in argument])
+            return argument[index] if isinstance(argument, list) else argument
+
+        return tuple([member(argument) for argument in arguments])
 
     def _run_into(self, out: Any, plan: _Plan, arguments: tuple[Any, ...]) -> Any:
         """Fill the caller's outputs; those that are None are allocated."""
@@ -212,12 +256,12 @@ class Primitive:
         self, name: str, tensor: Tensor, expected: Out, arguments: tuple[Any, ...], device: torch.device
     ) -> None:
         _check_fits(name, tensor, expected.dtype, expected.shape, device)
-        for argument_name, argument in zip(self._argument_names, arguments, strict=True):
-            if isinstance(argument, Tensor) and _share_memory(argument, tensor):
+        for argument_name, argument in self._tensors(arguments):
+            if _share_memory(argument, tensor):
                 raise ValueError(f"{name}: shares its memory with {argument_name}, which is still to be read")
 
-    def _fake(self, *arguments: Any) -> Any:
-        outputs, device = self._checked(arguments)
+    def _fake(self, *flat: Any) -> Any:
+        outputs, device = self._checked(self.structured(flat))
         if outputs is None or isinstance(outputs, Out):
             return None if outputs is None else outputs.allocate(device)
         return tuple(o.allocate(device) for o in outputs)
@@ -244,21 +288,26 @@ class Primitive:
         outputs, device = self._checked(arguments)
         if outputs is None:  # the kernel changes some of its arguments, and takes any strides
             return _Plan((), device, device.type, True, lambda: None)
-        readable = all(is_readable(a) for a in arguments if isinstance(a, Tensor))
+        readable = all(is_readable(tensor) for _, tensor in self._tensors(arguments))
         if isinstance(outputs, Out):
             return _Plan((outputs,), device, device.type, readable, outputs.allocator(device))
         allocators = [output.allocator(device) for output in outputs]
         return _Plan(outputs, device, device.type, readable, lambda: tuple([allocate() for allocate in allocators]))
 
     def _checked(self, arguments: tuple[Any, ...]) -> tuple[Any, torch.device]:
+        for argument, record, name in zip(arguments, self._records, self.__signature__.parameters, strict=True):
+            if record is not None and type(argument) is not record:
+                raise TypeError(f"{name}: expected a {record.__name__}, got {type(argument).__name__}")
         outputs = self.declaration(*arguments)
-        tensors = [
-            (name, value)
-            for name, value in zip(self._argument_names, arguments, strict=True)
-            if isinstance(value, Tensor)
-        ]
+        tensors = list(self._tensors(arguments))
         check_same_device(tensors)
         return outputs, tensors[0][1].device
+
+    def _tensors(self, arguments: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, those in records too, with their names."""
+        for name, value in zip(self.names, flat(arguments), strict=True):
+            if isinstance(value, Tensor):
+                yield name, value
 
 
 def primitive(schema: str, differentiable: bool = False) -> Callable[[Callable[..., Any]], Primitive]:
@@ -268,10 +317,19 @@ def primitive(schema: str, differentiable: bool = False) -> Callable[[Callable[.
     returns the :class:`Out` or the tuple of them that the primitive gives; None if it only changes its arguments.
 
     Args:
-        schema: the arguments and results in torch's schema language, without the name.
+        schema: the arguments and results in torch's schema language, without the name; a record of records.py stands
+            for its fields.
         differentiable: autograd.py registers a gradient; otherwise torch sees results that need none.
     """
     return lambda declaration: Primitive(schema, declaration, differentiable)
+
+
+_RECORD = re.compile(rf"({'|'.join(RECORDS)}) (\w+)")
+
+
+def _expanded(argument: re.Match[str]) -> str:
+    """The fields of a record in torch's schema language."""
+    return SCHEMAS[RECORDS[argument[1]]].format(argument=argument[2])
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -304,7 +362,11 @@ def _copied_into(name: str, given: Tensor, computed: Tensor) -> Tensor:
 
 def made_readable(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments, with a copy of each tensor whose memory does not hold its values in order (``is_readable``)."""
-    return tuple([a.resolve_neg().contiguous() if isinstance(a, Tensor) else a for a in arguments])
+    return map_tensors(_readable, arguments)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    return tensor.resolve_neg().contiguous()
 
 
 def aligned(tensor: Tensor) -> Tensor:

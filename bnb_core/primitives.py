@@ -33,11 +33,9 @@ from bnb_core.checks import (
     shown,
 )
 from bnb_core.primitive import Out, primitive
+from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep, Weight4bit
 
 OPTIMIZER_BLOCKSIZE = 256
-NESTED_BLOCKSIZE = 256
-F32_SCALES = (None, None, None, NESTED_BLOCKSIZE)
-"""nested_absmax, nested_code, offset, nested_blocksize of scales that are not double-quantized."""
 MAX_INT8_INNER_SIZE = 2**16
 
 
@@ -143,127 +141,75 @@ def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: tor
     return packed, Out((block_count(n, blocksize),), torch.float32)
 
 
-def _check_packed(name: str, packed: Tensor, n: int, blocksize: int, quant_type: str) -> None:
+def _check_weight(name: str, weight: Weight4bit) -> None:
+    """The codes of a weight, which errors call ``name``, and its scales."""
+    check_sizes("shape", weight.shape)
+    packed, n = weight.packed, _product(weight.shape)
     check_dtype(name, packed, QUANT_STORAGES)
-    check_blocksize(blocksize)
-    check_choice("quant_type", quant_type, QUANT_TYPES)
+    check_blocksize(weight.blocksize)
+    check_choice("quant_type", weight.quant_type, QUANT_TYPES)
     if packed.numel() != packed_numel(n, packed.dtype):
         expected, given = (count * packed.dtype.itemsize for count in (packed_numel(n, packed.dtype), packed.numel()))
         raise ValueError(f"{name}: expected {expected} bytes for {n} elements of 4 bits, got {given}")
+    _check_block_scales(weight, block_count(n, weight.blocksize))
 
 
-def _check_block_scales(
-    absmax: Tensor,
-    blocks: int,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-) -> None:
-    check_dtype("absmax", absmax, (torch.float32,) if nested_absmax is None else (torch.uint8,))
-    check_numel("absmax", absmax, blocks)
-    check_blocksize(nested_blocksize, "nested_blocksize")
-    if nested_absmax is None:
-        for name, tensor in (("nested_code", nested_code), ("offset", offset)):
+def _check_block_scales(weight: Weight4bit, blocks: int) -> None:
+    nested = weight.nested_absmax is not None
+    check_dtype("absmax", weight.absmax, (torch.uint8,) if nested else (torch.float32,))
+    check_numel("absmax", weight.absmax, blocks)
+    check_blocksize(weight.nested_blocksize, "nested_blocksize")
+    if not nested:
+        for name in ("nested_code", "offset"):
+            tensor = getattr(weight, name)
             if tensor is not None:
                 raise TypeError(f"{name}: expected None, as nested_absmax is None, got {type(tensor).__name__}")
     else:
-        check_dtype("nested_absmax", nested_absmax, (torch.float32,))
-        check_numel("nested_absmax", nested_absmax, block_count(blocks, nested_blocksize))
-        check_code("nested_code", nested_code)  # type: ignore[arg-type]
-        check_dtype("offset", offset, (torch.float32,))  # type: ignore[arg-type]
-        check_numel("offset", offset, 1)  # type: ignore[arg-type]
+        check_dtype("nested_absmax", weight.nested_absmax, (torch.float32,))  # type: ignore[arg-type]
+        check_numel("nested_absmax", weight.nested_absmax, block_count(blocks, weight.nested_blocksize))  # type: ignore[arg-type]
+        check_code("nested_code", weight.nested_code)  # type: ignore[arg-type]
+        check_dtype("offset", weight.offset, (torch.float32,))  # type: ignore[arg-type]
+        check_numel("offset", weight.offset, 1)  # type: ignore[arg-type]
 
 
-@primitive(
-    "(Tensor A, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, ScalarType dtype, "
-    "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize) -> Tensor"
-)
-def dequantize_4bit(
-    A: Tensor,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-) -> Out:
+@primitive("(Weight4bit A, ScalarType dtype) -> Tensor")
+def dequantize_4bit(A: Weight4bit, dtype: torch.dtype) -> Out:
     """Undo :data:`quantize_4bit`: ``code[nibble_i] * absmax_b`` in f32, rounded once to ``dtype``.
 
     Args:
-        A: packed bytes in any storage dtype and shape.
-        absmax: f32 per block; with double quantization (QLoRA, section 3) the u8 codes of the scales.
-        shape: of the result.
+        A: packed, of any shape, which the result has.
         dtype: of the result: f32, f16 or bf16.
-        nested_absmax, nested_code, offset: with double quantization f32[ceil(blocks / nested_blocksize)], f32[256]
-            and one f32; otherwise None, as in :data:`F32_SCALES`.
     """
-    check_sizes("shape", shape)
-    n = _product(shape)
-    _check_packed("A", A, n, blocksize, quant_type)
-    _check_block_scales(absmax, block_count(n, blocksize), nested_absmax, nested_code, offset, nested_blocksize)
+    _check_weight("A", A)
     check_dtype_argument("dtype", dtype)
-    return Out(tuple(shape), dtype)
+    return Out(tuple(A.shape), dtype)
 
 
-@primitive(
-    "(Tensor A, Tensor B, SymInt[] shape, Tensor absmax, int blocksize, str quant_type, Tensor? bias, "
-    "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize) -> Tensor",
-    differentiable=True,
-)
-def gemm_4bit(
-    A: Tensor,
-    B: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-) -> Out:
+@primitive("(Tensor A, Weight4bit B, Tensor? bias) -> Tensor", differentiable=True)
+def gemm_4bit(A: Tensor, B: Weight4bit, bias: Tensor | None) -> Out:
     """``A @ dequantized(B)^T + bias`` in A's dtype, accumulated in f32 or wider; one row of A is the gemv.
 
     Args:
         A: [..., K], f32, f16 or bf16.
-        B: the weight [N, K] packed by :data:`quantize_4bit`, any storage dtype.
-        shape: (N, K).
-        absmax: f32 per block; with double quantization (QLoRA, section 3) the u8 codes of the scales.
+        B: the weight [N, K].
         bias: [N] in A's dtype, or None.
-        nested_absmax, nested_code, offset: as in :data:`dequantize_4bit`.
     """
     check_float("A", A)
-    N, K = _check_weight(B, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, nested_blocksize)
-    _check_columns("A", A, K, shape)
+    N, K = _check_matrix("B", B)
+    _check_columns("A", A, K, B.shape)
     if bias is not None:
         check_dtype("bias", bias, (A.dtype,))
         check_shape("bias", bias, (N,))
     return Out((*A.shape[:-1], N), A.dtype)
 
 
-def _check_weight(
-    B: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-) -> tuple[int, int]:
-    """(N, K) of a packed weight and its scales."""
-    check_sizes("shape", shape)
-    if len(shape) != 2:
-        raise ValueError(f"shape: expected (N, K), got {tuple(shape)}")
-    N, K = shape
-    _check_packed("B", B, N * K, blocksize, quant_type)
-    _check_block_scales(absmax, block_count(N * K, blocksize), nested_absmax, nested_code, offset, nested_blocksize)
+def _check_matrix(name: str, weight: Weight4bit) -> tuple[int, int]:
+    """(N, K) of a packed weight."""
+    check_sizes("shape", weight.shape)
+    if len(weight.shape) != 2:
+        raise ValueError(f"shape: expected (N, K), got {tuple(weight.shape)}")
+    _check_weight(name, weight)
+    N, K = weight.shape
     return N, K
 
 
@@ -274,31 +220,17 @@ def _check_columns(name: str, A: Tensor, columns: int, shape: Sequence[int]) -> 
         )
 
 
-@primitive(
-    "(Tensor dY, Tensor B, SymInt[] shape, Tensor absmax, int blocksize, str quant_type, Tensor? nested_absmax, "
-    "Tensor? nested_code, Tensor? offset, int nested_blocksize) -> Tensor"
-)
-def gemm_4bit_backward(
-    dY: Tensor,
-    B: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-) -> Out:
+@primitive("(Tensor dY, Weight4bit B) -> Tensor", differentiable=True)
+def gemm_4bit_backward(dY: Tensor, B: Weight4bit) -> Out:
     """The gradient of :data:`gemm_4bit`'s A: ``dY @ dequantized(B)`` in dY's dtype, accumulated in f32 or wider.
 
     Args:
         dY: [..., N], f32, f16 or bf16.
-        B, shape, absmax, ...: the weight [N, K], as in :data:`gemm_4bit`.
+        B: the weight [N, K].
     """
     check_float("dY", dY)
-    N, K = _check_weight(B, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, nested_blocksize)
-    _check_columns("dY", dY, N, shape)
+    N, K = _check_matrix("B", B)
+    _check_columns("dY", dY, N, B.shape)
     return Out((*dY.shape[:-1], K), dY.dtype)
 
 
@@ -444,22 +376,35 @@ def int8_mixed_scaled_mm(
     return Out((*A.shape[:-1], N), A.dtype)
 
 
+@primitive("(Tensor dY, Tensor B, Tensor col_stats) -> Tensor", differentiable=True)
+def int8_linear_backward(dY: Tensor, B: Tensor, col_stats: Tensor) -> Out:
+    """The gradient of A in a linear layer with an int8 weight: ``dY @ (B * col_stats / 127)`` in dY's dtype.
+
+    Args:
+        dY: [..., N], f32, f16 or bf16.
+        B: i8[N, K] with col_stats f32[N].
+    """
+    check_float("dY", dY)
+    check_dtype("B", B, (torch.int8,))
+    check_dimensions("B", B, 2)
+    N, K = B.shape
+    check_dtype("col_stats", col_stats, (torch.float32,))
+    check_numel("col_stats", col_stats, N)
+    _check_columns("dY", dY, N, B.shape)
+    return Out((*dY.shape[:-1], K), dY.dtype)
+
+
 def _check_optimizer(
-    optimizer_name: str,
+    step: OptimizerStep,
     g: Tensor,
     p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
+    states: tuple[Tensor, Tensor | None],
     state_dtype: torch.dtype,
     unorm_vec: Tensor | None,
-    step: int,
-    max_unorm: float,
-    numbers: Sequence[float],
-    lr: float,
-    skip_zeros: bool,
 ) -> None:
-    check_choice("optimizer_name", optimizer_name, _OPTIMIZER_NAMES)
-    traits = OPTIMIZERS[optimizer_name]
+    _check_step(step)
+    traits = OPTIMIZERS[step.optimizer_name]
+    state1, state2 = states
     check_float("p", p)
     check_dtype("g", g, (p.dtype,))
     check_shape("g", g, p.shape)
@@ -469,7 +414,16 @@ def _check_optimizer(
         check_dtype("state2", state2, (state_dtype,))  # type: ignore[arg-type]
         check_shape("state2", state2, p.shape)  # type: ignore[arg-type]
     else:
-        _check_absent("state2", state2, optimizer_name)
+        _check_absent("state2", state2, step.optimizer_name)
+    if step.max_unorm > 0 or unorm_vec is not None:
+        check_dtype("unorm_vec", unorm_vec, (torch.float32,))  # type: ignore[arg-type]
+        check_shape("unorm_vec", unorm_vec, (1,))  # type: ignore[arg-type]
+
+
+def _check_step(settings: OptimizerStep) -> None:
+    """Each value is looked at quickly first: a step of an optimizer does so for every group of parameters."""
+    name, step, lr, *numbers, max_unorm, skip_zeros = settings
+    check_choice("optimizer_name", name, _OPTIMIZER_NAMES)
     if type(step) is not int or not 1 <= step <= I64_MAX:
         check_whole("step", step, minimum=1)
     if type(max_unorm) is not float or not 0.0 <= max_unorm <= F32_MAX:
@@ -481,15 +435,12 @@ def _check_optimizer(
         check_number("lr", _one_number("lr", lr))
     if skip_zeros is not True and skip_zeros is not False:
         check_flag("skip_zeros", skip_zeros)
-    if max_unorm > 0 and not traits.takes_max_unorm:
-        raise ValueError(f"max_unorm: {optimizer_name} has no bounded update, expected 0, got {max_unorm}")
-    if max_unorm > 0 or unorm_vec is not None:
-        check_dtype("unorm_vec", unorm_vec, (torch.float32,))  # type: ignore[arg-type]
-        check_shape("unorm_vec", unorm_vec, (1,))  # type: ignore[arg-type]
+    if max_unorm > 0 and not OPTIMIZERS[name].takes_max_unorm:
+        raise ValueError(f"max_unorm: {name} has no bounded update, expected 0, got {max_unorm}")
 
 
 _OPTIMIZER_NAMES = tuple(OPTIMIZERS)
-_NUMBERS = ("beta1", "beta2", "beta3", "alpha", "eps", "weight_decay", "gnorm_scale")
+_NUMBERS = OptimizerStep._fields[3:-2]
 
 
 def _check_numbers(numbers: Sequence[float]) -> None:
@@ -513,99 +464,41 @@ def _one_number(name: str, value: object) -> object:
     return value.item()
 
 
-_HYPERPARAMETERS_SCHEMA = (
-    "float beta1, float beta2, float beta3, float alpha, float eps, int step, float lr, float weight_decay, "
-    "float gnorm_scale, float max_unorm, bool skip_zeros) -> ()"
-)
-
-
 @primitive(
-    "(str optimizer_name, Tensor g, Tensor(a!) p, Tensor(b!) state1, Tensor(c!)? state2, Tensor(d!)? unorm_vec, "
-    + _HYPERPARAMETERS_SCHEMA
+    "(OptimizerStep step, Tensor g, Tensor(a!) p, OptimizerState32bit state, Tensor(f!)? unorm_vec) -> ()",
 )
 def optimizer_update_32bit(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    unorm_vec: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    weight_decay: float,
-    gnorm_scale: float,
-    max_unorm: float,
-    skip_zeros: bool,
+    step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState32bit, unorm_vec: Tensor | None
 ) -> None:
     """One optimizer step with f32 state, in place (docs/SPEC.md section 5 has the rule of each optimizer).
 
     Args:
-        optimizer_name: a key of :data:`OPTIMIZERS`.
-        g, p: gradient and parameter of one shape and dtype: f32, f16 or bf16. p is updated.
-        state1, state2: f32 in p's shape ([2, *shape] for ademamix's state1; state2 None where there is one state).
+        g, p: gradient and parameter of one shape and dtype: f32, f16 or bf16. p and the state are updated.
         unorm_vec: f32[1], receives the norm of the update when ``max_unorm`` > 0; otherwise may be None.
-        step: from 1, as far as i64 goes. alpha and beta3 are this step's, schedules applied.
-        beta1, ..., gnorm_scale: numbers that f32 holds; lr may be a tensor of one.
     """
-    numbers = (beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale)
-    _check_optimizer(
-        optimizer_name, g, p, state1, state2, torch.float32, unorm_vec, step, max_unorm, numbers, lr, skip_zeros
-    )
+    _check_optimizer(step, g, p, (state.state1, state.state2), torch.float32, unorm_vec)
 
 
 @primitive(
-    "(str optimizer_name, Tensor g, Tensor(a!) p, Tensor(b!) state1, Tensor(c!)? state2, Tensor qmap1, Tensor? qmap2, "
-    "Tensor(d!) absmax1, Tensor(e!)? absmax2, Tensor(f!)? unorm_vec, " + _HYPERPARAMETERS_SCHEMA
+    "(OptimizerStep step, Tensor g, Tensor(a!) p, OptimizerState8bit state, Tensor(f!)? unorm_vec) -> ()",
 )
 def optimizer_update_8bit_blockwise(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    qmap1: Tensor,
-    qmap2: Tensor | None,
-    absmax1: Tensor,
-    absmax2: Tensor | None,
-    unorm_vec: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    weight_decay: float,
-    gnorm_scale: float,
-    max_unorm: float,
-    skip_zeros: bool,
+    step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState8bit, unorm_vec: Tensor | None
 ) -> None:
     """One optimizer step with 8-bit state in blocks of 256, in place (8-bit Optimizers; docs/SPEC.md section 5).
 
-    Args:
-        state1, state2: u8 codes, shaped as in :data:`optimizer_update_32bit`.
-        qmap1, qmap2: f32[256], the codebooks of the two states; with absmax2 None where there is one state.
-        absmax1, absmax2: f32[blocks] ([2, blocks] for ademamix's absmax1), updated.
-        The others as in :data:`optimizer_update_32bit`.
+    The arguments are those of :data:`optimizer_update_32bit`.
     """
-    numbers = (beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale)
-    _check_optimizer(
-        optimizer_name, g, p, state1, state2, torch.uint8, unorm_vec, step, max_unorm, numbers, lr, skip_zeros
-    )
-    traits = OPTIMIZERS[optimizer_name]
+    _check_optimizer(step, g, p, (state.state1, state.state2), torch.uint8, unorm_vec)
+    traits = OPTIMIZERS[step.optimizer_name]
     blocks = block_count(p.numel(), OPTIMIZER_BLOCKSIZE)
-    check_code("qmap1", qmap1)
-    check_dtype("absmax1", absmax1, (torch.float32,))
-    check_numel("absmax1", absmax1, 2 * blocks if traits.stacked else blocks)
+    check_code("qmap1", state.qmap1)
+    check_dtype("absmax1", state.absmax1, (torch.float32,))
+    check_numel("absmax1", state.absmax1, 2 * blocks if traits.stacked else blocks)
     if traits.states == 2:
-        check_code("qmap2", qmap2)  # type: ignore[arg-type]
-        check_dtype("absmax2", absmax2, (torch.float32,))  # type: ignore[arg-type]
-        check_numel("absmax2", absmax2, blocks)  # type: ignore[arg-type]
+        check_code("qmap2", state.qmap2)  # type: ignore[arg-type]
+        check_dtype("absmax2", state.absmax2, (torch.float32,))  # type: ignore[arg-type]
+        check_numel("absmax2", state.absmax2, blocks)  # type: ignore[arg-type]
     else:
-        _check_absent("qmap2", qmap2, optimizer_name)
-        _check_absent("absmax2", absmax2, optimizer_name)
+        _check_absent("qmap2", state.qmap2, step.optimizer_name)
+        _check_absent("absmax2", state.absmax2, step.optimizer_name)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnb_core.checks import check_choice
+from bnb_core.checks import QUANT_TYPES, check_choice
 from bnb_core.nn.linear4bit import Linear4bit
 from bnb_core.nn.linear8bit import Linear8bitLt
 
-METHODS = ("nf4", "fp4", "int8")
+METHODS = (*reversed(QUANT_TYPES), "int8")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 def signature_in_python(arguments: tuple[Any, ...]) -> Hashable | None:
     """Dtype, device, shape and readability of every tensor, type and value of everything else, in sequences too.
 
+    A sequence counts by its type as well: a record is no other tuple.
+
     None where that cannot be told, as the arguments have to be checked each time then.
     """
     try:
@@ -31,7 +33,7 @@ def _described(argument: Any) -> Hashable:
     if isinstance(argument, Tensor):
         return argument.dtype, argument.device, argument.shape, is_readable(argument)
     if isinstance(argument, tuple | list):
-        return tuple([_described(item) for item in argument])
+        return type(argument), *[_described(item) for item in argument]
     return type(argument), argument
 
 

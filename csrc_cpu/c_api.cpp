@@ -1,13 +1,22 @@
 #include "../csrc_shared/c_api.h"
 
+#include <algorithm>
+
+#include "dispatch.h"
+
 namespace bnb {
 
-void gemm_4bit_of_code(DType dtype, int64_t M, int64_t N, int64_t K, const void* A, const uint8_t* packed,
-                       const float* absmax, const float* code, int64_t blocksize, void* out, Stream stream) {
-  // An ascending codebook starts with nf4's -1; fp4's first code is 0.
-  const QuantType quant_type = code[0] < 0 ? QuantType::nf4 : QuantType::fp4;
-  const BlockScales scales{absmax, nullptr, nullptr, nullptr, nullptr, 0};
-  kernels().gemm_4bit(A, dtype, M, N, K, packed, scales, blocksize, quant_type, nullptr, out, stream);
+// Where the codes stand for the values of a format, its kernel serves.
+void gemm_4bit_of_code(const Matrix& A, const Weight4bit& weight, const float* code, void* out,
+                       Stream stream) {
+  for (const Format4bit& format : kFormats) {
+    if (!std::equal(format.codebook, format.codebook + 16, code)) continue;
+    Weight4bit known = weight;
+    known.quant_type = format.quant_type;
+    kernels().gemm_4bit(A, known, nullptr, out, stream);
+    return;
+  }
+  target().gemm_4bit_of_code(A, weight, code, nullptr, out);
 }
 
 }  // namespace bnb

@@ -25,11 +25,11 @@ struct F32Scales {
 class StoredScales {
  public:
   explicit StoredScales(const BlockScales& scales)
-      : scales_(scales), nested_blocksize_log2_(scales.codes ? log2_of(scales.nested_blocksize) : 0) {}
+      : scales_(scales), nested_block_shift_(scales.codes ? log2_of(scales.nested_blocksize) : 0) {}
 
   __device__ StoredScale load(int64_t block) const {
     if (!scales_.codes) return {scales_.absmax[block], 0};
-    return {scales_.nested_absmax[block >> nested_blocksize_log2_], scales_.codes[block]};
+    return {scales_.nested_absmax[block >> nested_block_shift_], scales_.codes[block]};
   }
   __device__ float offset() const { return scales_.codes ? *scales_.offset : 0.0f; }
   __device__ float decode(StoredScale stored, float offset) const {
@@ -40,7 +40,7 @@ class StoredScales {
 
  private:
   BlockScales scales_;
-  int nested_blocksize_log2_;
+  int nested_block_shift_;
 };
 
 }  // namespace bnb

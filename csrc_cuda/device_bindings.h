@@ -20,7 +20,9 @@ inline void bind_device_extras(pybind11::module_& m) {
         prefetch_managed(address, bytes, to_host, reinterpret_cast<Stream>(stream));
       },
       no_gil);
-  bind<&gpu::takes_wgmma>(m, "takes_wgmma");
+  bind<&gpu::takes_wgmma>(m, "takes_wgmma",
+                          "Whether Hopper's own kernel takes products of A and the weight.");
+  bind<&gpu::set_wgmma_rows>(m, "set_wgmma_rows", "Up to how many rows of A gemm_4bit gives them to it.");
 }
 
 }  // namespace bnb

@@ -1,8 +1,8 @@
 // Turns values scaled to [-1, 1] into codes: the number of thresholds below them, where a threshold lies
 // midway between neighbouring entries of the codebook (docs/SPEC.md section 2).
 //
-// An encoder has a Source, which the host gives, and Tables in shared memory, which the threads of a block
-// make from it; `encode` wants them complete, and so comes after a barrier.
+// A class of encoders has a Source, which the host gives, and Tables in shared memory, which the threads of a
+// block make from it; `encode` wants them complete, and so comes after a barrier.
 #pragma once
 
 #include <cstring>
@@ -54,8 +54,6 @@ class CellEncoder {
     fill_cells(tables, thread * kRun - kCells, min((thread + 1) * kRun, 2 * kCells) - kCells);
   }
 
-  static __device__ int zero(const Tables& tables) { return tables.zero; }
-
   // For values from -1 to 1, or as much beyond as rounding brings them. The code of a NaN is undefined.
   template <int count>
   static __device__ void encode(const Tables& tables, const float (&x)[count], int (&codes)[count]) {
@@ -99,43 +97,49 @@ class CellEncoder {
 
 // For a short codebook whose thresholds are more than 1/15 apart: cells of equal width, 31 of them, which no
 // two lanes look up in the same bank unless they look up the same one.
-struct UniformCells : UniformCellTable {
-  __device__ int count_below(float x) const {
-    const int cell = bits(x * kUniformScale + kUniformShift) & (kUniformTable - 1);
-    return below[cell] + (thresholds[cell] < x);
-  }
-};
-
-template <QuantType quant_type>
+template <Encoder kind>
 class ShortEncoder {
  public:
-  using Source = UniformCells;
-  using Tables = UniformCells;
+  struct Tables : UniformCellTable {
+    int zero;                // the code of 0.0
+    uint32_t code_of_ranks;  // of magnitudes, four bits each
+
+    __device__ int count_below(float x) const {
+      const int cell = bits(x * kUniformScale + kUniformShift) & (kUniformTable - 1);
+      return below[cell] + (thresholds[cell] < x);
+    }
+  };
+  using Source = Tables;
   static constexpr int kBits = 4;
 
-  static Source source() {
-    if (quant_type == QuantType::nf4) return {uniform_cell_table(kNf4Code, 16)};
-    return {uniform_cell_table(kFp4AscendingMagnitudes, 8)};
+  static Source source(const Format4bit& format) {
+    if (kind == Encoder::nearest) return {uniform_cell_table(format.codebook, 16), format.zero, 0};
+    const AscendingMagnitudes magnitudes = ascending_magnitudes(format);
+    uint32_t code_of_ranks = 0;
+    for (int rank = 0; rank < 8; rank++) code_of_ranks |= magnitudes.codes[rank] << 4 * rank;
+    return {uniform_cell_table(magnitudes.values, 8), format.zero, code_of_ranks};
   }
 
   // Called by all threads of a block; needs a barrier behind.
-  static __device__ void prepare(Tables& tables, const Source& cells) {
+  static __device__ void prepare(Tables& tables, const Source& source) {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread >= kUniformTable) return;
-    tables.thresholds[thread] = cells.thresholds[thread];
-    tables.below[thread] = cells.below[thread];
+    tables.thresholds[thread] = source.thresholds[thread];
+    tables.below[thread] = source.below[thread];
+    if (thread > 0) return;
+    tables.zero = source.zero;
+    tables.code_of_ranks = source.code_of_ranks;
   }
-
-  static __device__ int zero(const Tables&) { return quant_type == QuantType::nf4 ? kNf4Zero : kFp4Zero; }
 
   template <int count>
   static __device__ void encode(const Tables& tables, const float (&x)[count], int (&codes)[count]) {
 #pragma unroll
     for (int i = 0; i < count; i++) {
-      if constexpr (quant_type == QuantType::nf4) {
+      if constexpr (kind == Encoder::nearest) {
         codes[i] = tables.count_below(x[i]);
       } else {
-        codes[i] = fp4_code_of_rank(tables.count_below(fabsf(x[i]))) | (x[i] < 0 ? 8 : 0);
+        const int rank = tables.count_below(fabsf(x[i]));
+        codes[i] = (tables.code_of_ranks >> 4 * rank & 7) | (x[i] < 0 ? 8 : 0);
       }
     }
   }
@@ -156,11 +160,11 @@ __device__ inline float stored_absmax(int32_t largest) {
 // Codes of 4 bits go two to a byte, the first in the high nibble.
 //
 // With `raises`, a positive value takes the smallest positive code rather than that of 0.0.
-template <class Encoder, bool raises = false, int count>
-__device__ inline void encode_block(const typename Encoder::Tables& tables, int32_t largest,
+template <class AnyEncoder, bool raises = false, int count>
+__device__ inline void encode_block(const typename AnyEncoder::Tables& tables, int32_t largest,
                                     const float (&values)[count],
-                                    uint8_t (&bytes)[count * Encoder::kBits / 8]) {
-  constexpr int bits = Encoder::kBits, each = 32 / bits;
+                                    uint8_t (&bytes)[count * AnyEncoder::kBits / 8]) {
+  constexpr int bits = AnyEncoder::kBits, each = 32 / bits;
   float least_positive = 0;
   if constexpr (raises) least_positive = tables.least_positive;
   const bool scalable = is_scalable(largest);
@@ -172,9 +176,9 @@ __device__ inline void encode_block(const typename Encoder::Tables& tables, int3
     if (raises) scaled[i] = fmaxf(scaled[i], values[i] > 0 ? least_positive : scaled[i]);
   }
   int codes[count];
-  Encoder::encode(tables, scaled, codes);
+  AnyEncoder::encode(tables, scaled, codes);
   // Whole words, so that the choice costs one instruction for each.
-  const uint32_t zeros = Encoder::zero(tables) * (bits == 8 ? 0x01010101u : 0x11111111u);
+  const uint32_t zeros = tables.zero * (bits == 8 ? 0x01010101u : 0x11111111u);
   uint32_t words[count / each];
 #pragma unroll
   for (int w = 0; w < count / each; w++) {

@@ -1,4 +1,7 @@
-// Matmul with a 4-bit weight (docs/SPEC.md section 3): which kernel serves which product.
+// Products with a 4-bit weight (docs/SPEC.md section 3): which kernel serves which, and what is left to
+// torch.
+#include <atomic>
+
 #include "gemm_4bit_mma.h"
 #include "gemm_4bit_tiles.h"
 #include "gemm_4bit_wgmma.h"
@@ -16,8 +19,6 @@ void multiply_by_mma(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stre
   return launch_gemm_4bit_mma<T, 8, segment>(gemm, codebook, stream);
 }
 
-constexpr int64_t kFewRows = 64;  // up to so many of A read the weight faster in gemm_4bit_mma.h
-
 template <class Weights, class T>
 void multiply_in_f32(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
   if (gemm.M == 1) return launch_gemv_4bit<Weights, 1>(gemm, codebook, stream);
@@ -25,44 +26,64 @@ void multiply_in_f32(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stre
   launch_gemm_4bit_tiles<Weights>(gemm, codebook, stream);
 }
 
-// Kernels are asked in this order.
+// Any product, fast where A has few rows. Kernels are asked in this order.
 template <class T>
-void multiply(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
-  if constexpr (kBuiltForHopper && !std::is_same_v<T, float>) {
-    const Weight4bit& weight = gemm.weight;
-    if (gemm.M > kFewRows && fits_wgmma(gemm.A, weight.K, weight.packed, int64_t{1} << weight.blocksize_log2))
-      return launch_gemm_4bit_wgmma<T>(gemm, codebook, stream);
-  }
+void multiply_fused(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
   if constexpr (kMayHaveMma && !std::is_same_v<T, float>) {
     const int segment = mma_segment(gemm);
     if (segment == 64) return multiply_by_mma<T, 64>(gemm, codebook, stream);
     if (segment == 32) return multiply_by_mma<T, 32>(gemm, codebook, stream);
   }
-  if (gemm.weight.K % kChunk == 0 && is_aligned(gemm.weight.packed, sizeof(uint32_t)))
-    return multiply_in_f32<AlignedWeight>(gemm, codebook, stream);
+  if (AlignedWeight::fits(gemm.weight)) return multiply_in_f32<AlignedWeight>(gemm, codebook, stream);
   multiply_in_f32<AnyWeight>(gemm, codebook, stream);
+}
+
+// Up to so many rows of A those kernels are the fastest; above, torch's matmul is, which reads the
+// dequantized weight from the cache as often as it needs.
+constexpr int64_t kFusedRows = 64;
+
+// On an H200 the kernel on wgmma takes 0.6 to 0.8 of the time of dequantizing and multiplying at 96 and 128
+// rows, 0.9 to 1.2 at 256, more above (benchmarks/results/gpu-2026-11-27-h200.md).
+std::atomic<int64_t> most_wgmma_rows{128};
+
+template <class T>
+Dense multiply(const Gemm4bit<T>& gemm, const Format4bit& format, Stream stream) {
+  const Codebook4bit codebook = codebook_for<T>(format);
+  if (gemm.M <= kFusedRows || gemm.weight.K < kLeastTerms) {
+    multiply_fused(gemm, codebook, stream);
+    return Dense::nothing;
+  }
+  if constexpr (kBuiltForHopper && !std::is_same_v<T, float>) {
+    if (gemm.M <= most_wgmma_rows && fits_wgmma(gemm)) {
+      launch_gemm_4bit_wgmma(gemm, codebook, stream);
+      return Dense::nothing;
+    }
+  }
+  return Dense::in_dtype;
 }
 
 }  // namespace
 
 namespace gpu {
 
-void gemm_4bit(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, const uint8_t* packed,
-               const BlockScales& scales, int64_t blocksize, QuantType quant_type, const void* bias,
-               void* out, Stream stream) {
-  if (M == 0 || N == 0) return;
-  const Weight4bit weight{packed, StoredScales(scales), N, K, log2_of(blocksize)};
-  with_dtype(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const Gemm4bit<T> gemm{static_cast<const T*>(A), weight, static_cast<const T*>(bias),
-                           static_cast<T*>(out), M};
-    multiply(gemm, codebook_4bit(quant_type), stream);
-  });
+Dense gemm_4bit(const Matrix& A, const Weight4bit& weight, const void* bias, void* out, Stream stream) {
+  Dense left = Dense::nothing;
+  with_gemm_4bit(A, weight, bias, out,
+                 [&](const auto& gemm) { left = multiply(gemm, weight.format(), stream); });
+  return left;
 }
 
-bool takes_wgmma(const void* A, DType dtype, int64_t K, const uint8_t* packed, int64_t blocksize) {
-  return dtype != DType::f32 && fits_wgmma(A, K, packed, blocksize);
+Dense gemm_4bit_backward(const Matrix& dY, const Weight4bit& weight, void*, Stream) {
+  return dense_for(dY.dtype, weight.N);
 }
+
+bool takes_wgmma(const Matrix& A, const Weight4bit& weight) {
+  bool takes = false;
+  with_gemm_4bit(A, weight, nullptr, nullptr, [&](const auto& gemm) { takes = fits_wgmma(gemm); });
+  return takes;
+}
+
+void set_wgmma_rows(int64_t rows) { most_wgmma_rows = rows; }
 
 }  // namespace gpu
 }  // namespace bnb

@@ -9,11 +9,22 @@ namespace bnb {
 template <class T>
 struct Gemm4bit {
   const T* A;
-  Weight4bit weight;
+  WeightView weight;
   const T* bias;
   T* out;
   int64_t M;
 };
+
+// Calls f with the product for kernels of A's dtype, unless it has no elements.
+template <class F>
+void with_gemm_4bit(const Matrix& A, const Weight4bit& weight, const void* bias, void* out, const F& f) {
+  if (A.rows == 0 || weight.N == 0) return;
+  with_dtype(A.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    f(Gemm4bit<T>{A.as<const T>(), WeightView(weight), static_cast<const T*>(bias), static_cast<T*>(out),
+                  A.rows});
+  });
+}
 
 constexpr int64_t kMostMmaColumns = int64_t{1} << 30;  // on tensor cores columns are counted in 32 bits
 

@@ -40,21 +40,6 @@ struct MmaPlan {
   SplitK split;
 };
 
-// What codes are multiplied by before they are rounded, and sums of them to undo it.
-struct CodeFactor {
-  explicit __device__ constexpr CodeFactor(float factor) : of_codes(factor), of_sums(1.0f / factor) {}
-  float of_codes, of_sums;
-};
-
-// A factor that makes all codes all but representable in T: after rounding the worst one is off by 2^-9.3 in
-// bfloat16 and 2^-12.6 in half, half of what rounding may do. FP4's become exact. Codebooks are told apart by
-// the sign of their second value.
-template <class T, class Codebook>
-__device__ inline CodeFactor code_factor(const Codebook& codebook) {
-  constexpr CodeFactor fp4(3.0f), nf4(std::is_same_v<T, __half> ? 0x1.a374b0p+0f : 0x1.3055e8p+0f);
-  return codebook.values[1] > 0.0f ? fp4 : nf4;
-}
-
 // The part of X that a block's warps multiply in one step: [k_warps][rows][span], in pieces of 16 bytes.
 template <class T, int rows, class Segments>
 class StagedX {
@@ -137,7 +122,7 @@ class WeightStream {
   static constexpr int kWords = Segments::length / 32;
 
   // Of kWarpRows rows from column k on.
-  __device__ WeightStream(const Weight4bit& weight, int64_t first_row, int k)
+  __device__ WeightStream(const WeightView& weight, int64_t first_row, int k)
       : column_(k), K_(static_cast<int>(weight.K)) {
     const int t = lane() % kQuad, g = lane() / kQuad;
     codes_ = weight.packed + (first_row + g) * weight.K / 2 + t * kWords * 4;
@@ -145,7 +130,7 @@ class WeightStream {
   }
 
   // Past the end of K it loads what was there before, and says so of the scales.
-  __device__ void load(const Weight4bit& weight, int step_width, WeightStep<Segments>& step) {
+  __device__ void load(const WeightView& weight, int step_width, WeightStep<Segments>& step) {
 #pragma unroll
     for (int s = 0; s < Segments::count; s++) {
       const uint8_t* row = codes_ + (min(column_ + s * Segments::length, K_ - Segments::length) >> 1);
@@ -160,7 +145,7 @@ class WeightStream {
 #pragma unroll
     for (int i = 0; i < Segments::count; i++) {
       const int64_t place = scale_row_ + i * 8 * weight.K + min(column, K_ - Segments::length);
-      step.scales[i] = weight.scales.load(place >> weight.blocksize_log2);
+      step.scales[i] = weight.scales.load(place >> weight.block_shift);
     }
     column_ += step_width;
   }
@@ -180,7 +165,7 @@ class MmaTile {
   using Step = WeightStep<Segments>;
 
   // Adds the products of a step with a stage of X, of which the lane reads from `place` on.
-  __device__ void add(const Weight4bit& weight, float offset, const Step& step, PairTable<T> table,
+  __device__ void add(const WeightView& weight, float offset, const Step& step, PairTable<T> table,
                       int place) {
     constexpr int kScales = Segments::count;
     float decoded[kScales];
@@ -242,7 +227,7 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
     gemm_4bit_mma_kernel(Gemm4bit<T> gemm, Codebook codebook, MmaPlan plan) {
   using Tile = MmaTile<T, n_tiles, Segments>;
   using X = typename Tile::X;
-  const Weight4bit& weight = gemm.weight;
+  const WeightView& weight = gemm.weight;
   const int block = static_cast<int>(blockIdx.x);
   const int part = block / plan.row_blocks % plan.split.splits;
   const int64_t first_m = int64_t{block / plan.row_blocks / plan.split.splits} * Tile::kRows;
@@ -262,7 +247,7 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
   X x(gemm.A + first_m * weight.K, x_rows, weight.K, k, plan.k_warps);
   x.copy(weight.K, plan.k_warps, plan.copied_row_step, 0);
   const PairTable<T> table(shared);
-  const CodeFactor factor = code_factor<T>(codebook);
+  const CodeFactor factor = factor_of(codebook);
   table.template fill<kMmaThreads>(codebook, factor.of_codes);
 
   Tile tile;
@@ -334,7 +319,7 @@ int mma_segment(const Gemm4bit<T>& gemm) {
   if (!has_mma<T>() || K < kLeastTerms || K > kMostMmaColumns || gemm.weight.N < kWarpRows ||
       !is_aligned(gemm.A, 16))
     return 0;
-  if (K % 64 == 0 && gemm.weight.blocksize_log2 >= 6 && is_aligned(gemm.weight.packed, 8)) return 64;
+  if (K % 64 == 0 && gemm.weight.block_shift >= 6 && is_aligned(gemm.weight.packed, 8)) return 64;
   if (K % 32 == 0 && is_aligned(gemm.weight.packed, 4)) return 32;
   return 0;
 }

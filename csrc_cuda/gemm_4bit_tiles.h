@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     gemm_4bit_tiles_kernel(Gemm4bit<T> gemm, Codebook4bit codes) {
   __shared__ float codebook_values[kLaneCodebookSize];
   const LaneCodebook codebook = make_lane_codebook(codes, codebook_values);
-  const Weight4bit& weight = gemm.weight;
+  const WeightView& weight = gemm.weight;
   const bool whole = has_whole_chunks(gemm);
   const auto fill = [&](int64_t m, int64_t n, int64_t k, float(&x)[kChunk], float(&w)[kChunk]) {
     if (k >= weight.K) return;

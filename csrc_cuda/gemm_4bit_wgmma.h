@@ -63,8 +63,8 @@ class WgmmaCopies {
     code_place_ = Stages::place_of_code(code_row, byte);
   }
 
-  // Starts to copy the next step. Rows of X that there are not are left out: they make columns of the product
-  // that nobody wants.
+  // Starts to copy the next step. Rows past the last one of X are left out: nobody stores the columns that
+  // they make of the product.
   __device__ void copy(int step) {
     unsigned char* const to = Stages::x(step) + x_place_;
     const T* from = x_;
@@ -93,7 +93,7 @@ class WgmmaCopies {
 // The scales of a lane's two rows, step after step. Of four steps each lane of a quad keeps one's.
 class WgmmaScales {
  public:
-  __device__ WgmmaScales(const Weight4bit& weight, const int64_t (&rows)[2], int k, int depth)
+  __device__ WgmmaScales(const WeightView& weight, const int64_t (&rows)[2], int k, int depth)
       : weight_(weight), offset_(weight.scales.offset()), depth_(depth), column_(k + lane() % kQuad * depth) {
 #pragma unroll
     for (int i = 0; i < 2; i++) first_[i] = rows[i] * weight.K;
@@ -116,12 +116,11 @@ class WgmmaScales {
   __device__ void load() {
     const int64_t column = min(static_cast<int64_t>(column_), weight_.K - 1);
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      stored_[i] = weight_.scales.load((first_[i] + column) >> weight_.blocksize_log2);
+    for (int i = 0; i < 2; i++) stored_[i] = weight_.scales.load((first_[i] + column) >> weight_.block_shift);
     column_ += kQuad * depth_;
   }
 
-  const Weight4bit& weight_;
+  const WeightView& weight_;
   float offset_, decoded_[2];
   StoredScale stored_[2];
   int64_t first_[2];
@@ -227,7 +226,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
 #else
   using Tile = WgmmaTile<T, tiles>;
   using Stages = typename Tile::Stages;
-  const Weight4bit& weight = gemm.weight;
+  const WeightView& weight = gemm.weight;
   // Blocks with the same rows of W are neighbours: the cache has them for all.
   const int64_t m_blocks = ceil_div(gemm.M, Stages::kRows), n_blocks = ceil_div(weight.N, kWgmmaBlockRows);
   const int64_t first_m = int64_t{blockIdx.x} % m_blocks * Stages::kRows;
@@ -286,10 +285,13 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
 
 // Whether this kernel multiplies so on the current device: K is whole steps, each of them in one block of
 // scales, and not so short that rounding the weights would not average out.
-inline bool fits_wgmma(const void* A, int64_t K, const uint8_t* packed, int64_t blocksize) {
-  constexpr int kDepth = WgmmaStages<__half, 1>::kDepth;
-  return has_wgmma() && K % kDepth == 0 && K >= kLeastTerms && K <= kMostMmaColumns && blocksize >= kDepth &&
-         is_aligned(A, kAccessBytes) && is_aligned(packed, kAccessBytes);
+template <class T>
+bool fits_wgmma(const Gemm4bit<T>& gemm) {
+  constexpr int kDepth = WgmmaStages<T, 1>::kDepth;
+  const WeightView& weight = gemm.weight;
+  return has_wgmma() && !std::is_same_v<T, float> && weight.K % kDepth == 0 && weight.K >= kLeastTerms &&
+         weight.K <= kMostMmaColumns && int64_t{1} << weight.block_shift >= kDepth &&
+         is_aligned(gemm.A, kAccessBytes) && is_aligned(weight.packed, kAccessBytes);
 }
 
 // How the work is shared out, and an estimate of the time that it takes, in cycles of a multiprocessor.

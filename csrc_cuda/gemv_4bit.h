@@ -13,7 +13,7 @@ constexpr int kGemvColumns = 2;  // rows of W, columns of the result, that a war
 // X's rows m to m + rows, at most `most_rows` of them.
 template <class Weights, int most_rows, class T>
 __device__ inline void gemv_4bit_rows(const Gemm4bit<T>& gemm, LaneCodebook codebook, int64_t n, int64_t m) {
-  const Weight4bit& weight = gemm.weight;
+  const WeightView& weight = gemm.weight;
   const int rows = static_cast<int>(min(gemm.M - m, static_cast<int64_t>(most_rows)));
   const int columns = static_cast<int>(min(weight.N - n, static_cast<int64_t>(kGemvColumns)));
   const bool whole = has_whole_chunks(gemm);

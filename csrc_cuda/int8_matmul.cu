@@ -20,6 +20,11 @@ struct Int8Result {
   DType dtype;
 };
 
+Int8Result scaled_result(const float* row_stats, const float* col_stats, const void* bias,
+                         const Matrix& out) {
+  return {out.rows, out.columns, nullptr, row_stats, col_stats, bias, out.data, out.dtype};
+}
+
 __device__ inline float scaled(const Int8Result& result, int64_t m, int64_t n, int32_t product) {
   return static_cast<float>(product) * (result.row_stats[m] / 16129.0f) * result.col_stats[n];
 }
@@ -62,19 +67,13 @@ __device__ inline Piece load_piece(const int8_t* p, int64_t valid) {
   return piece;
 }
 
-struct Int8Operands {
-  const int8_t* A;  // [M, K]
-  const int8_t* B;  // [N, K]
-  int64_t K;
-};
-
 // C^T = B A^T: rows of B are the rows of the mma. A warp takes 32 of them and 8 * n_tiles rows of A; the
 // warps of a block split either rows of B or K.
 template <int n_tiles, bool aligned>
 __global__ void __launch_bounds__(kMmaThreads, n_tiles == 8 ? 1 : 2)
-    int8_matmul_kernel(Int8Operands operands, Int8Result result, int row_warps) {
+    int8_matmul_kernel(Rows<int8_t> A, Rows<int8_t> B, Int8Result result, int row_warps) {
   using Sums = MmaSums<int32_t, n_tiles>;
-  const int64_t K = operands.K;
+  const int64_t K = A.columns;
   const int k_warps = kMmaWarps / row_warps, block_rows = row_warps * kWarpRows;
   const int row_warp = warp() % row_warps, k_warp = warp() / row_warps;
   const int row_blocks = static_cast<int>(ceil_div(result.N, block_rows)),
@@ -86,8 +85,8 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles == 8 ? 1 : 2)
   // Rows past the last are read from the last, and not stored.
   const int8_t *b[2 * kWarpTiles], *a[n_tiles];
   for (int r = 0; r < 2 * kWarpTiles; r++)
-    b[r] = operands.B + min(first_n + row_warp * kWarpRows + r * 8 + g, result.N - 1) * K + column;
-  for (int r = 0; r < n_tiles; r++) a[r] = operands.A + min(first_m + r * 8 + g, result.M - 1) * K + column;
+    b[r] = B.data + min(first_n + row_warp * kWarpRows + r * 8 + g, result.N - 1) * K + column;
+  for (int r = 0; r < n_tiles; r++) a[r] = A.data + min(first_m + r * 8 + g, result.M - 1) * K + column;
 
   Sums sums = {};
   for (int64_t k = k_warp * kSpan; k < K; k += k_warps * kSpan) {
@@ -121,7 +120,8 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles == 8 ? 1 : 2)
 }
 
 template <int n_tiles>
-void launch_int8_matmul(const Int8Operands& operands, const Int8Result& result, Stream stream) {
+void launch_int8_matmul(const Rows<int8_t>& A, const Rows<int8_t>& B, const Int8Result& result,
+                        Stream stream) {
   using Sums = MmaSums<int32_t, n_tiles>;
   const int64_t m_blocks = ceil_div(result.M, Sums::kColumns);
   const int64_t multiprocessors = device_limits().multiprocessors;
@@ -130,18 +130,17 @@ void launch_int8_matmul(const Int8Operands& operands, const Int8Result& result, 
   while (row_warps < kMmaWarps &&
          ceil_div(result.N, 2 * row_warps * kWarpRows) * m_blocks >= 2 * multiprocessors)
     row_warps *= 2;
-  const bool aligned =
-      operands.K % kPiece == 0 && is_aligned(operands.A, kPiece) && is_aligned(operands.B, kPiece);
+  const bool aligned = A.columns % kPiece == 0 && is_aligned(A.data, kPiece) && is_aligned(B.data, kPiece);
   const auto kernel = aligned ? int8_matmul_kernel<n_tiles, true> : int8_matmul_kernel<n_tiles, false>;
   launch("int8_matmul", kernel, ceil_div(result.N, row_warps * kWarpRows) * m_blocks, kMmaThreads, stream,
-         Sums::kBytes, operands, result, row_warps);
+         Sums::kBytes, A, B, result, row_warps);
 }
 
-void multiply(const Int8Operands& operands, const Int8Result& result, Stream stream) {
+void multiply(const Rows<int8_t>& A, const Rows<int8_t>& B, const Int8Result& result, Stream stream) {
   if (result.M == 0 || result.N == 0) return;
-  if (result.M <= 8) return launch_int8_matmul<1>(operands, result, stream);
-  if (result.M <= 16) return launch_int8_matmul<2>(operands, result, stream);
-  launch_int8_matmul<8>(operands, result, stream);
+  if (result.M <= 8) return launch_int8_matmul<1>(A, B, result, stream);
+  if (result.M <= 16) return launch_int8_matmul<2>(A, B, result, stream);
+  launch_int8_matmul<8>(A, B, result, stream);
 }
 
 constexpr int kItems = 8;  // neighbouring elements of a thread
@@ -172,12 +171,20 @@ __global__ void __launch_bounds__(kThreads) int8_mm_dequant_kernel(const int32_t
   }
 }
 
+void scale(const int32_t* C, const Int8Result& result, Stream stream) {
+  const int64_t chunks = result.M * ceil_div(result.N, kItems);
+  with_dtype(result.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    launch("int8_mm_dequant", int8_mm_dequant_kernel<T>, ceil_div(chunks, kThreads), kThreads, stream, 0, C,
+           result);
+  });
+}
+
 // The outlier columns of X [M, K] and of B [N, K], for products in full precision.
 template <class T>
 struct Outliers {
   const T* X;
-  const int8_t* B;
-  int64_t K;
+  Rows<int8_t> B;
   const int64_t* columns;
   const int64_t* count;
 };
@@ -215,8 +222,9 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int i = 0; i < kFilled; i++) {
       if (at + i >= count) continue;
       const int64_t k = outliers.columns[at + i];
-      if (m < result.M) x[i] = to_float(outliers.X[m * outliers.K + k]);
-      if (n < result.N) w[i] = static_cast<float>(outliers.B[n * outliers.K + k]) * scale / 127.0f;
+      if (m < result.M) x[i] = to_float(outliers.X[m * outliers.B.columns + k]);
+      if (n < result.N)
+        w[i] = static_cast<float>(outliers.B.data[n * outliers.B.columns + k]) * scale / 127.0f;
     }
   };
   multiply_by_tiles(result.M, result.N, count, fill, [&](int64_t m, int64_t n, float sum) {
@@ -228,43 +236,45 @@ __global__ void __launch_bounds__(kTileThreads)
 
 namespace gpu {
 
-void int8_linear_matmul(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, int32_t* C,
-                        Stream stream) {
+void int8_linear_matmul(const Rows<int8_t>& A, const Rows<int8_t>& B, int32_t* C, Stream stream) {
   Int8Result result = {};
-  result.M = M;
-  result.N = N;
+  result.M = A.rows;
+  result.N = B.rows;
   result.products = C;
-  multiply({A, B, K}, result, stream);
+  multiply(A, B, result, stream);
 }
 
-void int8_mm_dequant(const int32_t* C, const float* row_stats, const float* col_stats, int64_t M, int64_t N,
-                     const void* bias, void* out, DType dtype, Stream stream) {
-  const Int8Result result = {M, N, nullptr, row_stats, col_stats, bias, out, dtype};
-  with_dtype(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch("int8_mm_dequant", int8_mm_dequant_kernel<T>, ceil_div(M * ceil_div(N, kItems), kThreads),
-           kThreads, stream, 0, C, result);
-  });
+void int8_mm_dequant(const int32_t* C, const float* row_stats, const float* col_stats, const void* bias,
+                     const Matrix& out, Stream stream) {
+  scale(C, scaled_result(row_stats, col_stats, bias, out), stream);
 }
 
-void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, const int32_t* C,
-                          const float* row_stats, const float* col_stats, const void* X,
-                          const uint8_t* outlier_columns, const void* bias, void* out, DType dtype,
-                          Stream stream) {
-  const Int8Result result = {M, N, nullptr, row_stats, col_stats, bias, out, dtype};
-  if (!outlier_columns) return multiply({A, B, K}, result, stream);
-  const Workspace products(C ? 0 : M * N * sizeof(int32_t), stream);
-  if (!C) int8_linear_matmul(A, B, M, N, K, products.as<int32_t>(), stream);
-  const Workspace columns((K + 1) * sizeof(int64_t), stream);
-  int64_t* const count = columns.as<int64_t>() + K;
-  launch("list_columns", list_columns_kernel, 1, kThreads, stream, 0, outlier_columns, K,
+void int8_mixed_scaled_mm(const Int8Product& product, const Int8Outliers& outliers, const void* bias,
+                          const Matrix& out, Stream stream) {
+  const Rows<int8_t>&A = product.A, &B = product.B;
+  const int32_t* C = product.products;
+  const Int8Result result = scaled_result(product.row_stats, product.col_stats, bias, out);
+  if (!outliers.columns) return C ? scale(C, result, stream) : multiply(A, B, result, stream);
+  const Workspace products(C ? 0 : out.count() * sizeof(int32_t), stream);
+  if (!C) {
+    C = products.as<int32_t>();
+    int8_linear_matmul(A, B, products.as<int32_t>(), stream);
+  }
+  const Workspace columns((A.columns + 1) * sizeof(int64_t), stream);
+  int64_t* const count = columns.as<int64_t>() + A.columns;
+  launch("list_columns", list_columns_kernel, 1, kThreads, stream, 0, outliers.columns, A.columns,
          columns.as<int64_t>(), count);
-  with_dtype(dtype, [&](auto type) {
+  const int64_t tiles = ceil_div(out.columns, kTile) * ceil_div(out.rows, kTile);
+  with_dtype(out.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Outliers<T> apart = {static_cast<const T*>(X), B, K, columns.as<int64_t>(), count};
-    launch("int8_mixed_dequant", int8_mixed_dequant_kernel<T>, ceil_div(N, kTile) * ceil_div(M, kTile),
-           kTileThreads, stream, 0, C ? C : products.as<int32_t>(), apart, result);
+    const Outliers<T> apart = {static_cast<const T*>(outliers.unquantized), B, columns.as<int64_t>(), count};
+    launch("int8_mixed_dequant", int8_mixed_dequant_kernel<T>, tiles, kTileThreads, stream, 0, C, apart,
+           result);
   });
+}
+
+Dense int8_linear_backward(const Matrix& dY, const Int8Weight& weight, void*, Stream) {
+  return dense_for(dY.dtype, weight.codes.rows);
 }
 
 }  // namespace gpu

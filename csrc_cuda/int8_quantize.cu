@@ -31,15 +31,27 @@ __device__ inline int8_t int8_code(float x, float scale) {
   return static_cast<int8_t>(bits(scaled + 12582912.0f));
 }
 
-// No comparison with the threshold holds where there is none.
-float limit_of(float threshold) { return threshold > 0 ? threshold : NAN; }
-
 // A row is held by a power of two of warps, each of which holds kHeld times kItems elements a thread; what is
 // longer is read a second time.
 constexpr int kHeld = 2;
 constexpr int64_t kHeldByWarp = int64_t{kWarp} * kItems * kHeld;
 constexpr int kMostThreads = 1024;
 constexpr int kMostWarps = kMostThreads / kWarp;
+
+// A [M, K], whose rows or columns are quantized by their absmax.
+template <class T>
+struct Int8Quantization {
+  const T* a;
+  int64_t M, K;
+  float threshold;  // no comparison with it holds where there are no outliers
+  int8_t* q;
+  float* stats;  // of rows or of columns
+};
+
+template <class T>
+Int8Quantization<T> quantization_of(const Matrix& A, float threshold, int8_t* q, float* stats) {
+  return {A.as<const T>(), A.rows, A.columns, threshold > 0 ? threshold : NAN, q, stats};
+}
 
 template <class T>
 class Row {
@@ -98,8 +110,8 @@ __device__ int32_t largest_of_warps(int32_t value, int warps, int32_t* shared) {
 
 template <class T>
 __global__ void __launch_bounds__(kMostThreads)
-    quantize_rows_kernel(const T* a, int64_t M, int64_t K, int warps_per_row, float threshold, int8_t* q,
-                         float* row_stats, uint8_t* outliers) {
+    quantize_rows_kernel(Int8Quantization<T> rows_of, int warps_per_row, uint8_t* outliers) {
+  const auto [a, M, K, threshold, q, row_stats] = rows_of;
   __shared__ int32_t shared[kMostWarps];
   const int rows = static_cast<int>(blockDim.x) / kWarp / warps_per_row;
   const int threads = warps_per_row * kWarp;
@@ -201,15 +213,15 @@ int64_t patches(int64_t M, int64_t K) {
 // largest i32[K] starts as zeros and receives the bits of the absmax of each column's inliers.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    column_absmax_kernel(const T* a, int64_t M, int64_t K, int64_t items, float threshold, int32_t* largest) {
+    column_absmax_kernel(Int8Quantization<T> columns, int64_t items, int32_t* largest) {
   __shared__ int32_t of_warps[kWarps][kPatchColumns];
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const Patch patch(item, M, K);
+    const Patch patch(item, columns.M, columns.K);
     int32_t mine[kItems] = {};
-    patch.for_each_row(a, K, [&](int64_t, const float(&x)[kItems]) {
+    patch.for_each_row(columns.a, columns.K, [&](int64_t, const float(&x)[kItems]) {
 #pragma unroll
       for (int i = 0; i < kItems; i++) {
-        if (!(fabsf(x[i]) >= threshold)) mine[i] = max(mine[i], magnitude_bits(x[i]));
+        if (!(fabsf(x[i]) >= columns.threshold)) mine[i] = max(mine[i], magnitude_bits(x[i]));
       }
     });
     __syncthreads();  // the last patch's have been read
@@ -218,7 +230,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     // Thread i * kWarp + j of kThreads = kPatchColumns has column i of lane j.
     const int64_t column = patch.column + warp();
-    if (column < K) {
+    if (column < columns.K) {
       int32_t most = 0;
       for (int w = 0; w < kWarps; w++) most = max(most, of_warps[w][threadIdx.x]);
       atomicMax(largest + column, most);
@@ -229,11 +241,11 @@ static_assert(kPatchColumns == kThreads && kItems == kWarps, "a thread for each 
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    quantize_columns_kernel(const T* a, int64_t M, int64_t K, int64_t items, const int32_t* largest,
-                            const uint8_t* outliers, int8_t* q, float* col_stats) {
+    quantize_columns_kernel(Int8Quantization<T> columns, int64_t items, const int32_t* largest,
+                            const uint8_t* outliers) {
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const Patch patch(item, M, K);
-    const bool whole = patch.has_whole_rows(q, K);
+    const Patch patch(item, columns.M, columns.K);
+    const bool whole = patch.has_whole_rows(columns.q, columns.K);
     float scales[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
@@ -242,13 +254,13 @@ __global__ void __launch_bounds__(kThreads)
       if (i >= patch.columns) continue;
       const float absmax = from_bits(largest[column]);
       scales[i] = outliers && outliers[column] ? 0.0f : int8_scale(absmax);
-      if (patch.row == 0) col_stats[column] = int8_statistic(absmax);
+      if (patch.row == 0) columns.stats[column] = int8_statistic(absmax);
     }
-    patch.for_each_row(a, K, [&](int64_t row, const float(&x)[kItems]) {
+    patch.for_each_row(columns.a, columns.K, [&](int64_t row, const float(&x)[kItems]) {
       int8_t codes[kItems];
 #pragma unroll
       for (int i = 0; i < kItems; i++) codes[i] = int8_code(x[i], scales[i]);
-      store(q + row * K + patch.column, whole, patch.columns, codes);
+      store(columns.q + row * columns.K + patch.column, whole, patch.columns, codes);
     });
   }
 }
@@ -257,9 +269,10 @@ constexpr int kOutputs = 4;
 constexpr int kUnrolled = 4;
 constexpr int kTile = kThreads * kOutputs * kUnrolled;
 
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_rows_kernel(const int8_t* q, const float* stats, int64_t n, int64_t K, float* out) {
-  const bool aligned = are_aligned<kOutputs>(q, out);
+    dequantize_rows_kernel(const int8_t* q, const float* stats, int64_t n, int64_t K, T* out) {
+  const bool aligned = are_aligned<kOutputs>(q) && are_aligned<kOutputs>(out);
   for (int64_t first = int64_t{blockIdx.x} * kTile; first < n; first += int64_t{gridDim.x} * kTile) {
     const int64_t first_row = first / K;
     const int64_t first_column = first - first_row * K;
@@ -291,55 +304,59 @@ __global__ void __launch_bounds__(kThreads)
         }
         y[i] = static_cast<float>(codes[u][i]) * scale / 127.0f;
       }
-      store(out + first + offset, whole, valid, y);
+      store_floats(out + first + offset, whole, valid, y);
     }
   }
 }
 
 }  // namespace
 
-void gpu::int8_vectorwise_quant(const void* A, DType dtype, int64_t M, int64_t K, float threshold, int8_t* q,
-                                float* row_stats, uint8_t* outlier_columns, Stream stream) {
-  if (outlier_columns && K > 0) {
-    check(cudaMemsetAsync(outlier_columns, 0, K, static_cast<cudaStream_t>(stream)), "int8_vectorwise_quant");
+void gpu::int8_vectorwise_quant(const Matrix& A, float threshold, int8_t* q, float* row_stats,
+                                uint8_t* outlier_columns, Stream stream) {
+  const int64_t M = A.rows, K = A.columns;
+  uint8_t* const outliers = threshold > 0 ? outlier_columns : nullptr;
+  if (outliers && K > 0) {
+    check(cudaMemsetAsync(outliers, 0, K, static_cast<cudaStream_t>(stream)), "int8_vectorwise_quant");
   }
   int warps_per_row = 1;
   while (warps_per_row < kMostWarps && warps_per_row * kHeldByWarp < K) warps_per_row *= 2;
   const int threads = std::max(kThreads, warps_per_row * kWarp);
   const int64_t rows = threads / kWarp / warps_per_row;
-  with_dtype(dtype, [&](auto type) {
+  with_dtype(A.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     launch("int8_vectorwise_quant", quantize_rows_kernel<T>, ceil_div(M, rows), threads, stream, 0,
-           static_cast<const T*>(A), M, K, warps_per_row, limit_of(threshold), q, row_stats, outlier_columns);
+           quantization_of<T>(A, threshold, q, row_stats), warps_per_row, outliers);
   });
-  if (!outlier_columns || M <= 1) return;  // a single row has left its outliers out itself
+  if (!outliers || M <= 1) return;  // a single row has left its outliers out itself
   launch("int8_vectorwise_quant: outlier columns", clear_columns_kernel,
-         ceil_div(K, kThreads) * ceil_div(M, kClearedRows), kThreads, stream, 0, outlier_columns, M, K, q);
+         ceil_div(K, kThreads) * ceil_div(M, kClearedRows), kThreads, stream, 0, outliers, M, K, q);
 }
 
-void gpu::int8_columnwise_quant(const void* A, DType dtype, int64_t M, int64_t K, float threshold, int8_t* q,
-                                float* col_stats, const uint8_t* outlier_columns, Stream stream) {
-  if (K == 0) return;
-  const Workspace workspace(K * sizeof(int32_t), stream);
+void gpu::int8_columnwise_quant(const Matrix& A, float threshold, int8_t* q, float* col_stats,
+                                const uint8_t* outlier_columns, Stream stream) {
+  if (A.columns == 0) return;
+  const size_t bytes = A.columns * sizeof(int32_t);
+  const Workspace workspace(bytes, stream);
   int32_t* const largest = workspace.as<int32_t>();
-  check(cudaMemsetAsync(largest, 0, K * sizeof(int32_t), static_cast<cudaStream_t>(stream)),
-        "int8_columnwise_quant");
-  const int64_t items = patches(M, K);
-  with_dtype(dtype, [&](auto type) {
+  check(cudaMemsetAsync(largest, 0, bytes, static_cast<cudaStream_t>(stream)), "int8_columnwise_quant");
+  const int64_t items = patches(A.rows, A.columns);
+  with_dtype(A.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const T* const a = static_cast<const T*>(A);
-    launch("int8_columnwise_quant: absmax", column_absmax_kernel<T>, items, kThreads, stream, 0, a, M, K,
-           items, limit_of(threshold), largest);
-    launch("int8_columnwise_quant", quantize_columns_kernel<T>, items, kThreads, stream, 0, a, M, K, items,
-           largest, outlier_columns, q, col_stats);
+    const auto columns = quantization_of<T>(A, threshold, q, col_stats);
+    launch("int8_columnwise_quant: absmax", column_absmax_kernel<T>, items, kThreads, stream, 0, columns,
+           items, largest);
+    launch("int8_columnwise_quant", quantize_columns_kernel<T>, items, kThreads, stream, 0, columns, items,
+           largest, threshold > 0 ? outlier_columns : nullptr);
   });
 }
 
-void gpu::int8_vectorwise_dequant(const int8_t* q, const float* stats, int64_t M, int64_t K, float* out,
-                                  Stream stream) {
-  const int64_t n = M * K;
-  launch("int8_vectorwise_dequant", dequantize_rows_kernel, resident_grid(ceil_div(n, kTile), kThreads),
-         kThreads, stream, 0, q, stats, n, K, out);
+void gpu::int8_vectorwise_dequant(const Int8Weight& weight, const Matrix& out, Stream stream) {
+  const int64_t n = out.count();
+  with_dtype(out.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    launch("int8_vectorwise_dequant", dequantize_rows_kernel<T>, resident_grid(ceil_div(n, kTile), kThreads),
+           kThreads, stream, 0, weight.codes.data, weight.scales, n, weight.codes.columns, out.as<T>());
+  });
 }
 
 }  // namespace bnb

@@ -16,6 +16,9 @@ constexpr int64_t kMaxGrid = 0x7fffffff;
 // The number of blocks for that much work; kernels loop over what is more than the largest grid.
 inline int64_t grid_of(int64_t blocks) { return std::min(blocks, kMaxGrid); }
 
+// What all arguments of a launch may take, on every device.
+constexpr size_t kArgumentBytes = 4096;
+
 // Devices give a block more shared memory than this only to kernels that ask for it.
 constexpr size_t kSharedBytesUnasked = 48 * 1024;
 
@@ -40,6 +43,7 @@ inline void allow_shared_bytes(const char* name, const void* kernel, size_t byte
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, Stream stream,
             size_t shared_bytes, Arguments... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= kArgumentBytes);
   if (blocks == 0) return;
   const dim3 grid(static_cast<unsigned>(grid_of(blocks)));
   const dim3 block(static_cast<unsigned>(threads));

@@ -18,8 +18,11 @@ extern Function<decltype(Kernels::dequantize_4bit)> dequantize_4bit;
 
 // gemm_4bit.cu
 extern Function<decltype(Kernels::gemm_4bit)> gemm_4bit;
+extern Function<decltype(Kernels::gemm_4bit_backward)> gemm_4bit_backward;
 // Whether the kernel on wgmma takes products of many rows of A with such a weight on the current device.
-bool takes_wgmma(const void* A, DType dtype, int64_t K, const uint8_t* packed, int64_t blocksize);
+bool takes_wgmma(const Matrix& A, const Weight4bit& weight);
+// Up to how many rows of A gemm_4bit gives it such products.
+void set_wgmma_rows(int64_t rows);
 
 // int8_quantize.cu
 extern Function<decltype(Kernels::int8_vectorwise_quant)> int8_vectorwise_quant;
@@ -30,6 +33,7 @@ extern Function<decltype(Kernels::int8_vectorwise_dequant)> int8_vectorwise_dequ
 extern Function<decltype(Kernels::int8_linear_matmul)> int8_linear_matmul;
 extern Function<decltype(Kernels::int8_mm_dequant)> int8_mm_dequant;
 extern Function<decltype(Kernels::int8_mixed_scaled_mm)> int8_mixed_scaled_mm;
+extern Function<decltype(Kernels::int8_linear_backward)> int8_linear_backward;
 
 // optimizer.cu
 extern Function<decltype(Kernels::optimizer_update_32bit)> optimizer_update_32bit;

@@ -2,8 +2,7 @@
 //
 // A warp takes a block of 256 entries, reads its gradient, parameter and state once and writes them once.
 // What an optimizer computes stands in csrc_shared/optimizer_rules.h.
-#include <functional>
-#include <vector>
+#include <algorithm>
 
 #include "grid.h"
 #include "operations.h"
@@ -28,6 +27,7 @@ template <OptimizerName rule, class Element, class StateOf, bool is_plain>
 struct Parameter {
   using T = Element;
   using State = StateOf;
+  using Stored = typename State::Stored;
   using Tables = typename State::template Tables<rule>;
   static constexpr OptimizerName name = rule;
   static constexpr bool plain = is_plain;
@@ -38,6 +38,16 @@ struct Parameter {
   int64_t n;
   State state;
   bool aligned;
+
+  explicit BNB_HOST_DEVICE Parameter(const Stored& stored)
+      : g(static_cast<const T*>(stored.g)),
+        p(static_cast<T*>(stored.p)),
+        n(stored.n),
+        state(stored),
+        aligned(are_aligned<run>(g, p)) {
+    for (int s = 0; s < kStates; s++)
+      aligned = aligned && (!uses_state(name, s) || state.template is_aligned<run>(s));
+  }
 
   __device__ int64_t blocks() const { return ceil_div(n, kOptimizerBlock); }
 
@@ -92,16 +102,62 @@ struct Step {
   }
 };
 
+// The parameters of a launch, as many as its arguments have room for.
+template <class Stored>
+struct Batch {
+  static constexpr size_t kOtherBytes = 256;  // of the launch's other arguments, and to align these
+  static constexpr int kMost = (kArgumentBytes - kOtherBytes) / (sizeof(Stored) + sizeof(int));
+
+  Stored parameters[kMost];
+  int ends[kMost];  // one past the last block of threads of each
+  int count;
+
+  __device__ int begin(int i) const { return i == 0 ? 0 : ends[i - 1]; }
+
+  // The parameter of a block of threads.
+  __device__ int of_block(int block) const {
+    int first = 0, last = count - 1;
+    while (first < last) {
+      const int middle = (first + last) / 2;
+      if (block < ends[middle]) {
+        last = middle;
+      } else {
+        first = middle + 1;
+      }
+    }
+    return first;
+  }
+
+  // Shares the blocks of threads that the device can hold, by the parameters' sizes; gives their number.
+  int64_t share_blocks() {
+    const auto tiles = [&](int i) { return ceil_div(parameters[i].n, kWarps * kOptimizerBlock); };
+    int64_t all_tiles = 0;
+    for (int i = 0; i < count; i++) all_tiles += tiles(i);
+    const int64_t blocks = resident_grid(all_tiles, kThreads);
+    int end = 0;
+    for (int i = 0; i < count; i++) {
+      end += static_cast<int>(std::max<int64_t>(1, tiles(i) * blocks / all_tiles));
+      ends[i] = end;
+    }
+    return end;
+  }
+};
+
 // `bounded_size` holds the size of the update where a norm bounds it, and is null otherwise.
 template <class P>
 __global__ void __launch_bounds__(kThreads)
-    update_kernel(Coefficients c, float size, const float* bounded_size, P parameter) {
+    update_kernel(Coefficients c, float size, const float* bounded_size,
+                  typename P::State::Codebooks codebooks, Batch<typename P::Stored> batch) {
   __shared__ typename P::Tables tables;
-  tables.prepare(parameter.state);
+  tables.prepare(codebooks);
   __syncthreads();
   if (bounded_size) size = *bounded_size;
+  const int thread_block = static_cast<int>(blockIdx.x), i = batch.of_block(thread_block);
+  const int first = batch.begin(i);
+  const int64_t warps = int64_t{batch.ends[i] - first} * kWarps;
+  const P parameter(batch.parameters[i]);
   const int64_t blocks = parameter.blocks();
-  for (int64_t b = int64_t{blockIdx.x} * kWarps + warp(); b < blocks; b += int64_t{gridDim.x} * kWarps) {
+  for (int64_t b = int64_t{thread_block - first} * kWarps + warp(); b < blocks; b += warps) {
     const Block block = parameter.block(b);
     Step<P> step(c, size, parameter, tables, block);
     step.store(parameter, tables, block);
@@ -137,10 +193,13 @@ __device__ void sum_pair_over_threads(double (&sums)[2]) {
 
 // partial f64[parts, 2] receives |p|^2 and |update|^2 of each part, the update before the learning rate.
 template <class P>
-__global__ void __launch_bounds__(kThreads) measure_kernel(Coefficients c, P parameter, double* partial) {
+__global__ void __launch_bounds__(kThreads)
+    measure_kernel(Coefficients c, typename P::State::Codebooks codebooks, typename P::Stored stored,
+                   double* partial) {
   __shared__ typename P::Tables tables;
-  tables.prepare(parameter.state);
+  tables.prepare(codebooks);
   __syncthreads();
+  const P parameter(stored);
   const int64_t blocks = parameter.blocks();
   for (int64_t first = blockIdx.x * kPartBlocks; first < blocks; first += gridDim.x * kPartBlocks) {
     double sums[2] = {};
@@ -175,77 +234,85 @@ __global__ void __launch_bounds__(kThreads)
   *size = step_size(lr, trust_ratio(max_unorm, sums), unit);
 }
 
-// Where a norm bounds the update: takes it, and returns where its size will be.
-template <class P>
-const float* measure(const char* name, const OptimizerStep& step, const Coefficients& c, const P& parameter,
-                     const Workspace& workspace, int64_t parts, double* norms, Stream stream) {
-  double* const partial = workspace.as<double>();
-  float* const size = reinterpret_cast<float*>(partial + 2 * parts);
-  launch(name, measure_kernel<P>, resident_grid(parts, kThreads), kThreads, stream, 0, c, parameter, partial);
-  launch(name, bound_kernel, 1, kThreads, stream, 0, partial, parts, step.max_unorm, step.lr, c.unit, norms,
-         size);
-  return size;
-}
+// How a step is launched.
+template <class State>
+struct Launcher {
+  const char* name;
+  const OptimizerStep& step;
+  const typename State::Codebooks& codebooks;
+  Stream stream;
+  Coefficients c{step};
+  const float* bounded_size = nullptr;  // in the device's memory, where a norm bounds it
 
-template <class P>
-void update(const char* name, const OptimizerStep& step, const Coefficients& c, const P& parameter,
-            const float* bounded_size, Stream stream) {
-  const int64_t grid = resident_grid(ceil_div(parameter.n, kWarps * kOptimizerBlock), kThreads);
-  const float size = step_size(step.lr, 1.0f, c.unit);
-  launch(name, update_kernel<P>, grid, kThreads, stream, 0, c, size, bounded_size, parameter);
-}
+  // Takes the norms of a parameter, by which its update is bounded, with scratch memory for so many parts.
+  template <class P>
+  void measure(const typename P::Stored& parameter, int64_t parts, double* partial, double* norms) {
+    float* const size = reinterpret_cast<float*>(partial + 2 * parts);
+    launch(name, measure_kernel<P>, resident_grid(parts, kThreads), kThreads, stream, 0, c, codebooks,
+           parameter, partial);
+    launch(name, bound_kernel, 1, kThreads, stream, 0, partial, parts, step.max_unorm, step.lr, c.unit, norms,
+           size);
+    bounded_size = size;
+  }
+
+  // Updates all parameters that are plain, or all others, as P is.
+  template <class P>
+  void update_all(const Parameters<typename P::Stored>& parameters) const {
+    Batch<typename P::Stored> batch = {};
+    const auto run = [&] {
+      if (batch.count == 0) return;
+      const float size = step_size(step.lr, 1.0f, c.unit);
+      const int64_t blocks = batch.share_blocks();
+      launch(name, update_kernel<P>, blocks, kThreads, stream, 0, c, size, bounded_size, codebooks, batch);
+      batch.count = 0;
+    };
+    for (int64_t i = 0; i < parameters.count; i++) {
+      const P parameter(parameters.first[i]);
+      const bool plain = parameter.aligned && parameter.n % kOptimizerBlock == 0 && !step.skip_zeros;
+      if (parameter.n == 0 || plain != P::plain) continue;
+      batch.parameters[batch.count++] = parameters.first[i];
+      if (batch.count == batch.kMost) run();
+    }
+    run();
+  }
+};
 
 template <class State>
-void optimizer_update(const char* name, const OptimizerStep& step, const void* g, void* p, DType dtype,
-                      const State& state, int64_t n, double* norms, Stream stream) {
-  if (n == 0) return;
-  const Coefficients c(step);
-  const int64_t parts = ceil_div(n, kPartBlocks * kOptimizerBlock);
-  const bool bounded = step.max_unorm > 0;
+void optimizer_update(const char* name, const OptimizerStep& step,
+                      const Parameters<typename State::Stored>& parameters,
+                      const typename State::Codebooks& codebooks, double* norms, Stream stream) {
+  Launcher<State> launcher{name, step, codebooks, stream};
+  const bool bounded =
+      step.max_unorm > 0 && takes_max_unorm(step.name) && parameters.count > 0 && parameters.first->n > 0;
+  const int64_t parts = bounded ? ceil_div(parameters.first->n, kPartBlocks * kOptimizerBlock) : 0;
   const Workspace workspace(bounded ? 2 * parts * sizeof(double) + sizeof(float) : 0, stream);
-  with_dtype(dtype, [&](auto type) {
+  with_dtype(parameters.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     with_rule(step.name, [&](auto rule) {
       constexpr OptimizerName rule_name = decltype(rule)::name;
       using General = Parameter<rule_name, T, State, false>;
       using Plain = Parameter<rule_name, T, State, true>;
-      const bool aligned = are_aligned<General::run>(static_cast<const T*>(g), static_cast<const T*>(p)) &&
-                           state.template is_aligned<General::run>();
-      const General general{static_cast<const T*>(g), static_cast<T*>(p), n, state, aligned};
-      const float* bounded_size = nullptr;
       if constexpr (takes_max_unorm(rule_name)) {
-        if (bounded) bounded_size = measure(name, step, c, general, workspace, parts, norms, stream);
+        if (bounded)
+          launcher.template measure<General>(*parameters.first, parts, workspace.as<double>(), norms);
       }
-      if (aligned && n % kOptimizerBlock == 0 && !step.skip_zeros) {
-        update(name, step, c, Plain{general.g, general.p, n, state, aligned}, bounded_size, stream);
-      } else {
-        update(name, step, c, general, bounded_size, stream);
-      }
+      launcher.template update_all<Plain>(parameters);
+      launcher.template update_all<General>(parameters);
     });
   });
 }
 
 }  // namespace
 
-void gpu::optimizer_update_32bit(const OptimizerStep& step, const void* g, void* p, DType dtype,
-                                 float* state1, float* state2, int64_t n, double* norms, Stream stream) {
-  const FloatState state{{state1, state1 + n, state2}};
-  optimizer_update("optimizer_update_32bit", step, g, p, dtype, state, n, norms, stream);
+void gpu::optimizer_update_32bit(const OptimizerStep& step, const Parameters<Parameter32bit>& parameters,
+                                 double* norms, Stream stream) {
+  optimizer_update<FloatState>("optimizer_update_32bit", step, parameters, {}, norms, stream);
 }
 
-void gpu::optimizer_update_8bit_blockwise(const OptimizerStep& step, const void* g, void* p, DType dtype,
-                                          uint8_t* state1, uint8_t* state2, const float* qmap1,
-                                          const float* qmap2, float* absmax1, float* absmax2, int64_t n,
-                                          double* norms, Stream stream) {
-  const ByteState state{{state1, state1 + n, state2},
-                        {absmax1, absmax1 + ceil_div(n, kOptimizerBlock), absmax2},
-                        {qmap1, qmap2}};
-  optimizer_update("optimizer_update_8bit_blockwise", step, g, p, dtype, state, n, norms, stream);
-}
-
-// Launches follow one another in the stream.
-void for_each_tensor(const std::vector<int64_t>& counts, const std::function<void(size_t)>& body) {
-  for (size_t i = 0; i < counts.size(); i++) body(i);
+void gpu::optimizer_update_8bit_blockwise(const OptimizerStep& step,
+                                          const Parameters<Parameter8bit>& parameters,
+                                          const StateCodebooks& codebooks, double* norms, Stream stream) {
+  optimizer_update<ByteState>("optimizer_update_8bit_blockwise", step, parameters, codebooks, norms, stream);
 }
 
 }  // namespace bnb

@@ -1,7 +1,7 @@
 // The state of an optimizer, in f32 or in blockwise 8 bits, as a warp reads and writes that of one block.
 //
-// Tables<name> is what the threads of a block of threads prepare in shared memory, before a barrier; `run` is
-// how many neighbouring entries a thread should take for accesses of 16 bytes.
+// Tables<name> is what the threads of a block of threads prepare of the codebooks in shared memory, before a
+// barrier; `run` is how many neighbouring entries a thread should take for accesses of 16 bytes.
 #pragma once
 
 #include "../csrc_shared/optimizer_rules.h"
@@ -73,19 +73,25 @@ __device__ inline void store_floats_owned(T* array, const Block& block, const fl
 }
 
 struct FloatState {
+  using Stored = Parameter32bit;
+  struct Codebooks {};
+
   float* values[kStates];
+
+  explicit BNB_HOST_DEVICE FloatState(const Stored& parameter)
+      : values{parameter.state1, parameter.state1 + parameter.n, parameter.state2} {}
 
   template <class T>
   static constexpr int run = kAccessBytes / sizeof(float);
 
   template <OptimizerName name>
   struct Tables {
-    __device__ void prepare(const FloatState&) {}
+    __device__ void prepare(const Codebooks&) {}
   };
 
   template <int run>
-  bool is_aligned() const {
-    return are_aligned<run>(values[0], values[1], values[2]);
+  BNB_HOST_DEVICE bool is_aligned(int s) const {
+    return are_aligned<run>(values[s]);
   }
 
   template <int run, class Tables>
@@ -99,9 +105,16 @@ struct FloatState {
 };
 
 struct ByteState {
+  using Stored = Parameter8bit;
+  using Codebooks = StateCodebooks;
+
   uint8_t* codes[kStates];
   float* absmax[kStates];
-  const float* maps[2];  // of the first moments and of the second one
+
+  explicit BNB_HOST_DEVICE ByteState(const Stored& parameter)
+      : codes{parameter.state1, parameter.state1 + parameter.n, parameter.state2},
+        absmax{parameter.absmax1, parameter.absmax1 + ceil_div(parameter.n, kOptimizerBlock),
+               parameter.absmax2} {}
 
   template <class T>
   static constexpr int run = kAccessBytes / sizeof(T);
@@ -112,18 +125,19 @@ struct ByteState {
     CellEncoder::Tables encoding[kMaps];
     float code[kMaps][256];
 
-    __device__ void prepare(const ByteState& state) {
-#pragma unroll
-      for (int m = 0; m < kMaps; m++) {
-        CellEncoder::prepare(encoding[m], state.maps[m]);
-        code[m][threadIdx.x] = state.maps[m][threadIdx.x];
-      }
+    __device__ void prepare(const Codebooks& codebooks) {
+      prepare_map(0, codebooks.state1);
+      if constexpr (kMaps == 2) prepare_map(1, codebooks.state2);
+    }
+    __device__ void prepare_map(int m, const float* codebook) {
+      CellEncoder::prepare(encoding[m], codebook);
+      code[m][threadIdx.x] = codebook[threadIdx.x];
     }
   };
 
   template <int run>
-  bool is_aligned() const {
-    return are_aligned<run>(codes[0], codes[1], codes[2]);
+  BNB_HOST_DEVICE bool is_aligned(int s) const {
+    return are_aligned<run>(codes[s]);
   }
 
   template <int run, class Tables>

@@ -49,16 +49,17 @@ struct Tile {
   }
 };
 
-template <class Encoder, class T>
+template <class AnyEncoder, class T>
 __global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const T* a, int64_t n, int blocksize, int blocksize_log2, typename Encoder::Source source,
-                    uint8_t* out, float* absmax) {
+    quantize_kernel(const T* a, int64_t n, int block_shift, typename AnyEncoder::Source source, uint8_t* out,
+                    float* absmax) {
   using Tile = Tile<T>;
-  constexpr int chunks = Tile::kChunks, items = Tile::kItems, each = 8 / Encoder::kBits;
-  __shared__ typename Encoder::Tables tables;
+  constexpr int chunks = Tile::kChunks, items = Tile::kItems, each = 8 / AnyEncoder::kBits;
+  __shared__ typename AnyEncoder::Tables tables;
   __shared__ int32_t spans[Tile::kSpans];
-  Encoder::prepare(tables, source);
+  AnyEncoder::prepare(tables, source);
   __syncthreads();
+  const int blocksize = 1 << block_shift;
   const bool aligned = are_aligned<items>(a) && are_aligned<items / each>(out);
   for (int64_t first = int64_t{blockIdx.x} * Tile::kSize; first < n;
        first += int64_t{gridDim.x} * Tile::kSize) {
@@ -80,10 +81,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int c = 0; c < chunks; c++) {
       const int64_t begin = first + Tile::offset_of(c);
       uint8_t bytes[items / each];
-      encode_block<Encoder>(tables, largest[c], x[c], bytes);
+      encode_block<AnyEncoder>(tables, largest[c], x[c], bytes);
       store(out + begin / each, whole, (n - begin + each - 1) / each, bytes);
       if (begin < n && (begin & (blocksize - 1)) == 0) {
-        absmax[begin >> blocksize_log2] = stored_absmax(largest[c]);
+        absmax[begin >> block_shift] = stored_absmax(largest[c]);
       }
     }
   }
@@ -107,7 +108,7 @@ struct ShortCodebook {
 
 template <class Codebook, class Scales, class T>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const uint8_t* codes, Scales stored, Codebook codebook, int64_t n, int blocksize_log2,
+    dequantize_kernel(const uint8_t* codes, Scales stored, Codebook codebook, int64_t n, int block_shift,
                       T* out) {
   constexpr int bits = Codebook::kBits;
   constexpr int items = kOutputs<T>;
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t begin = first + (u * kThreads + static_cast<int>(threadIdx.x)) * items;
       const int64_t valid = n - begin;
       load(codes + begin * bits / 8, whole, (valid * bits + 7) / 8, packed[u]);
-      scales[u] = whole || valid > 0 ? stored.load(begin >> blocksize_log2) : decltype(stored.load(0)){};
+      scales[u] = whole || valid > 0 ? stored.load(begin >> block_shift) : decltype(stored.load(0)){};
     }
 #pragma unroll
     for (int u = 0; u < kUnrolled; u++) {
@@ -144,63 +145,66 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class Encoder>
-void quantize(const char* name, const void* A, DType dtype, int64_t n, typename Encoder::Source source,
-              int64_t blocksize, uint8_t* out, float* absmax, Stream stream) {
-  if (n == 0) return;
-  with_dtype(dtype, [&](auto type) {
+template <class AnyEncoder>
+void quantize(const char* name, const Matrix& A, const typename AnyEncoder::Source& source, int64_t blocksize,
+              uint8_t* out, float* absmax, Stream stream) {
+  if (A.count() == 0) return;
+  with_dtype(A.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(name, quantize_kernel<Encoder, T>, resident_grid(ceil_div(n, Tile<T>::kSize), kThreads), kThreads,
-           stream, 0, static_cast<const T*>(A), n, blocksize, log2_of(blocksize), source, out, absmax);
+    const int64_t tiles = ceil_div(A.count(), Tile<T>::kSize);
+    launch(name, quantize_kernel<AnyEncoder, T>, resident_grid(tiles, kThreads), kThreads, stream, 0,
+           A.as<const T>(), A.count(), log2_of(blocksize), source, out, absmax);
   });
 }
 
 template <class Scales, class Codebook>
 void dequantize(const char* name, const uint8_t* codes, const Scales& scales, const Codebook& codebook,
-                int64_t n, int64_t blocksize, void* out, DType dtype, Stream stream) {
-  if (n == 0) return;
-  with_dtype(dtype, [&](auto type) {
+                int64_t blocksize, const Matrix& out, Stream stream) {
+  if (out.count() == 0) return;
+  with_dtype(out.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const int64_t tiles = ceil_div(n, kThreads * kOutputs<T> * kUnrolled);
+    const int64_t tiles = ceil_div(out.count(), kThreads * kOutputs<T> * kUnrolled);
     launch(name, dequantize_kernel<Codebook, Scales, T>, resident_grid(tiles, kThreads), kThreads, stream, 0,
-           codes, scales, codebook, n, log2_of(blocksize), static_cast<T*>(out));
+           codes, scales, codebook, out.count(), log2_of(blocksize), out.as<T>());
   });
 }
 
 }  // namespace
 
-void gpu::quantize_blockwise(const void* A, DType dtype, int64_t n, const float* code, int64_t blocksize,
-                             uint8_t* q, float* absmax, Stream stream) {
-  quantize<CellEncoder>("quantize_blockwise", A, dtype, n, code, blocksize, q, absmax, stream);
+void gpu::quantize_blockwise(const Matrix& A, const float* code, int64_t blocksize, uint8_t* q, float* absmax,
+                             Stream stream) {
+  quantize<CellEncoder>("quantize_blockwise", A, code, blocksize, q, absmax, stream);
 }
 
-void gpu::dequantize_blockwise(const uint8_t* q, const float* absmax, const float* code, int64_t n,
-                               int64_t blocksize, void* out, DType dtype, Stream stream) {
-  dequantize("dequantize_blockwise", q, F32Scales{absmax}, LongCodebook{code}, n, blocksize, out, dtype,
-             stream);
+void gpu::dequantize_blockwise(const uint8_t* q, const float* absmax, const float* code, int64_t blocksize,
+                               const Matrix& out, Stream stream) {
+  dequantize("dequantize_blockwise", q, F32Scales{absmax}, LongCodebook{code}, blocksize, out, stream);
 }
 
-void gpu::quantize_4bit(const void* A, DType dtype, int64_t n, int64_t blocksize, QuantType quant_type,
-                        uint8_t* packed, float* absmax, Stream stream) {
-  if (quant_type == QuantType::nf4) {
-    using Encoder = ShortEncoder<QuantType::nf4>;
-    quantize<Encoder>("quantize_4bit", A, dtype, n, Encoder::source(), blocksize, packed, absmax, stream);
-  } else {
-    using Encoder = ShortEncoder<QuantType::fp4>;
-    quantize<Encoder>("quantize_4bit", A, dtype, n, Encoder::source(), blocksize, packed, absmax, stream);
+void gpu::quantize_4bit(const Matrix& A, int64_t blocksize, QuantType quant_type, uint8_t* packed,
+                        float* absmax, Stream stream) {
+  const Format4bit& format = format_of(quant_type);
+  const auto run = [&](auto encoder) {
+    using ShortEncoder = decltype(encoder);
+    quantize<ShortEncoder>("quantize_4bit", A, ShortEncoder::source(format), blocksize, packed, absmax,
+                           stream);
+  };
+  switch (format.encoder) {
+    case Encoder::nearest:
+      return run(ShortEncoder<Encoder::nearest>());
+    case Encoder::sign_magnitude:
+      return run(ShortEncoder<Encoder::sign_magnitude>());
   }
 }
 
-void gpu::dequantize_4bit(const uint8_t* packed, const BlockScales& scales, int64_t n, int64_t blocksize,
-                          QuantType quant_type, void* out, DType dtype, Stream stream) {
+void gpu::dequantize_4bit(const Weight4bit& weight, const Matrix& out, Stream stream) {
   ShortCodebook codebook;
-  const float* const values = quant_type == QuantType::nf4 ? kNf4Code : kFp4Code;
-  for (int i = 0; i < 16; i++) codebook.values[i] = values[i];
-  const auto run = [&](const auto& stored) {
-    dequantize("dequantize_4bit", packed, stored, codebook, n, blocksize, out, dtype, stream);
+  for (int code = 0; code < 16; code++) codebook.values[code] = weight.format().codebook[code];
+  const auto run = [&](const auto& scales) {
+    dequantize("dequantize_4bit", weight.packed, scales, codebook, weight.blocksize, out, stream);
   };
-  if (scales.codes) return run(StoredScales(scales));
-  run(F32Scales{scales.absmax});
+  if (weight.scales.codes) return run(StoredScales(weight.scales));
+  run(F32Scales{weight.scales.absmax});
 }
 
 }  // namespace bnb

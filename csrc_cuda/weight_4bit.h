@@ -1,34 +1,62 @@
 // A 4-bit weight as the checkpoint stores it: codes, two to a byte, and the scale of each block.
 #pragma once
 
-#include "../csrc_shared/codebooks.h"
+#include <iterator>
+#include <type_traits>
+
 #include "block_scales.h"
 #include "elements.h"
 
 namespace bnb {
 
-// The 16 values of a 4-bit code.
-struct Codebook4bit {
-  float values[16];
+// What codes are multiplied by before they are rounded to a half precision, and sums of them to undo it.
+struct CodeFactor {
+  float of_codes = 1.0f, of_sums = 1.0f;
 };
 
-inline Codebook4bit codebook_4bit(QuantType quant_type) {
-  Codebook4bit codebook;
-  for (int i = 0; i < 16; i++) codebook.values[i] = quant_type == QuantType::nf4 ? kNf4Code[i] : kFp4Code[i];
+// The values of a format's codes, with its factor for a dtype.
+struct Codebook4bit {
+  float values[16];
+  CodeFactor factor;
+};
+
+template <class T>
+Codebook4bit codebook_for(const Format4bit& format) {
+  Codebook4bit codebook = {};
+  for (int code = 0; code < 16; code++) codebook.values[code] = format.codebook[code];
+  float factor = 1.0f;
+  if (std::is_same_v<T, __half>) factor = format.f16_factor;
+  if (std::is_same_v<T, __nv_bfloat16>) factor = format.bf16_factor;
+  codebook.factor = {factor, 1.0f / factor};
   return codebook;
 }
 
-// The same for a caller who has them in the device's memory.
+// Values in the device's memory, which may be those of any of the formats.
 struct StoredCodebook4bit {
   const float* values;
+  Codebook4bit known[std::size(kFormats)];
 };
 
-// W[N, K], whose blocks run over the flat weight.
-struct Weight4bit {
+template <class T>
+StoredCodebook4bit stored_codebook_for(const float* values) {
+  StoredCodebook4bit codebook = {values, {}};
+  for (size_t i = 0; i < std::size(kFormats); i++) codebook.known[i] = codebook_for<T>(kFormats[i]);
+  return codebook;
+}
+
+// What kernels read of a weight W[N, K]: block sizes are shifts.
+struct WeightView {
   const uint8_t* packed;
   StoredScales scales;
   int64_t N, K;
-  int blocksize_log2;
+  int block_shift;
+
+  explicit WeightView(const Weight4bit& weight)
+      : packed(weight.packed),
+        scales(weight.scales),
+        N(weight.N),
+        K(weight.K),
+        block_shift(weight.block_shift()) {}
 };
 
 // A codebook in shared memory, once for each lane, so that no two lanes ever want the same bank.
@@ -55,6 +83,20 @@ __device__ inline float value_of_lane(const StoredCodebook4bit& codebook) {
   return codebook.values[lane() % 16];
 }
 
+__device__ inline CodeFactor factor_of(const Codebook4bit& codebook) { return codebook.factor; }
+
+// That of the format with these values, 1 if no format has them; every lane of the warp calls it.
+__device__ inline CodeFactor factor_of(const StoredCodebook4bit& codebook) {
+  const float value = value_of_lane(codebook);
+  CodeFactor factor;
+#pragma unroll
+  for (const Codebook4bit& format : codebook.known) {
+    const int is_same = value == value_of_lane(format);
+    if (warp_reduce(is_same, [](int a, int b) { return a & b; })) factor = format.factor;
+  }
+  return factor;
+}
+
 // Fills `shared`; every thread of the block calls it, and a barrier follows before the first look-up.
 template <class Codebook>
 __device__ inline LaneCodebook make_lane_codebook(const Codebook& codebook, float* shared) {
@@ -70,11 +112,15 @@ constexpr int kChunk = 8;  // neighbouring weights that a thread decodes at once
 struct AlignedWeight {
   static constexpr int kUnroll = 2;  // chunks worth loading at a time
 
-  __device__ static void decode(const Weight4bit& weight, LaneCodebook codebook, int64_t n, int64_t k,
+  static bool fits(const WeightView& weight) {
+    return weight.K % kChunk == 0 && is_aligned(weight.packed, sizeof(uint32_t));
+  }
+
+  __device__ static void decode(const WeightView& weight, LaneCodebook codebook, int64_t n, int64_t k,
                                 float (&w)[kChunk]) {
     const int64_t first = n * weight.K + k;
     const uint32_t codes = *reinterpret_cast<const uint32_t*>(weight.packed + first / 2);
-    const float scale = weight.scales.of_block(first >> weight.blocksize_log2);
+    const float scale = weight.scales.of_block(first >> weight.block_shift);
 #pragma unroll
     for (int i = 0; i < kChunk; i++) w[i] = codebook[codes >> (4 * (i ^ 1)) & 15] * scale;
   }
@@ -85,12 +131,12 @@ struct AlignedWeight {
 struct AnyWeight {
   static constexpr int kUnroll = 1;
 
-  __device__ static void decode(const Weight4bit& weight, LaneCodebook codebook, int64_t n, int64_t k,
+  __device__ static void decode(const WeightView& weight, LaneCodebook codebook, int64_t n, int64_t k,
                                 float (&w)[kChunk]) {
     const int64_t first = n * weight.K + k;
     const int64_t valid = min(weight.K - k, static_cast<int64_t>(kChunk));
-    const int64_t block = first >> weight.blocksize_log2;
-    const int64_t last_block = (first + valid - 1) >> weight.blocksize_log2;
+    const int64_t block = first >> weight.block_shift;
+    const int64_t last_block = (first + valid - 1) >> weight.block_shift;
     const float scale = weight.scales.of_block(block);
     const float next_scale = last_block == block ? scale : weight.scales.of_block(last_block);
 #pragma unroll
@@ -99,7 +145,7 @@ struct AnyWeight {
       if (i >= valid) continue;
       const int64_t at = first + i;
       const uint32_t code = weight.packed[at / 2] >> (at % 2 ? 0 : 4) & 15;
-      w[i] = codebook[code] * (at >> weight.blocksize_log2 == block ? scale : next_scale);
+      w[i] = codebook[code] * (at >> weight.block_shift == block ? scale : next_scale);
     }
   }
 };

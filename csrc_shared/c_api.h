@@ -5,8 +5,9 @@
 
 namespace bnb {
 
-// out[M, N] = A[M, K] @ W[N, K]^T, where `code` f32[16] are the values of W's codes.
-void gemm_4bit_of_code(DType dtype, int64_t M, int64_t N, int64_t K, const void* A, const uint8_t* packed,
-                       const float* absmax, const float* code, int64_t blocksize, void* out, Stream stream);
+// gemm_4bit without a bias, where `code` f32[16] holds what the weight's codes stand for; its quant_type is
+// not read.
+void gemm_4bit_of_code(const Matrix& A, const Weight4bit& weight, const float* code, void* out,
+                       Stream stream);
 
 }  // namespace bnb

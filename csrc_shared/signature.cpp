@@ -9,9 +9,40 @@ namespace bnb {
 namespace {
 
 const dlpack::Exchange* exchange;
-PyObject* is_neg;  // torch.Tensor.is_neg
+PyObject* is_neg;       // torch.Tensor.is_neg
+PyObject* plain_calls;  // torch._C.DisableTorchFunctionSubclass
 PyTypeObject* tensor_type;
 PyTypeObject* dtype_type;
+
+// Has torch not ask the class of a tensor what its methods do: for a parameter of ours that takes longer than
+// all the rest.
+class WithoutSubclasses {
+ public:
+  explicit WithoutSubclasses(PyObject* tensor) {
+    if (Py_TYPE(tensor) == tensor_type) return;
+    context_ = PyObject_CallNoArgs(plain_calls);
+    call("__enter__");
+  }
+  ~WithoutSubclasses() {
+    call("__exit__", Py_None, Py_None, Py_None);
+    Py_XDECREF(context_);
+  }
+  WithoutSubclasses(const WithoutSubclasses&) = delete;
+  WithoutSubclasses& operator=(const WithoutSubclasses&) = delete;
+
+ private:
+  template <class... Objects>
+  void call(const char* method, Objects... objects) {
+    if (!context_) return PyErr_Clear();
+    PyObject* name = PyUnicode_InternFromString(method);
+    PyObject* result = name ? PyObject_CallMethodObjArgs(context_, name, objects..., nullptr) : nullptr;
+    if (!result) PyErr_Clear();
+    Py_XDECREF(result);
+    Py_XDECREF(name);
+  }
+
+  PyObject* context_ = nullptr;
+};
 
 class Signature {
  public:
@@ -29,7 +60,7 @@ class Signature {
 
   bool add_items(PyObject* sequence) {
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence);
-    bool told = add_value('(', count);
+    bool told = add_value('(', Py_TYPE(sequence)) && add_value(',', count);
     for (Py_ssize_t i = 0; told && i < count; i++) told = add(PySequence_Fast_GET_ITEM(sequence, i));
     return told;
   }
@@ -83,6 +114,7 @@ class Signature {
 
   // Whether the memory holds the values with the other sign, which DLPack does not tell.
   static bool is_negated(PyObject* tensor) {
+    const WithoutSubclasses guard(tensor);
     PyObject* negated = PyObject_CallOneArg(is_neg, tensor);
     if (!negated) PyErr_Clear();
     Py_XDECREF(negated);
@@ -121,7 +153,10 @@ PyMODINIT_FUNC PyInit__signature() {
   dtype_type = type_of_torch("dtype");
   if (!tensor_type || !dtype_type) return nullptr;
   is_neg = PyObject_GetAttrString(reinterpret_cast<PyObject*>(tensor_type), "is_neg");
-  if (!is_neg) return nullptr;
+  PyObject* const internals = dlpack::attribute_of_torch("_C");
+  plain_calls = internals ? PyObject_GetAttrString(internals, "DisableTorchFunctionSubclass") : nullptr;
+  Py_XDECREF(internals);
+  if (!is_neg || !plain_calls) return nullptr;
   static PyMethodDef methods[] = {{"signature", signature, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_signature", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

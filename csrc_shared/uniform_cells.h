@@ -1,12 +1,11 @@
 // How many thresholds of a short codebook lie below a value, by a table of cells of equal width.
 //
-// At most one threshold lies in each cell if they are more than 1/15 apart. The functions have internal
-// linkage: sources compiled for different instruction sets must not share one.
+// The functions have internal linkage: sources compiled for different instruction sets must not share one.
 #pragma once
 
 #include <cstdint>
 
-#include "codebooks.h"
+#include "formats.h"
 
 namespace bnb {
 
@@ -30,7 +29,31 @@ inline int uniform_cell_of(float x) {
   return static_cast<int>(x * kUniformScale + kUniformShift - kUniformShift);
 }
 
-// For the ascending entries of a codebook.
+// Whether at most one threshold lies in each cell.
+constexpr bool fits_uniform_cells(const float* ascending, int entries) {
+  for (int k = 0; k + 2 < entries; k++) {
+    if (midpoint(ascending, k + 1) - midpoint(ascending, k) <= 1 / kUniformScale) return false;
+  }
+  return true;
+}
+
+// The 4-bit encoders have no other table.
+constexpr bool formats_fit_uniform_cells() {
+  for (const Format4bit& format : kFormats) {
+    switch (format.encoder) {
+      case Encoder::nearest:
+        if (!fits_uniform_cells(format.codebook, 16)) return false;
+        break;
+      case Encoder::sign_magnitude:
+        if (!fits_uniform_cells(ascending_magnitudes(format).values, 8)) return false;
+        break;
+    }
+  }
+  return true;
+}
+static_assert(formats_fit_uniform_cells(), "a format's thresholds are no more than a cell apart");
+
+// For the ascending entries of a codebook whose thresholds fit.
 inline UniformCellTable uniform_cell_table(const float* ascending, int entries) {
   UniformCellTable table = {};
   int k = 0;

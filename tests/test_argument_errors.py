@@ -20,9 +20,11 @@ from torch import nn
 import bnb_core
 from bnb_core import autograd, functional, primitives, utils
 from bnb_core.compat import functional_names
+from bnb_core.conformance.case import positional
 from bnb_core.conformance.suite.errors import valid_arguments
 from bnb_core.optim.hyperparameters import check_hyperparameters, check_only
 from bnb_core.primitive import Primitive
+from bnb_core.records import is_record
 
 NAN = float("nan")
 NAME = re.compile(r"([a-zA-Z_]\w*)[\w.\[\]']*: ")
@@ -335,7 +337,7 @@ PRIMITIVES = [value for value in vars(primitives).values() if isinstance(value, 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:
     """The names that an error of the function may begin with: its arguments, and the parts of a quant state."""
-    names = {*inspect.signature(function).parameters}
+    names = {*(function.names if isinstance(function, Primitive) else inspect.signature(function).parameters)}
     if names & {"state", "quant_state"}:
         names |= {*inspect.signature(functional.QuantState).parameters, "quant_state"}
     return names
@@ -345,7 +347,7 @@ def _outcome(function: Callable[..., Any], arguments: dict[str, Any], accepted: 
     """None for a call that works or fails as it should; otherwise what it did."""
     try:
         if isinstance(function, Primitive):
-            function(*arguments.values())
+            function(*positional(function, arguments))
         elif "shape" in arguments:
             function(arguments.pop("shape"), **arguments)
         else:
@@ -392,6 +394,25 @@ def test_primitives_name_the_argument_that_they_refuse(primitive, device):
     valid = partial(_on_meta if device == "meta" else valid_arguments, primitive.name)
     assert _outcome(primitive, valid(), set()) is None
     assert not _misbehaviours(primitive, valid)
+
+
+@pytest.mark.parametrize("primitive", PRIMITIVES, ids=lambda primitive: primitive.name)
+def test_primitives_name_the_record_that_they_refuse(primitive):
+    """Also after a good call, and where it holds what a record would."""
+    names, valid = inspect.signature(primitive).parameters, positional(primitive, valid_arguments(primitive.name))
+    primitive(*valid)
+    found = []
+    for place, name in enumerate(names):
+        if not is_record(valid[place]):
+            continue
+        for kind, value in {**_wrong(), "a plain tuple": tuple(valid[place])}.items():
+            try:
+                primitive(*valid[:place], value, *valid[place + 1 :])
+                found.append(f"{name} is {kind}: accepted")
+            except Exception as error:
+                if type(error) is not TypeError or not str(error).startswith(f"{name}: expected a"):
+                    found.append(f"{name} is {kind}: {type(error).__name__}: {error}")
+    assert not found
 
 
 ACCEPTED = {
@@ -508,7 +529,7 @@ def test_normal_maps_of_no_quantile_are_refused(offset):
 def test_outputs_of_the_wrong_kind_are_refused_by_name(primitive, device, out):
     arguments = (_on_meta if device == "meta" else valid_arguments)(primitive.name)
     with pytest.raises((TypeError, ValueError), match=r"^out(\[0\])?: "):
-        primitive(*arguments.values(), out=out)
+        primitive(*positional(primitive, arguments), out=out)
 
 
 def test_every_function_of_the_api_is_called_here():

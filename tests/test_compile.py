@@ -12,21 +12,27 @@ from bnb_core import primitives
 from bnb_core.conformance.suite.errors import valid_arguments
 from bnb_core.nn import Linear8bitLt, LinearNF4
 from bnb_core.primitive import Primitive
+from bnb_core.records import Weight4bit
 
 PRIMITIVES = [value for value in vars(primitives).values() if isinstance(value, Primitive)]
+
+
+def _flat_arguments(primitive):
+    """Those of its operator."""
+    arguments = valid_arguments(primitive.name)
+    return tuple(arguments[name] for name in primitive.names)
 
 
 @pytest.mark.parametrize("primitive", PRIMITIVES, ids=lambda primitive: primitive.name)
 def test_operator_is_well_formed(primitive):
     """Schema, fake result and autograd registration agree with what the kernel does."""
-    arguments = tuple(valid_arguments(primitive.name).values())
-    torch.library.opcheck(primitive.op, arguments)
+    torch.library.opcheck(primitive.op, _flat_arguments(primitive))
 
 
 @pytest.mark.parametrize("primitive", PRIMITIVES, ids=lambda primitive: primitive.name)
 def test_operator_and_direct_call_give_the_same(primitive):
-    direct = primitive(*valid_arguments(primitive.name).values())
-    dispatched = primitive.op(*valid_arguments(primitive.name).values())
+    direct = primitive(*primitive.structured(_flat_arguments(primitive)))
+    dispatched = primitive.op(*_flat_arguments(primitive))
     torch.testing.assert_close(direct, dispatched, rtol=0, atol=0, equal_nan=True)
 
 
@@ -43,9 +49,7 @@ def test_tracing_records_the_operator():
 
 def test_out_is_filled_under_compile():
     def dequantize(packed, absmax, out):
-        return primitives.dequantize_4bit(
-            packed, absmax, 64, "nf4", (128,), torch.float32, *primitives.F32_SCALES, out=out
-        )
+        return primitives.dequantize_4bit(Weight4bit(packed, (128,), absmax, 64, "nf4"), torch.float32, out=out)
 
     packed, absmax = primitives.quantize_4bit(torch.randn(128), 64, "nf4", torch.uint8)
     out, expected = torch.zeros(128), torch.zeros(128)

@@ -9,17 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from throwaway import NAME, after, run, throwaway
 
 from bnb_core import primitives, registry
+from bnb_core.checks import QUANT_TYPES
 from bnb_core.cli import conformance as cli_conformance
 from bnb_core.cli.commands import bnb_core as program
-from bnb_core.conformance import runner
+from bnb_core.conformance import oracle, runner
 from bnb_core.conformance.case import Case, Failure
-from bnb_core.conformance.suite import all_cases, required_classes, threads
+from bnb_core.conformance.suite import all_cases, gemm_4bit, quantize, required_classes, threads
+from bnb_core.formats import FORMATS
 from bnb_core.registry import InstructionSets
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +95,7 @@ def test_a_write_outside_the_output_fails(side):
 
 
 SPOILT = {
-    "an input was changed": lambda arguments, out: arguments[1].mul_(2),
+    "an input was changed": lambda arguments, out: arguments["absmax"].mul_(2),
     "gave different bits": lambda arguments, out: out.add_(torch.rand(())),
     "elements differ": lambda arguments, out: out.view(-1)[-1:].fill_(float("inf")),
 }
@@ -102,6 +105,40 @@ SPOILT = {
 def test_a_spoilt_result_fails(sentence):
     with throwaway(after("dequantize_blockwise", SPOILT[sentence])) as backend:
         assert sentence in _message(run(backend, [CASE]))
+
+
+def test_a_changed_field_of_a_record_fails():
+    case = next(case for case in all_cases() if case.primitive == "dequantize_4bit")
+    with throwaway(after("dequantize_4bit", SPOILT["an input was changed"])) as backend:
+        assert "an input was changed" in _message(run(backend, [case]))
+
+
+@pytest.mark.parametrize(("name", "sentence"), [("p", "p: bytes after it"), ("g", "that is only read was changed")])
+def test_a_step_that_writes_where_it_must_not_fails(name, sentence):
+    def spoil(arguments, out):
+        tensor = arguments[name]
+        (tensor if name == "g" else tensor.as_strided((1,), (1,), tensor.storage_offset() + tensor.numel())).add_(1)
+
+    case = next(case for case in all_cases() if case.primitive == "optimizer_update_32bit")
+    with throwaway(after("optimizer_update_32bit", spoil)) as backend:
+        assert sentence in _message(run(backend, [case]))
+
+
+def test_the_oracle_knows_every_format_by_its_own_numbers():
+    assert oracle.FORMATS.keys() == FORMATS.keys()
+    for name, row in FORMATS.items():
+        codebook = oracle.FORMATS[name].codebook
+        np.testing.assert_array_equal(np.float32(row.codebook), codebook)
+        assert int(np.abs(codebook).argmin()) == row.zero
+
+
+@pytest.mark.parametrize(
+    ("file", "primitives"),
+    [(quantize, {"quantize_4bit", "dequantize_4bit"}), (gemm_4bit, {"gemm_4bit", "gemm_4bit_backward"})],
+)
+def test_another_format_has_its_cases(monkeypatch, file, primitives):
+    monkeypatch.setattr(file, "QUANT_TYPES", (*QUANT_TYPES, "another"))
+    assert {case.primitive for case in file.cases() if case.traits.get("quant_type") == "another"} == primitives
 
 
 def _round_by_threads(arguments, out):

@@ -15,33 +15,32 @@ def _swap_nibbles(arguments, out):
 
 
 def _neighbours_absmax(arguments):
-    arguments[1] = arguments[1].roll(1)
+    arguments["absmax"] = arguments["absmax"].roll(1)
 
 
 def _drop_last_block(arguments, out):
-    blocksize = arguments[3]
+    blocksize = arguments["blocksize"]
     out.view(-1)[(out.numel() - 1) // blocksize * blocksize :] = 0
 
 
 def _tie_upwards(arguments):
     """A midpoint goes up: every value is moved by the least there is."""
-    arguments[0] = torch.nextafter(arguments[0].float(), torch.tensor(float("inf")))
+    arguments["A"] = torch.nextafter(arguments["A"].float(), torch.tensor(float("inf")))
 
 
 def _forget_offset(arguments):
-    offset = len(arguments) - 2
-    if arguments[offset] is not None:
-        arguments[offset] = torch.zeros_like(arguments[offset])
+    if arguments["offset"] is not None:
+        arguments["offset"] = torch.zeros_like(arguments["offset"])
 
 
 def _add_bias_twice(arguments):
-    if arguments[6] is not None:
-        arguments[6] = 2 * arguments[6]
+    if arguments["bias"] is not None:
+        arguments["bias"] = 2 * arguments["bias"]
 
 
 def _compute_in_bf16(arguments):
-    if arguments[0].dtype == torch.float32:
-        arguments[0] = arguments[0].bfloat16().float()
+    if arguments["A"].dtype == torch.float32:
+        arguments["A"] = arguments["A"].bfloat16().float()
 
 
 def _keep_outlier_columns(arguments, out):
@@ -55,10 +54,14 @@ def _drop_row(arguments, out):
         out.view(-1, out.shape[-1])[-1] = 0
 
 
+def _neighbours_scale(arguments):
+    arguments["col_stats"] = arguments["col_stats"].roll(1)
+
+
 def _keep_stale_state(arguments):
     """The update of the second moment goes into a copy."""
-    if arguments[4] is not None:
-        arguments[4] = arguments[4].clone()
+    if arguments["state2"] is not None:
+        arguments["state2"] = arguments["state2"].clone()
 
 
 def _round_by_threads(arguments, out):
@@ -79,6 +82,7 @@ BUGS = {
     "f32 silently computed in bf16": lambda: before("gemm_4bit", _compute_in_bf16),
     "outlier column not zeroed": lambda: after("int8_vectorwise_quant", _keep_outlier_columns),
     "one dropped row": lambda: after("gemm_4bit", _drop_row),
+    "scale of the neighbouring row": lambda: before("int8_linear_backward", _neighbours_scale),
     "rounding by the number of threads": lambda: after("int8_vectorwise_dequant", _round_by_threads),
 }
 

@@ -19,6 +19,7 @@ import torch
 from click.testing import CliRunner
 
 from bnb_core import registry
+from bnb_core.backends import sim
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 OURS = "bnb_core"
@@ -131,15 +132,19 @@ def on_wgmma(benchmark, monkeypatch):
     monkeypatch.setattr(cases, "graphed", lambda call, operands, kind: benchmark.measure.Contender(call, kind))
     monkeypatch.setattr(cases.compiled_gpu, "current_stream", lambda device: 0)
 
+    modules = []
+
     def timed(name, rows, K=128):
         simulated = registry.backends()[f"{name}-sim"]
         if simulated.unavailable:
             pytest.skip(f"{simulated.name}: {simulated.unavailable}")
-        module = import_module(f"bnb_core.backends.sim._{name}_kernels")
-        monkeypatch.setattr(cases, "import_module", lambda asked: module)
+        modules.append(import_module(f"bnb_core.backends.sim._{name}_kernels"))
+        monkeypatch.setattr(cases, "import_module", lambda asked: modules[-1])
         return list(cases.on_wgmma(rows, 32, K))
 
-    return timed
+    yield timed
+    for module in modules:
+        module.set_wgmma_rows(sim.WGMMA_ROWS)
 
 
 def test_hoppers_kernel_is_timed_where_the_gpu_has_it_and_it_takes_the_product(benchmark, on_wgmma):

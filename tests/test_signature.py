@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bnb_core import functional, primitives
+from bnb_core.records import Weight4bit
 from bnb_core.signature import compiled_signature, signature_in_python
 
 needs_compiled = pytest.mark.skipif(compiled_signature is None, reason="not built, or torch before 2.10")
@@ -91,12 +92,12 @@ def test_arguments_unlike_checked_ones_are_checked():
     """A plan made for one call never lets another call's bad arguments through."""
     good = torch.zeros(8, 64)
     codes, state = functional.quantize_4bit(good, blocksize=64)
-    arguments = (64, "fp4", (8, 64), torch.float32, *primitives.F32_SCALES)
-    primitives.dequantize_4bit(codes, state.absmax, *arguments)
+    weight = Weight4bit(codes, (8, 64), state.absmax, 64, "fp4")
+    primitives.dequantize_4bit(weight, torch.float32)
     with pytest.raises(ValueError, match="absmax: expected 8 elements, got 7"):
-        primitives.dequantize_4bit(codes, state.absmax[1:], *arguments)
+        primitives.dequantize_4bit(weight._replace(absmax=state.absmax[1:]), torch.float32)
     with pytest.raises(ValueError, match=r"blocksize: expected .*, got 64\.0"):
-        primitives.dequantize_4bit(codes, state.absmax, 64.0, *arguments[1:])
+        primitives.dequantize_4bit(weight._replace(blocksize=64.0), torch.float32)
 
 
 @needs_compiled
@@ -109,7 +110,7 @@ def test_a_tensor_without_memory_is_an_error_and_no_crash(kind):
     else:
         absmax.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="has no memory"):
-        primitives.dequantize_4bit(codes, absmax, 64, "fp4", (8, 64), torch.float32, *primitives.F32_SCALES)
+        primitives.dequantize_4bit(Weight4bit(codes, (8, 64), absmax, 64, "fp4"), torch.float32)
 
 
 def test_kernels_and_signatures_do_without_the_exchange_api():

@@ -14,10 +14,12 @@ import torch
 
 import bnb_core
 from bnb_core import functional, registry
-from bnb_core.backends import compiled_gpu, gpu
-from bnb_core.backends.native import DTYPE_CODES
+from bnb_core.backends import compiled_gpu, dequantized, gpu, sim
+from bnb_core.records import Weight4bit
 
 SIMULATED = {"cuda-sim": "_cuda_kernels", "hip-sim": "_hip_kernels"}
+FUSED_ROWS = 64
+"""kFusedRows of csrc_cuda/gemm_4bit.cu."""
 
 
 @pytest.fixture(params=SIMULATED)
@@ -29,16 +31,23 @@ def simulated(request):
         yield import_module(f"bnb_core.backends.sim.{SIMULATED[request.param]}")
 
 
+@pytest.fixture
+def wgmma_rows(simulated):
+    """Sets up to how many rows of A products go to Hopper's kernel."""
+    yield simulated.set_wgmma_rows
+    simulated.set_wgmma_rows(sim.WGMMA_ROWS)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [gpu.FUSED_ROWS, gpu.FUSED_ROWS + 1, 130])
-def test_the_fused_kernel_takes_as_many_rows_as_torch(simulated, monkeypatch, dtype, rows):
+@pytest.mark.parametrize("rows", [FUSED_ROWS, FUSED_ROWS + 1, 130])
+def test_many_rows_are_multiplied_as_exactly_on_wgmma_as_by_torch(simulated, wgmma_rows, dtype, rows):
     weight, A = torch.randn(48, 320), torch.randn(rows, 320).to(dtype)
     packed, state = functional.quantize_4bit(weight, compress_statistics=True, blocksize=64)
     exact = A.double() @ functional.dequantize_4bit(packed, state).double().t()
     terms = A.double().abs() @ functional.dequantize_4bit(packed, state).double().abs().t()
     bound = {torch.float32: 2**-18, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
-    for fused_rows in (gpu.FUSED_ROWS, rows):
-        monkeypatch.setattr(gpu.GpuKernels, "most_fused_rows", lambda *operands, most=fused_rows: most)
+    for most in (0, rows):
+        wgmma_rows(most)
         product = functional.gemm_4bit(A, packed, state)
         assert ((product.double() - exact).abs() <= bound * terms).all()
 
@@ -55,10 +64,12 @@ def test_many_rows_are_multiplied_by_the_weights_that_dequantizing_gives(simulat
 
 def test_hoppers_kernel_takes_what_it_can_read(simulated):
     """Whole steps of 64 columns, each in one block, at addresses that are multiples of 16."""
-    A, packed = torch.zeros(2**16, dtype=torch.bfloat16), torch.zeros(2**16, dtype=torch.uint8)
+    codes = torch.zeros(2**16, dtype=torch.uint8)
 
-    def takes(A=A, dtype=torch.bfloat16, K=192, packed=packed, blocksize=64):
-        return simulated.takes_wgmma(A, DTYPE_CODES[dtype], K, packed, blocksize)
+    def takes(dtype=torch.bfloat16, K=192, blocksize=64, A_from=0, codes_from=0):
+        A = torch.zeros(100 * K + A_from, dtype=dtype)[A_from:].view(100, K)
+        weight = Weight4bit(codes[codes_from:][: 8 * K], (16, K), torch.zeros(1024), blocksize, "nf4")
+        return simulated.takes_wgmma(A, weight)
 
     assert takes() == takes(dtype=torch.float16) == takes(blocksize=4096) == ("cuda" in simulated.__name__)
     assert not any(
@@ -67,19 +78,21 @@ def test_hoppers_kernel_takes_what_it_can_read(simulated):
             takes(K=64),
             takes(K=200),
             takes(blocksize=32),
-            takes(A[1:]),
-            takes(packed=packed[8:]),
+            takes(A_from=1),
+            takes(codes_from=8),
         )
     )
 
 
-def test_many_rows_go_to_hoppers_kernel_where_it_takes_them(simulated, monkeypatch):
+@pytest.mark.parametrize("most", [0, 99, 100])
+def test_many_rows_go_to_hoppers_kernel_where_it_takes_them(simulated, wgmma_rows, monkeypatch, most):
     multiplied = []
-    monkeypatch.setattr(gpu, "_multiply", lambda A, weight, bias, out: multiplied.append(A.shape))
-    for blocksize, rows in ((64, gpu.FUSED_ROWS), (64, 100), (32, 100)):
+    monkeypatch.setattr(dequantized, "_multiply", lambda A, weight, bias, out: multiplied.append(A.shape))
+    wgmma_rows(most)
+    for blocksize, rows in ((64, FUSED_ROWS), (64, 100), (32, 100)):
         packed, state = functional.quantize_4bit(torch.randn(16, 192), blocksize=blocksize)
         functional.gemm_4bit(torch.randn(rows, 192, dtype=torch.bfloat16), packed, state)
-    assert len(multiplied) == (1 if "cuda" in simulated.__name__ else 2)
+    assert len(multiplied) == (1 if "cuda" in simulated.__name__ and most == 100 else 2)
 
 
 @pytest.mark.parametrize("variable", ["-1", "many", "64.0"])
@@ -87,7 +100,7 @@ def test_a_number_of_rows_that_is_none_is_an_error_that_names_the_variable(monke
     monkeypatch.setenv(compiled_gpu.WGMMA_VARIABLE, variable)
     for name in ("_other_maker", "_why_unavailable"):
         monkeypatch.setattr(compiled_gpu, name, lambda *of: None)
-    monkeypatch.setattr(compiled_gpu, "import_module", lambda name: SimpleNamespace())
+    monkeypatch.setattr(compiled_gpu, "import_module", lambda name: SimpleNamespace(set_wgmma_rows=int))
     with pytest.raises(registry.SettingError, match=f"BNB_WGMMA_ROWS: expected a number of rows.*, got '{variable}'"):
         compiled_gpu.make_backend(compiled_gpu.GpuPlatform("cuda", build="", compiler=""))
 
@@ -156,3 +169,33 @@ def test_the_first_calls_of_a_process_may_be_captured_in_a_graph(simulated):
     command = [sys.executable, "-c", CAPTURED, name, SIMULATED[name]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """Those in a record and in a list count, too."""
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    calls = []
+
+    def function(*arguments, **outputs):
+        calls.append(arguments)
+
+    kernel = compiled_gpu._on_its_device(registry.Kernel(function, several=function))
+    on_meta = torch.empty(4, device="meta")
+    weight = Weight4bit(on_meta, (4,), on_meta, 64, "nf4")
+    kernel.function(weight, torch.float32, out=on_meta)
+    kernel.several("step", [on_meta], [on_meta])
+    assert entered == [on_meta.device] * 2
+    assert calls == [(weight, torch.float32), ("step", [on_meta], [on_meta])]

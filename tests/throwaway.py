@@ -8,33 +8,33 @@ from typing import Any
 
 import torch
 
-from bnb_core import registry
+from bnb_core import primitives, registry
 from bnb_core.conformance import runner
-from bnb_core.conformance.case import Case
+from bnb_core.conformance.case import Case, named, positional
 from bnb_core.registry import Backend
 
 NAME = "throwaway"
 
 
 def after(primitive: str, spoil: Callable[..., None]) -> dict[str, Callable[..., None]]:
-    """The reference's kernel, then ``spoil(arguments, out)``."""
+    """The reference's kernel, then ``spoil`` with the arguments by name and the output."""
     correct = registry.delegated_to("reference")[primitive].function
 
     def kernel(*arguments: Any, **outputs: Any) -> None:
         correct(*arguments, **outputs)
-        spoil(arguments, outputs.get("out"))
+        spoil(named(getattr(primitives, primitive), arguments), outputs.get("out"))
 
     return {primitive: kernel}
 
 
-def before(primitive: str, change: Callable[[list[Any]], None]) -> dict[str, Callable[..., None]]:
-    """``change`` the list of arguments, then the reference's kernel."""
+def before(primitive: str, change: Callable[[dict[str, Any]], None]) -> dict[str, Callable[..., None]]:
+    """``change`` the arguments, by name, then the reference's kernel."""
     correct = registry.delegated_to("reference")[primitive].function
 
     def kernel(*arguments: Any, **outputs: Any) -> None:
-        changed = list(arguments)
+        changed = named(getattr(primitives, primitive), arguments)
         change(changed)
-        correct(*changed, **outputs)
+        correct(*positional(getattr(primitives, primitive), changed), **outputs)
 
     return {primitive: kernel}
 

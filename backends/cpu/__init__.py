@@ -12,7 +12,7 @@ import torch
 
 from bnb_core.registry import Backend, InstructionSets, SettingError
 
-from ..native import kernels_of, module_file
+from ..native import NativeKernels, kernels_of, module_file
 from .kernels import CpuKernels
 
 ISA_VARIABLE = "BNB_CPU_ISA"
@@ -76,7 +76,7 @@ def _make_backend() -> Backend:
         name="cpu",
         device_types=("cpu",),
         priority=100,
-        kernels=kernels_of(CpuKernels(module, stream=lambda device: 0)),
+        kernels=kernels_of(CpuKernels(NativeKernels(module, stream=lambda device: 0))),
         details=details,
         instruction_sets=InstructionSets(module.isas_available, module.isa, module.set_isa),
         library=module_file(module),

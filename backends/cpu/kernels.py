@@ -1,4 +1,4 @@
-"""The CPU's kernels, and torch's dense matmul where there is none that is fused."""
+"""The CPU's kernels, and torch's dense matmul for the products that they leave to it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import dequantized
-from ..native import DTYPE_CODES, QUANT_TYPE_CODES, NativeKernels, block_scales
+from ..dequantized import DenseProducts
 
 
 class _Workspace(threading.local):
@@ -34,31 +33,10 @@ class _Workspace(threading.local):
         return self.buffer[:size].view(dtype).view(*shape)
 
 
-class CpuKernels(NativeKernels):
+class CpuKernels(DenseProducts):
     """The primitives over a module of csrc_cpu."""
 
     _workspace = _Workspace()
 
-    def gemm_4bit_backward(
-        self,
-        dY: Tensor,
-        B: Tensor,
-        shape: Sequence[int],
-        absmax: Tensor,
-        blocksize: int,
-        quant_type: str,
-        nested_absmax: Tensor | None,
-        nested_code: Tensor | None,
-        offset: Tensor | None,
-        nested_blocksize: int,
-        out: Tensor,
-    ) -> None:
-        N, K = shape
-        nested = (nested_absmax, nested_code, offset, nested_blocksize)
-        if self.module.gemm_4bit_backward(
-            dY, DTYPE_CODES[dY.dtype], math.prod(dY.shape[:-1]), N, K, B,
-            *block_scales(absmax, *nested), blocksize, QUANT_TYPE_CODES[quant_type], out,
-        ):  # fmt: skip
-            return
-        empty = self._workspace.take
-        dequantized.gemm_4bit_backward(self, dY, B, shape, absmax, blocksize, quant_type, *nested, out, empty)
+    def memory_for_weight(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self._workspace.take(shape, dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bnb_core import primitives
 from bnb_core.primitive import made_readable
+from bnb_core.records import flat
 from bnb_core.registry import EVERY_DEVICE, Backend, Kernel
 
 from . import dispatcher
@@ -38,7 +39,7 @@ class _Routed:
 
     def _choose(self, arguments: tuple[Any, ...]) -> Route | str:
         """The first route that can be taken, or the reasons why none can."""
-        device = next(a for a in arguments if isinstance(a, Tensor)).device.type
+        device = next(a for a in flat(arguments) if isinstance(a, Tensor)).device.type
         reasons = []
         for route in self.routes:
             if not dispatcher.has_kernel(route.operator, device):
@@ -68,7 +69,7 @@ class _Routed:
         used = made_readable(arguments)
         route.call(operator, *used)
         declared = getattr(primitives, self.primitive).op._schema.arguments
-        for declaration, given, copy in zip(declared, arguments, used, strict=True):
+        for declaration, given, copy in zip(declared, flat(arguments), flat(used), strict=True):
             if copy is not given and declaration.alias_info is not None:
                 given.copy_(copy)
 

@@ -6,7 +6,7 @@ else it needs is torch's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from bnb_core.codebooks import get_4bit_type
-from bnb_core.primitive import aligned
-from bnb_core.primitives import NESTED_BLOCKSIZE
+from bnb_core.records import NESTED_BLOCKSIZE, OptimizerState8bit, OptimizerState32bit, OptimizerStep, Weight4bit
 
 from ..dequantized import LEAST_TERMS, as_matrix
-from ..reference.int8 import int8_mm_dequant
-from ..reference.quantize import dequantize_blockwise
-from ..torch_precision import exact_matmuls
+from ..reference.int8 import int8_mm_dequant, outlier_weight
+from ..reference.matmul import product
+from ..reference.quantize import block_scales
 
 
 @dataclass(frozen=True)
@@ -37,114 +36,42 @@ def _same(operator: Any, *arguments: Any) -> Any:
     return operator(*arguments)
 
 
-def _f32_scales(
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-) -> Tensor:
-    if nested_absmax is None or nested_code is None or offset is None:
-        return absmax
-    return dequantize_blockwise(absmax, nested_absmax, nested_code, nested_blocksize, torch.float32) + offset
+def _dequantize_4bit(operator: Any, A: Weight4bit, dtype: torch.dtype) -> Tensor:
+    return operator(A.packed, block_scales(A), A.blocksize, A.quant_type, A.shape, dtype)
 
 
-def _dequantize_4bit(
-    operator: Any,
-    A: Tensor,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *nested: Any,
-) -> Tensor:
-    return operator(A, _f32_scales(absmax, *nested), blocksize, quant_type, shape, dtype)
-
-
-def _gemm_4bit(
-    operator: Any,
-    A: Tensor,
-    B: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-) -> Tensor:
+def _gemm_4bit(operator: Any, A: Tensor, B: Weight4bit, bias: Tensor | None) -> Tensor:
     """The operator takes double-quantized scales in blocks of 256 alone."""
-    if nested_absmax is not None and nested_blocksize == NESTED_BLOCKSIZE:
-        return operator(A, B, shape, nested_absmax, blocksize, quant_type, bias, absmax, nested_code, offset)
-    scales = _f32_scales(absmax, nested_absmax, nested_code, offset, nested_blocksize)
-    return operator(A, B, shape, scales, blocksize, quant_type, bias)
+    weight = (B.packed, B.shape)
+    if B.nested_absmax is not None and B.nested_blocksize == NESTED_BLOCKSIZE:
+        nested = (B.absmax, B.nested_code, B.offset)
+        return operator(A, *weight, B.nested_absmax, B.blocksize, B.quant_type, bias, *nested)
+    return operator(A, *weight, block_scales(B), B.blocksize, B.quant_type, bias)
 
 
-def _gemv_4bit(
-    operator: Any,
-    A: Tensor,
-    B: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None,
-    *nested: Any,
-) -> Tensor:
-    result = operator(A, B, shape, absmax, get_4bit_type(quant_type, A.device), blocksize)
+def _gemv_4bit(operator: Any, A: Tensor, B: Weight4bit, bias: Tensor | None) -> Tensor:
+    result = operator(A, B.packed, B.shape, B.absmax, get_4bit_type(B.quant_type, A.device), B.blocksize)
     return result if bias is None else result + bias
 
 
-def _refuses_gemv_4bit(
-    A: Tensor,
-    B: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None,
-    nested_absmax: Tensor | None,
-    *nested: Any,
-) -> str | None:
+def _refuses_gemv_4bit(A: Tensor, B: Weight4bit, bias: Tensor | None) -> str | None:
     if A.numel() != A.shape[-1]:
         return "bitsandbytes::gemv_4bit takes one row"
-    return None if nested_absmax is None else "bitsandbytes::gemv_4bit takes no double-quantized scales"
+    return None if B.nested_absmax is None else "bitsandbytes::gemv_4bit takes no double-quantized scales"
 
 
-def _product(A: Tensor, B: Tensor) -> Tensor:
-    """In f32."""
-    with exact_matmuls(A.device, torch.float32):
-        return aligned(A.float()) @ B.float()
-
-
-def _weight(operator: Any, dtype: torch.dtype, terms: int, B: Tensor, shape: Sequence[int], *rest: Any) -> Tensor:
+def _weight(operator: Any, B: Weight4bit, dtype: torch.dtype, terms: int) -> Tensor:
     """A 4-bit weight in full, rounded to the input's dtype where the sums over it are long."""
-    absmax, blocksize, quant_type, *nested = rest
-    weight_dtype = dtype if terms >= LEAST_TERMS else torch.float32
-    return _dequantize_4bit(operator, B, absmax, blocksize, quant_type, shape, weight_dtype, *nested)
+    return _dequantize_4bit(operator, B, dtype if terms >= LEAST_TERMS else torch.float32)
 
 
-def _gemm_by_dequantizing(
-    operator: Any,
-    A: Tensor,
-    B: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None,
-    *nested: Any,
-) -> Tensor:
-    weight = _weight(operator, A.dtype, shape[1], B, shape, absmax, blocksize, quant_type, *nested)
-    result = _product(A, weight.t())
+def _gemm_by_dequantizing(operator: Any, A: Tensor, B: Weight4bit, bias: Tensor | None) -> Tensor:
+    result = product(A, _weight(operator, B, A.dtype, terms=B.shape[1]).t())
     return (result if bias is None else result + bias.float()).to(A.dtype)
 
 
-def _gemm_4bit_backward(operator: Any, dY: Tensor, B: Tensor, shape: Sequence[int], *rest: Any) -> Tensor:
-    return _product(dY, _weight(operator, dY.dtype, shape[0], B, shape, *rest)).to(dY.dtype)
+def _gemm_4bit_backward(operator: Any, dY: Tensor, B: Weight4bit) -> Tensor:
+    return product(dY, _weight(operator, B, dY.dtype, terms=B.shape[0])).to(dY.dtype)
 
 
 def _mask(A: Tensor, threshold: float, columns: Tensor | None) -> Tensor:
@@ -207,72 +134,38 @@ def _mixed_by(scaled_mm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         columns = outlier_mask.nonzero().view(-1)
         bias = None if bias is None else bias.float()
         inner = scaled_mm(operator, CA, CB, row_stats, col_stats, bias, torch.float32)
-        weight = CB[:, columns].float() * (col_stats.view(-1, 1) / 127.0)
-        return (inner + _product(as_matrix(A)[:, columns], weight.t())).to(A.dtype)
+        weight = outlier_weight(CB, col_stats, columns)
+        return (inner + product(as_matrix(A)[:, columns], weight.t())).to(A.dtype)
 
     return call
 
 
+def _int8_linear_backward(operator: Any, dY: Tensor, B: Tensor, col_stats: Tensor) -> Tensor:
+    return product(dY, operator(B, col_stats)).to(dY.dtype)
+
+
 def _optimizer_update_32bit(
-    operator: Any,
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    unorm_vec: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    weight_decay: float,
-    gnorm_scale: float,
-    max_unorm: float,
-    skip_zeros: bool,
+    operator: Any, step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState32bit, unorm_vec: Tensor | None
 ) -> None:
-    param_norm = torch.where(p.isfinite(), p, 0.0).float().norm().item() if max_unorm > 0 else 0.0
+    param_norm = torch.where(p.isfinite(), p, 0.0).float().norm().item() if step.max_unorm > 0 else 0.0
     operator(
-        optimizer_name, g, p, state1, state2, unorm_vec, max_unorm, param_norm, beta1, beta2, beta3, alpha, eps,
-        weight_decay, step, lr, gnorm_scale, skip_zeros,
+        step.optimizer_name, g, p, *state, unorm_vec, step.max_unorm, param_norm, step.beta1, step.beta2, step.beta3,
+        step.alpha, step.eps, step.weight_decay, step.step, step.lr, step.gnorm_scale, step.skip_zeros,
     )  # fmt: skip
 
 
 def _optimizer_update_8bit(
-    operator: Any,
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    qmap1: Tensor,
-    qmap2: Tensor | None,
-    absmax1: Tensor,
-    absmax2: Tensor | None,
-    unorm_vec: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    weight_decay: float,
-    gnorm_scale: float,
-    max_unorm: float,
-    skip_zeros: bool,
+    operator: Any, step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState8bit, unorm_vec: Tensor | None
 ) -> None:
+    state1, state2, *scales = state
     operator(
-        optimizer_name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr, qmap1, qmap2, absmax1,
-        absmax2, weight_decay, gnorm_scale, skip_zeros,
+        step.optimizer_name, g, p, state1, state2, step.beta1, step.beta2, step.beta3, step.alpha, step.eps,
+        step.step, step.lr, *scales, step.weight_decay, step.gnorm_scale, step.skip_zeros,
     )  # fmt: skip
 
 
-def _refuses_max_unorm(*arguments: Any) -> str | None:
-    max_unorm = arguments[-2]
-    return "bitsandbytes::optimizer_update_8bit_blockwise has no max_unorm" if max_unorm > 0 else None
+def _refuses_max_unorm(step: OptimizerStep, *tensors: Any) -> str | None:
+    return "bitsandbytes::optimizer_update_8bit_blockwise has no max_unorm" if step.max_unorm > 0 else None
 
 
 ROUTES: dict[str, tuple[Route, ...]] = {
@@ -300,6 +193,7 @@ ROUTES: dict[str, tuple[Route, ...]] = {
         Route("int8_scaled_mm", _mixed_by(_int8_scaled_mm)),
         Route("int8_linear_matmul", _mixed_by(_scaled_by_matmul)),
     ),
+    "int8_linear_backward": (Route("int8_vectorwise_dequant", _int8_linear_backward),),
     "optimizer_update_32bit": (Route("optimizer_update_32bit", _optimizer_update_32bit),),
     "optimizer_update_8bit_blockwise": (
         Route("optimizer_update_8bit_blockwise", _optimizer_update_8bit, _refuses_max_unorm),

@@ -39,6 +39,7 @@ _RETURNING = (
     int8.int8_mm_dequant,
     int8.int8_scaled_mm,
     int8.int8_mixed_scaled_mm,
+    int8.int8_linear_backward,
 )
 _IN_PLACE = (optimizer.optimizer_update_32bit, optimizer.optimizer_update_8bit_blockwise)
 

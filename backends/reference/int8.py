@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..torch_precision import exact_matmuls
+from .matmul import product
 
 # Products of two i8 are at most 2^14, so sums over this many columns are exact in f32.
 EXACT_COLUMNS_IN_F32 = 2**10
@@ -91,7 +91,14 @@ def int8_mixed_scaled_mm(
     bias: Tensor | None,
 ) -> Tensor:
     columns = outlier_mask.nonzero().view(-1)
-    weight = CB[:, columns].float() * (col_stats.view(-1, 1) / 127.0)
     out = _dequantize(int8_linear_matmul(CA, CB), row_stats, col_stats, bias)
-    with exact_matmuls(A.device, torch.float32):
-        return (out + A[..., columns].float() @ weight.t()).to(A.dtype)
+    return (out + product(A[..., columns], outlier_weight(CB, col_stats, columns).t())).to(A.dtype)
+
+
+def outlier_weight(CB: Tensor, col_stats: Tensor, columns: Tensor) -> Tensor:
+    """f32[N, columns]."""
+    return CB[:, columns].float() * (col_stats.view(-1, 1) / 127.0)
+
+
+def int8_linear_backward(dY: Tensor, B: Tensor, col_stats: Tensor) -> Tensor:
+    return product(dY, int8_vectorwise_dequant(B, col_stats)).to(dY.dtype)

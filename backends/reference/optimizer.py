@@ -15,35 +15,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bnb_core.primitives import OPTIMIZER_BLOCKSIZE as BLOCKSIZE
+from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep
+
 from .quantize import dequantize_blockwise, quantize_blockwise
 
-BLOCKSIZE = 256
+# Python's floats are f64: each is rounded to f32 once, where it meets a tensor.
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
-    """The scalars of a step. Python's floats are f64: each is rounded to f32 once, where it meets a tensor."""
+def _c1(h: OptimizerStep) -> float:
+    return 1.0 - h.beta1**h.step
 
-    step: int
-    lr: float
-    beta1: float
-    beta2: float
-    beta3: float
-    alpha: float
-    eps: float
-    weight_decay: float
 
-    @property
-    def c1(self) -> float:
-        return 1.0 - self.beta1**self.step
+def _c2(h: OptimizerStep) -> float:
+    return math.sqrt(1.0 - h.beta2**h.step)
 
-    @property
-    def c2(self) -> float:
-        return math.sqrt(1.0 - self.beta2**self.step)
 
-    @property
-    def decay(self) -> float:
-        return 1.0 - self.lr * self.weight_decay
+def _decayed(h: OptimizerStep, p: Tensor) -> Tensor:
+    return p * (1.0 - h.lr * h.weight_decay)
 
 
 class Result(NamedTuple):
@@ -54,38 +43,38 @@ class Result(NamedTuple):
     states: tuple[Tensor, ...]
 
 
-def _adam(h: Hyperparameters, g: Tensor, p: Tensor, m: Tensor, v: Tensor) -> Result:
+def _adam(h: OptimizerStep, g: Tensor, p: Tensor, m: Tensor, v: Tensor) -> Result:
     m = h.beta1 * m + (1 - h.beta1) * g
     v = h.beta2 * v + (1 - h.beta2) * g * g
-    return Result(p * h.decay, h.c2 / h.c1 * m / (v.sqrt() + h.eps * h.c2), (m, v))
+    return Result(_decayed(h, p), _c2(h) / _c1(h) * m / (v.sqrt() + h.eps * _c2(h)), (m, v))
 
 
-def _ademamix(h: Hyperparameters, g: Tensor, p: Tensor, moments: Tensor, v: Tensor) -> Result:
+def _ademamix(h: OptimizerStep, g: Tensor, p: Tensor, moments: Tensor, v: Tensor) -> Result:
     fast = h.beta1 * moments[0] + (1 - h.beta1) * g
     slow = h.beta3 * moments[1] + (1 - h.beta3) * g
     v = h.beta2 * v + (1 - h.beta2) * g * g
-    update = h.c2 / h.c1 * (fast + h.alpha * h.c1 * slow) / (v.sqrt() + h.eps * h.c2)
-    return Result(p * h.decay, update, (torch.stack([fast, slow]), v))
+    update = _c2(h) / _c1(h) * (fast + h.alpha * _c1(h) * slow) / (v.sqrt() + h.eps * _c2(h))
+    return Result(_decayed(h, p), update, (torch.stack([fast, slow]), v))
 
 
-def _momentum(h: Hyperparameters, g: Tensor, p: Tensor, m: Tensor) -> Result:
+def _momentum(h: OptimizerStep, g: Tensor, p: Tensor, m: Tensor) -> Result:
     g = g + h.weight_decay * p
     m = g if h.step == 1 else h.beta1 * m + g
     return Result(p, m, (m,))
 
 
-def _lion(h: Hyperparameters, g: Tensor, p: Tensor, m: Tensor) -> Result:
+def _lion(h: OptimizerStep, g: Tensor, p: Tensor, m: Tensor) -> Result:
     update = (h.beta1 * m + (1 - h.beta1) * g).sign()
-    return Result(p * h.decay, update, (h.beta2 * m + (1 - h.beta2) * g,))
+    return Result(_decayed(h, p), update, (h.beta2 * m + (1 - h.beta2) * g,))
 
 
-def _rmsprop(h: Hyperparameters, g: Tensor, p: Tensor, v: Tensor) -> Result:
+def _rmsprop(h: OptimizerStep, g: Tensor, p: Tensor, v: Tensor) -> Result:
     g = g + h.weight_decay * p
     v = h.beta1 * v + (1 - h.beta1) * g * g
     return Result(p, g / (v.sqrt() + h.eps), (v,))
 
 
-def _adagrad(h: Hyperparameters, g: Tensor, p: Tensor, v: Tensor) -> Result:
+def _adagrad(h: OptimizerStep, g: Tensor, p: Tensor, v: Tensor) -> Result:
     g = g + h.weight_decay * p
     v = v + g * g
     return Result(p, g / (v.sqrt() + h.eps), (v,))
@@ -112,93 +101,46 @@ RULES = {
 
 
 def optimizer_update_32bit(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    unorm_vec: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    weight_decay: float,
-    gnorm_scale: float,
-    max_unorm: float,
-    skip_zeros: bool,
+    step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState32bit, unorm_vec: Tensor | None
 ) -> None:
     """Step ``p`` with f32 state, all in place."""
-    h = Hyperparameters(step, lr, beta1, beta2, beta3, alpha, eps, weight_decay)
-    states = _present(state1, state2)
-    result = _step(optimizer_name, h, g, p, states, unorm_vec, gnorm_scale, max_unorm, skip_zeros)
+    states = _present(*state)
+    result = _stepped(step, g, p, states, unorm_vec)
     p.copy_(result.p)
-    for state, new in zip(states, result.states, strict=True):
-        state.copy_(new)
+    for old, new in zip(states, result.states, strict=True):
+        old.copy_(new)
 
 
 def optimizer_update_8bit_blockwise(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    qmap1: Tensor,
-    qmap2: Tensor | None,
-    absmax1: Tensor,
-    absmax2: Tensor | None,
-    unorm_vec: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    weight_decay: float,
-    gnorm_scale: float,
-    max_unorm: float,
-    skip_zeros: bool,
+    step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState8bit, unorm_vec: Tensor | None
 ) -> None:
     """Step ``p`` with 8-bit state, all in place; ``p`` moves by the new state before that is rounded to 8 bits."""
-    h = Hyperparameters(step, lr, beta1, beta2, beta3, alpha, eps, weight_decay)
-    quantized = list(zip(_present(state1, state2), _present(qmap1, qmap2), _present(absmax1, absmax2), strict=True))
-    states = tuple(_decode(state, qmap, absmax, p) for state, qmap, absmax in quantized)
-    result = _step(optimizer_name, h, g, p, states, unorm_vec, gnorm_scale, max_unorm, skip_zeros)
+    codes, qmaps = _present(state.state1, state.state2), _present(state.qmap1, state.qmap2)
+    quantized = list(zip(codes, qmaps, _present(state.absmax1, state.absmax2), strict=True))
+    states = tuple(_decode(*each, p) for each in quantized)
+    result = _stepped(step, g, p, states, unorm_vec)
     p.copy_(result.p)
-    for index, (new, (state, qmap, absmax)) in enumerate(zip(result.states, quantized, strict=True)):
-        _encode(new, state, qmap, absmax, p, never_vanishes=index == RULES[optimizer_name].divisor)
+    for index, (new, each) in enumerate(zip(result.states, quantized, strict=True)):
+        _encode(new, *each, p, never_vanishes=index == RULES[step.optimizer_name].divisor)
 
 
 def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in tensors if tensor is not None)
 
 
-def _step(
-    optimizer_name: str,
-    h: Hyperparameters,
-    g: Tensor,
-    p: Tensor,
-    states: tuple[Tensor, ...],
-    unorm_vec: Tensor | None,
-    gnorm_scale: float,
-    max_unorm: float,
-    skip_zeros: bool,
-) -> Result:
+def _stepped(h: OptimizerStep, g: Tensor, p: Tensor, states: tuple[Tensor, ...], unorm_vec: Tensor | None) -> Result:
     """The new parameter and state in f32."""
-    g, p = gnorm_scale * g.float(), p.float()
-    result = RULES[optimizer_name].function(h, g, p, *states)
-    if skip_zeros:
+    g, p = h.gnorm_scale * g.float(), p.float()
+    result = RULES[h.optimizer_name].function(h, g, p, *states)
+    if h.skip_zeros:
         result = _where(g != 0, result, Result(p, torch.zeros_like(p), states))
     scale = 1.0
-    if max_unorm > 0:
+    if h.max_unorm > 0:
         update_norm = _norm(result.update)
         if unorm_vec is not None:
             unorm_vec.fill_(update_norm)
         if update_norm > 0:
-            scale = min(1.0, max_unorm * _norm(p) / update_norm)
+            scale = min(1.0, h.max_unorm * _norm(p) / update_norm)
     return result._replace(p=result.p - h.lr * scale * result.update)
 
 

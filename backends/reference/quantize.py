@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bnb_core.codebooks import get_4bit_type
+from bnb_core.formats import FORMATS, Encoder, Format4bit
+from bnb_core.records import Weight4bit
 
 SMALLEST_NORMAL = 2.0**-126
-NF4_ZERO = 7
-FP4_SIGN = 8
+SIGN = 8
+"""The bit of a code that is its sign, in a format that has one."""
 
 
 def _blocks(flat: Tensor, blocksize: int) -> Tensor:
@@ -58,42 +58,42 @@ def dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int
     return values.to(dtype).view(A.shape)
 
 
-def _fp4_codes(scaled: Tensor) -> Tensor:
-    """Sign in bit 3, nearest magnitude below: its codebook is not ascending, so look up a sorted one."""
-    magnitudes, index = get_4bit_type("fp4", scaled.device)[:FP4_SIGN].sort()
-    return index[_nearest(scaled.abs(), magnitudes)] + FP4_SIGN * (scaled < 0)
+def _codebook(format: Format4bit, device: torch.device) -> Tensor:
+    return torch.tensor(format.codebook, dtype=torch.float32, device=device)
+
+
+def _nearest_4bit(scaled: Tensor, format: Format4bit) -> Tensor:
+    """The code of the nearest value, a tie going to the lower one or, with a sign, to the smaller magnitude."""
+    code = _codebook(format, scaled.device)
+    if format.encoder is Encoder.NEAREST:
+        return _nearest(scaled, code)
+    magnitudes, codes = code[:SIGN].sort()
+    return codes[_nearest(scaled.abs(), magnitudes)] + SIGN * (scaled < 0)
 
 
 def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
     if A.numel() == 0:
         return A.new_empty((0, 1), dtype=quant_storage), A.new_empty(0, dtype=torch.float32)
+    format = FORMATS[quant_type]
     scaled, absmax, usable = _scaled(A, blocksize)
-    if quant_type == "nf4":
-        codes, zero = _nearest(scaled, get_4bit_type("nf4", A.device)), NF4_ZERO
-    else:
-        codes, zero = _fp4_codes(scaled), 0
-    codes = torch.where(usable, codes, zero).to(torch.uint8)
-    high, low = pad(codes, (0, codes.numel() % 2), value=zero).view(-1, 2).unbind(1)
+    codes = torch.where(usable, _nearest_4bit(scaled, format), format.zero).to(torch.uint8)
+    high, low = pad(codes, (0, codes.numel() % 2), value=format.zero).view(-1, 2).unbind(1)
     packed = high << 4 | low
     return pad(packed, (0, -packed.numel() % quant_storage.itemsize)).view(quant_storage).unsqueeze(1), absmax
 
 
-def dequantize_4bit(
-    A: Tensor,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-) -> Tensor:
-    if nested_absmax is not None and nested_code is not None and offset is not None:
-        absmax = dequantize_blockwise(absmax, nested_absmax, nested_code, nested_blocksize, torch.float32) + offset
-    n = math.prod(shape)
-    packed = A.contiguous().view(-1).view(torch.uint8)
+def block_scales(weight: Weight4bit) -> Tensor:
+    """f32, whether they were quantized or not."""
+    if weight.nested_absmax is None or weight.nested_code is None or weight.offset is None:
+        return weight.absmax
+    nested = (weight.nested_absmax, weight.nested_code, weight.nested_blocksize)
+    return dequantize_blockwise(weight.absmax, *nested, torch.float32) + weight.offset
+
+
+def dequantize_4bit(A: Weight4bit, dtype: torch.dtype) -> Tensor:
+    n = math.prod(A.shape)
+    packed = A.packed.reshape(-1).view(torch.uint8)
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
-    values = get_4bit_type(quant_type, A.device)[codes.long()] * _scales_per_element(absmax, blocksize, n)
-    return values.to(dtype).view(tuple(shape))
+    values = _codebook(FORMATS[A.quant_type], packed.device)[codes.long()]
+    scales = _scales_per_element(block_scales(A), A.blocksize, n)
+    return (values * scales).to(dtype).view(tuple(A.shape))

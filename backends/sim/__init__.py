@@ -14,7 +14,7 @@ import torch
 from bnb_core.registry import Backend, InstructionSets, SettingError
 
 from ..gpu import GpuKernels
-from ..native import kernels_of, module_file
+from ..native import NativeKernels, kernels_of, module_file
 
 WARP_VARIABLE = "BNB_SIM_WARP"
 WARP_SIZES = (32, 64)
@@ -45,11 +45,12 @@ def _make_backend(name: str, module_name: str, warp_size: int) -> Backend:
         )
         return Backend(name, ("cpu",), 0, {}, unavailable=reason, by_name_only=True)
     module.set_warp_size(_warp_size(warp_size))
+    module.set_wgmma_rows(WGMMA_ROWS)
     return Backend(
         name=name,
         device_types=("cpu",),
         priority=0,
-        kernels=kernels_of(GpuKernels(module, _no_stream, WGMMA_ROWS)),
+        kernels=kernels_of(GpuKernels(NativeKernels(module, _no_stream))),
         by_name_only=True,
         details=lambda: {"warp": str(module.warp_size()), "order": module.order(), "threads": str(module.workers())},
         instruction_sets=InstructionSets(lambda: list(ORDERS), module.order, module.set_order),

@@ -11,25 +11,41 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from bnb_core.codebooks import FOUR_BIT_CODES
+from bnb_core.formats import FORMATS, Encoder
 
-FP4_SIGN = tl.constexpr(8)
-"""The bit of an fp4 code that is its sign; the three below are the index of its magnitude."""
+SIGN = tl.constexpr(8)
+"""The bit of a code that is its sign, in a format that has one; the three below are its magnitude's."""
 
 MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 SMALLEST_NORMAL_BITS = tl.constexpr(0x00800000)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
-def _midpoints(ascending: np.ndarray) -> tuple[float, ...]:
-    """Between neighbours, in f32; a last one, that nothing exceeds, makes the count a power of two."""
-    return (*((ascending[:-1] + ascending[1:]) * np.float32(0.5)).tolist(), float("inf"))
+def _ascending(codebook: tuple[float, ...], encoder: Encoder) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Of the values that the encoder looks up, from low to high: the midpoints between neighbours, and the codes.
+
+    Midpoints are in f32; a last one, that nothing exceeds, makes the count a power of two.
+    """
+    values = np.array(codebook[: 8 if encoder is Encoder.SIGN_MAGNITUDE else 16], dtype=np.float32)
+    codes = values.argsort()
+    ascending = values[codes]
+    midpoints = (ascending[:-1] + ascending[1:]) * np.float32(0.5)
+    return (*midpoints.tolist(), float("inf")), tuple(codes.tolist())
 
 
-NF4_VALUES = tl.constexpr(FOUR_BIT_CODES["nf4"])
-FP4_VALUES = tl.constexpr(FOUR_BIT_CODES["fp4"])
-NF4_MIDPOINTS = tl.constexpr(_midpoints(np.array(FOUR_BIT_CODES["nf4"], dtype=np.float32)))
-FP4_MIDPOINTS = tl.constexpr(_midpoints(np.sort(np.array(FOUR_BIT_CODES["fp4"][:8], dtype=np.float32))))
+_LOOKUPS = {each.name: _ascending(each.codebook, each.encoder) for each in FORMATS.values()}
+
+CODEBOOKS = tl.constexpr({each.name: each.codebook for each in FORMATS.values()})
+HAS_SIGN = tl.constexpr({each.name: each.encoder is Encoder.SIGN_MAGNITUDE for each in FORMATS.values()})
+MIDPOINTS = tl.constexpr({name: midpoints for name, (midpoints, _) in _LOOKUPS.items()})
+ASCENDING_CODES = tl.constexpr({name: codes for name, (_, codes) in _LOOKUPS.items()})
+"""These four by the name of the format, a constant of the kernels; MIDPOINTS and codes for the encoder."""
+
+
+@triton.constexpr_function
+def of_format(tables, quant_type):
+    """Its entry; in a kernel Triton takes no name as an index."""
+    return tables[quant_type]
 
 
 @triton.jit
@@ -45,10 +61,7 @@ def constant_table(VALUES: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit
 def values_4bit(QUANT_TYPE: tl.constexpr):
     """f32[16]: the value of each code."""
-    if QUANT_TYPE == "nf4":
-        return constant_table(NF4_VALUES, 16)
-    else:
-        return constant_table(FP4_VALUES, 16)
+    return constant_table(of_format(CODEBOOKS, QUANT_TYPE), 16)
 
 
 @triton.jit
@@ -75,13 +88,12 @@ def count_below(midpoints, values, BITS: tl.constexpr):
 @triton.jit
 def codes_4bit(scaled, QUANT_TYPE: tl.constexpr):
     """The codes i32[n] nearest to values f32[n] of [-1, 1]."""
-    if QUANT_TYPE == "nf4":
-        return count_below(constant_table(NF4_MIDPOINTS, 16), scaled, 4)
+    if of_format(HAS_SIGN, QUANT_TYPE):
+        rank = count_below(constant_table(of_format(MIDPOINTS, QUANT_TYPE), 8), tl.abs(scaled), 3)
+        magnitude = tl.gather(constant_table(of_format(ASCENDING_CODES, QUANT_TYPE), 8), rank, 0).to(tl.int32)
+        return magnitude + tl.where(scaled < 0, SIGN, 0)
     else:
-        rank = count_below(constant_table(FP4_MIDPOINTS, 8), tl.abs(scaled), 3)
-        # In ascending order the magnitudes have the indices 0 1 6 7 4 5 2 3.
-        magnitude = rank ^ ((rank & 2) << 1)
-        return tl.where(scaled < 0, magnitude + FP4_SIGN, magnitude)
+        return count_below(constant_table(of_format(MIDPOINTS, QUANT_TYPE), 16), scaled, 4)
 
 
 @triton.jit

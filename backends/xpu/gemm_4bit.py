@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_scales import block_scales
+from bnb_core.records import Weight4bit
+
+from ..dequantized import LEAST_TERMS, Dense, dense_for
 from .encode import values_4bit
 from .launch import SMALLEST_DOT, launch, tile_of_program, tiles
+from .weight_4bit import block_scales, constants_of, tensors_of
+
+FUSED_ROWS = 64
+"""Up to so many rows of A are multiplied here; above, torch's matmul reads the weight from the cache as often as it
+needs."""
 
 
 @triton.jit
@@ -119,33 +126,23 @@ def tile(M: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     return {"TILE_M": tile_m, "TILE_N": 32, "TILE_K": 32 if dtype != torch.float32 and K % 32 == 0 else 16}
 
 
-def gemm_4bit(
-    A: Tensor,
-    B: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-    out: Tensor,
-) -> None:
-    N, K = shape
-    M = out.numel() // N if N else 0
+def gemm_4bit(A: Tensor, B: Weight4bit, bias: Tensor | None, out: Tensor) -> Dense:
+    (N, K), M = B.shape, math.prod(A.shape[:-1])
+    if M > FUSED_ROWS and K >= LEAST_TERMS:
+        return Dense.IN_DTYPE
     shape_of_tile = tile(M, K, A.dtype)
     tile_k = shape_of_tile["TILE_K"]
-    packed = B.view(-1).view(torch.uint8)
     launch(
         gemm_4bit_kernel,
         tiles(M, N, shape_of_tile["TILE_M"], shape_of_tile["TILE_N"]),
-        *(A, packed, absmax, nested_absmax, nested_code, offset, bias, out, M, N, K),
-        QUANT_TYPE=quant_type,
-        BLOCKSIZE=blocksize,
-        NESTED_BLOCKSIZE=nested_blocksize,
+        *(A, *tensors_of(B), bias, out, M, N, K),
+        **constants_of(B),
         K_IS_EVEN=K % 2 == 0,
-        SCALE_PER_ROW=K % tile_k == 0 and blocksize % tile_k == 0,
+        SCALE_PER_ROW=K % tile_k == 0 and B.blocksize % tile_k == 0,
         **shape_of_tile,
     )
+    return Dense.NOTHING
+
+
+def gemm_4bit_backward(dY: Tensor, B: Weight4bit, out: Tensor) -> Dense:
+    return dense_for(dY.dtype, terms=B.shape[0])

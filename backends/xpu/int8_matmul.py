@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dequantized import Dense, dense_for
 from .launch import SMALLEST_DOT, launch, tile_of_program, tiles
 
 CODE_SCALE = tl.constexpr(2.0**-7)
@@ -105,7 +106,7 @@ def int8_mm_dequant(
 
 
 def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor) -> None:
-    _matmul(A, B, None, None, None, None, None, out)
+    _matmul(A, B, (None, None, None), (None, None), out)
 
 
 def int8_scaled_mm(
@@ -117,7 +118,7 @@ def int8_scaled_mm(
     dtype: torch.dtype,
     out: Tensor,
 ) -> None:
-    _matmul(A, B, row_stats, col_stats, bias, None, None, out)
+    _matmul(A, B, (row_stats, col_stats, bias), (None, None), out)
 
 
 def int8_mixed_scaled_mm(
@@ -130,27 +131,25 @@ def int8_mixed_scaled_mm(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    _matmul(CA, CB, row_stats, col_stats, bias, A, outlier_mask.view(torch.uint8), out)
+    _matmul(CA, CB, (row_stats, col_stats, bias), (A, outlier_mask.view(torch.uint8)), out)
+
+
+def int8_linear_backward(dY: Tensor, B: Tensor, col_stats: Tensor, out: Tensor) -> Dense:
+    return dense_for(dY.dtype, terms=B.shape[0])
 
 
 def _matmul(
-    A: Tensor,
-    B: Tensor,
-    row_stats: Tensor | None,
-    col_stats: Tensor | None,
-    bias: Tensor | None,
-    X: Tensor | None,
-    outlier_mask: Tensor | None,
-    out: Tensor,
+    A: Tensor, B: Tensor, scales: tuple[Tensor | None, ...], outliers: tuple[Tensor | None, ...], out: Tensor
 ) -> None:
+    """``scales`` and ``outliers`` are the kernel's: row_stats, col_stats and bias; X and outlier_mask."""
     N, K = B.shape
     M = math.prod(A.shape[:-1])
     int8_dot = has_int8_dot(A.device)
-    shape_of_tile = tile(M, int8_dot, X is not None)
+    shape_of_tile = tile(M, int8_dot, outliers[0] is not None)
     launch(
         int8_matmul_kernel,
         tiles(M, N, shape_of_tile["TILE_M"], shape_of_tile["TILE_N"]),
-        *(A, B, row_stats, col_stats, bias, X, outlier_mask, out, M, N, K),
+        *(A, B, *scales, *outliers, out, M, N, K),
         INT8_DOT=int8_dot,
         **shape_of_tile,
     )

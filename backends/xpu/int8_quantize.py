@@ -90,7 +90,7 @@ def int8_vectorwise_dequant_kernel(q, stats, out, n, K, TILE: tl.constexpr):
     inside = index < n
     values = tl.load(q + index, mask=inside, other=0).to(tl.float32)
     scales = tl.load(stats + index // K, mask=inside, other=0.0)
-    tl.store(out + index, tl.div_rn(values * scales, 127.0), mask=inside)
+    tl.store(out + index, tl.div_rn(values * scales, 127.0).to(out.dtype.element_ty), mask=inside)
 
 
 class _Lines(NamedTuple):
@@ -146,5 +146,6 @@ def int8_double_quant(A: Tensor, threshold: float, out: tuple[Tensor, Tensor, Te
 
 
 def int8_vectorwise_dequant(A: Tensor, stats: Tensor, out: Tensor) -> None:
+    """Rounded once to the dtype of ``out``: f32, or that of a matmul."""
     n = A.numel()
     launch(int8_vectorwise_dequant_kernel, triton.cdiv(n, TILE), A, stats, out, n, A.shape[-1], TILE=TILE)

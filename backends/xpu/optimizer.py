@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE
+from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep
 
 from .encode import INFINITY_BITS, MAGNITUDE_BITS, count_below, is_usable, midpoints_of, scaled_blocks
 from .launch import TILE, launch
@@ -232,94 +233,57 @@ def _f32(value: float) -> float:
     return float(np.float32(value))
 
 
-def _coefficients(
-    rule: str, step: int, lr: float, beta1: float, beta2: float, beta3: float, alpha: float, eps: float,
-    weight_decay: float, gnorm_scale: float,
-) -> tuple[float, dict[str, float]]:  # fmt: skip
+def _coefficients(rule: str, h: OptimizerStep) -> tuple[float, dict[str, float]]:
     """The factor of an update beside lr, and what is the same for every entry, each rounded to f32 once."""
-    unit = 1.0
+    unit, alpha, eps = 1.0, h.alpha, h.eps
     if rule in ("adam", "ademamix"):
-        c1, c2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
+        c1, c2 = 1 - h.beta1**h.step, math.sqrt(1 - h.beta2**h.step)
         unit, alpha, eps = c2 / c1, alpha * c1, eps * c2
     exact = {
-        "gnorm_scale": gnorm_scale,
-        "beta1": beta1,
-        "beta2": beta2,
-        "beta3": beta3,
-        "rest1": 1 - beta1,
-        "rest2": 1 - beta2,
-        "rest3": 1 - beta3,
+        "gnorm_scale": h.gnorm_scale,
+        "beta1": h.beta1,
+        "beta2": h.beta2,
+        "beta3": h.beta3,
+        "rest1": 1 - h.beta1,
+        "rest2": 1 - h.beta2,
+        "rest3": 1 - h.beta3,
         "alpha": alpha,
         "eps": eps,
-        "weight_decay": weight_decay,
-        "decay": 1 - lr * weight_decay,
+        "weight_decay": h.weight_decay,
+        "decay": 1 - h.lr * h.weight_decay,
     }
     return unit, {name: _f32(value) for name, value in exact.items()}
 
 
-def _update(
-    optimizer_name: str,
-    tensors: tuple[Tensor | None, ...],
-    n: int,
-    unorm_vec: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    weight_decay: float,
-    gnorm_scale: float,
-    max_unorm: float,
-    skip_zeros: bool,
-) -> None:
-    """``tensors``: g, p, state1, state2, qmap1, qmap2, absmax1, absmax2."""
-    rule = RULES.get(optimizer_name, optimizer_name)
-    unit, scalars = _coefficients(rule, step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale)
+def _update(h: OptimizerStep, tensors: tuple[Tensor | None, ...], n: int, unorm_vec: Tensor | None) -> None:
+    """``tensors``: g, p, and the fields of an OptimizerState8bit, those that f32 state lacks None."""
+    rule = RULES.get(h.optimizer_name, h.optimizer_name)
+    unit, scalars = _coefficients(rule, h)
     programs = triton.cdiv(n, TILE)
     constants: dict[str, Any] = {
         **scalars,
         "RULE": rule,
-        "FIRST_STEP": rule == "momentum" and step == 1,
-        "SKIP_ZEROS": skip_zeros,
+        "FIRST_STEP": rule == "momentum" and h.step == 1,
+        "SKIP_ZEROS": h.skip_zeros,
         "BLOCKS": TILE // OPTIMIZER_BLOCKSIZE,
     }
     ratio = None
-    if max_unorm > 0:
+    if h.max_unorm > 0:
         assert unorm_vec is not None
         sums = torch.empty(4 * programs, dtype=torch.float32, device=unorm_vec.device)
         ratio = torch.empty(1, dtype=torch.float32, device=unorm_vec.device)
         launch(optimizer_kernel, programs, *tensors, sums, None, n, _f32(unit), **constants)
-        launch(trust_ratio_kernel, 1, sums, ratio, unorm_vec, programs, _f32(max_unorm), TILE=1024)
-    launch(optimizer_kernel, programs, *tensors, None, ratio, n, _f32(lr * unit), **constants)
+        launch(trust_ratio_kernel, 1, sums, ratio, unorm_vec, programs, _f32(h.max_unorm), TILE=1024)
+    launch(optimizer_kernel, programs, *tensors, None, ratio, n, _f32(h.lr * unit), **constants)
 
 
 def optimizer_update_32bit(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    unorm_vec: Tensor | None,
-    *hyperparameters: Any,
+    step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState32bit, unorm_vec: Tensor | None
 ) -> None:
-    tensors = (g, p, state1, state2, None, None, None, None)
-    _update(optimizer_name, tensors, p.numel(), unorm_vec, *hyperparameters)
+    _update(step, (g, p, *state, None, None, None, None), p.numel(), unorm_vec)
 
 
 def optimizer_update_8bit_blockwise(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    qmap1: Tensor,
-    qmap2: Tensor | None,
-    absmax1: Tensor,
-    absmax2: Tensor | None,
-    unorm_vec: Tensor | None,
-    *hyperparameters: Any,
+    step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState8bit, unorm_vec: Tensor | None
 ) -> None:
-    tensors = (g, p, state1, state2, qmap1, qmap2, absmax1, absmax2)
-    _update(optimizer_name, tensors, p.numel(), unorm_vec, *hyperparameters)
+    _update(step, (g, p, *state), p.numel(), unorm_vec)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_scales import block_scales
+from bnb_core.records import Weight4bit
+
 from .encode import codes_4bit, count_below, midpoints_of, scaled_blocks, values_4bit
 from .launch import TILE, launch
+from .weight_4bit import block_scales, constants_of, tensors_of
 
 
 @triton.jit
@@ -110,22 +110,7 @@ def quantize_4bit(
     launch(quantize_4bit_kernel, programs, A, packed, absmax, A.numel(), **constants)
 
 
-def dequantize_4bit(
-    A: Tensor,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-    out: Tensor,
-) -> None:
+def dequantize_4bit(A: Weight4bit, dtype: torch.dtype, out: Tensor) -> None:
     n = out.numel()
     programs = triton.cdiv(n, TILE)
-    packed = A.view(-1).view(torch.uint8)
-    scales = (absmax, nested_absmax, nested_code, offset)
-    constants = {"QUANT_TYPE": quant_type, "BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize, "TILE": TILE}
-    launch(dequantize_4bit_kernel, programs, packed, *scales, out, n, **constants)
+    launch(dequantize_4bit_kernel, programs, *tensors_of(A), out, n, **constants_of(A), TILE=TILE)

@@ -9,11 +9,17 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from bnb_core import functional
+
 __all__ = ["install_as_bitsandbytes", "serve_installed_package"]
+
+functional.further_names = partial(import_module, "bnb_core.compat.functional_names")
 
 
 def install_as_bitsandbytes() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bnb_core import functional
-from bnb_core.autograd import MatmulLtState, _int8_weight, matmul, matmul_4bit
+from bnb_core.autograd import MatmulLtState, matmul, matmul_4bit
+from bnb_core.autograd.product_int8 import int8_weight
 from bnb_core.quant_state import QuantState
 
 __all__ = [
@@ -171,7 +172,7 @@ class MatMul8bitFp(torch.autograd.Function):
             if state.has_fp16_weights:
                 CB, SCB, _ = functional.int8_vectorwise_quant(B.detach())
             else:
-                CB, SCB = _int8_weight(B, state)
+                CB, SCB = int8_weight(B, state)
             weight = functional.int8_vectorwise_dequant(CB, SCB).to(A.dtype)
             if B.requires_grad:
                 weight = _ValuesOf.apply(B, weight)

@@ -1,4 +1,4 @@
-"""What ``bitsandbytes.functional`` has beside the functions of :mod:`bnb_core.functional`, which finds it here."""
+"""What ``bitsandbytes.functional`` has beside the functions of :mod:`bnb_core.functional`, where they are found too."""
 
 from __future__ import annotations
 

@@ -17,12 +17,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.library import register_fake, register_kernel
 
-from bnb_core import autograd, functional, primitives
+from bnb_core import functional, primitives
+from bnb_core.autograd import product_4bit
+from bnb_core.autograd.rules import sum_to_bias
 from bnb_core.checks import QUANT_TYPES, check_dtype, check_dtype_argument, check_float, renamed
 from bnb_core.codebooks import get_4bit_type
 from bnb_core.compat.names import NAME
-from bnb_core.primitives import F32_SCALES, NESTED_BLOCKSIZE
 from bnb_core.quant_state import QuantState
+from bnb_core.records import OptimizerState32bit, OptimizerStep, Weight4bit
 
 __all__ = ["register_fake", "register_kernel"]
 
@@ -116,7 +118,7 @@ def dequantize_4bit(
     out: Tensor | None = None,
 ) -> Tensor:
     """``dtype`` in ``shape``; the scales are f32."""
-    return primitives.dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype, *F32_SCALES, out=out)
+    return primitives.dequantize_4bit(Weight4bit(A, shape, absmax, blocksize, quant_type), dtype, out=out)
 
 
 @operator(
@@ -131,7 +133,8 @@ def gemm_4bit(*arguments: Any) -> Tensor:
     blocks of 256, ``absmax_code`` their codebook and ``absmax_offset``, of any float dtype, their mean.
     """
     with _errors(shape="shapeB", nested_absmax="absmax", nested_code="absmax_code", offset="absmax_offset"):
-        return primitives.gemm_4bit(*_arguments_of_gemm_4bit(*arguments))
+        A, weight, bias = _arguments_of_gemm_4bit(*arguments)
+        return primitives.gemm_4bit(A, weight, bias)
 
 
 def _arguments_of_gemm_4bit(
@@ -145,24 +148,24 @@ def _arguments_of_gemm_4bit(
     absmax_8bit: Tensor | None = None,
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
-) -> tuple[Any, ...]:
+) -> tuple[Tensor, Weight4bit, Tensor | None]:
     """The primitive's arguments."""
     if absmax_8bit is None:
-        nested: tuple[Any, ...] = (None, absmax_code, absmax_offset)
-    else:
-        check_dtype("absmax_8bit", absmax_8bit, (torch.uint8,))
-        nested = (absmax, absmax_code, absmax_offset if absmax_offset is None else absmax_offset.float())
-        absmax = absmax_8bit
-    return A, B, shapeB, absmax, blocksize, quant_type, bias, *nested, NESTED_BLOCKSIZE
+        return A, Weight4bit(B, shapeB, absmax, blocksize, quant_type, None, absmax_code, absmax_offset), bias
+    check_dtype("absmax_8bit", absmax_8bit, (torch.uint8,))
+    offset = absmax_offset if absmax_offset is None else absmax_offset.float()
+    return A, Weight4bit(B, shapeB, absmax_8bit, blocksize, quant_type, absmax, absmax_code, offset), bias
 
 
 def _gemm_4bit_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    autograd._gemm_4bit_context(ctx, _arguments_of_gemm_4bit(*inputs), output)
+    _, weight, _ = _arguments_of_gemm_4bit(*inputs)
+    product_4bit.keep_weight(ctx, weight)
 
 
 def _gemm_4bit_backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-    """The primitive's gradients; it has one argument more than the operator, the last."""
-    return autograd._gemm_4bit_backward(ctx, dY)[:-1]
+    dA = product_4bit.gradient_of_product(ctx, dY) if ctx.needs_input_grad[0] else None
+    dbias = sum_to_bias(dY) if ctx.needs_input_grad[6] else None
+    return dA, *[None] * 5, dbias, None, None, None
 
 
 torch.library.register_autograd(
@@ -182,8 +185,8 @@ def gemv_4bit(
 ) -> Tensor:
     """``A @ dequantized(B)^T`` in A's dtype, for the 4-bit type whose codebook ``code`` is."""
     with _errors(shape="shapeB"):
-        quant_type = _quant_type_of(code)
-        return primitives.gemm_4bit(A, B, shapeB, absmax, blocksize, quant_type, None, *F32_SCALES, out=out)
+        weight = Weight4bit(B, shapeB, absmax, blocksize, _quant_type_of(code))
+        return primitives.gemm_4bit(A, weight, None, out=out)
 
 
 def _quant_type_of(code: Tensor) -> str:
@@ -319,10 +322,11 @@ def optimizer_update_32bit(
     skip_zeros: bool = False,
 ) -> None:
     """One step in place. Where ``max_unorm`` > 0, ``param_norm`` is the norm that it is relative to."""
-    primitives.optimizer_update_32bit(
-        optimizer_name, g, p, state1, state2, unorm_vec, beta1, beta2, beta3, alpha, eps, step, lr, weight_decay,
-        gnorm_scale, _bound(p, max_unorm, param_norm), skip_zeros,
+    settings = OptimizerStep(
+        optimizer_name, step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale,
+        _bound(p, max_unorm, param_norm), skip_zeros,
     )  # fmt: skip
+    primitives.optimizer_update_32bit(settings, g, p, OptimizerState32bit(state1, state2), unorm_vec)
 
 
 def _bound(p: Tensor, max_unorm: float, param_norm: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnb_core.primitive import Out, Primitive
+from bnb_core.records import flat, map_tensors
 
 GUARD_BYTES = 256
 GUARD = 0xA5
@@ -93,8 +94,8 @@ class Context:
         It is called twice, into guarded memory and without ``out``: the results must have the same bits, the guards
         must survive, and so must the inputs.
         """
-        moved = tuple(self.move(a) if isinstance(a, Tensor) else a for a in arguments)
-        before = [snapshot(a) for a in moved]
+        moved = map_tensors(self.move, arguments)
+        before = [snapshot(a) for a in flat(moved)]
         outputs = primitive.declaration(*moved)
         expected = (outputs,) if isinstance(outputs, Out) else outputs
         guarded = [Guarded(o.shape, o.dtype, self.device) for o in expected]  # type: ignore[union-attr]
@@ -102,7 +103,7 @@ class Context:
         primitive(*moved, out=out[0] if isinstance(outputs, Out) else out)
         for index, guard in enumerate(guarded):
             guard.check(f"output {index}")
-        if before != [snapshot(a) for a in moved]:
+        if before != [snapshot(a) for a in flat(moved)]:
             raise Failure("an input was changed")
         again = primitive(*moved)
         for first, second in zip(out, (again,) if isinstance(again, Tensor) else again, strict=True):
@@ -112,26 +113,31 @@ class Context:
             self.digest.update(bits or b"")
         return tuple(t.cpu() for t in out)
 
-    def update(self, primitive: Primitive, *arguments: Any, changed: Iterable[int]) -> list[Any]:
-        """Call a primitive that changes arguments in place; all arguments afterwards, the changed ones on the CPU."""
-        changed = set(changed)
-        guards = {
-            index: Guarded.like(argument, self.device)
-            for index, argument in enumerate(arguments)
-            if index in changed and argument is not None
-        }
-        moved = [
-            guards[i].tensor if i in guards else (self.move(a) if isinstance(a, Tensor) else a)
-            for i, a in enumerate(arguments)
-        ]
-        before = [None if i in guards else snapshot(a) for i, a in enumerate(moved)]
-        primitive(*moved)
-        for index, guard in guards.items():
-            guard.check(f"argument {index}")
+    def update(self, primitive: Primitive, *arguments: Any) -> dict[str, Tensor | None]:
+        """Call a primitive that changes arguments in place: by name those that its schema marks so, on the CPU."""
+        changed = [argument.name for argument in primitive.op._schema.arguments if argument.alias_info]
+        given, moved = named(primitive, arguments), named(primitive, map_tensors(self.move, arguments))
+        guards = {name: Guarded.like(given[name], self.device) for name in changed if given[name] is not None}
+        moved |= {name: guard.tensor for name, guard in guards.items()}
+        read = [value for name, value in moved.items() if name not in guards]
+        before = [snapshot(value) for value in read]
+        primitive(*positional(primitive, moved))
+        for name, guard in guards.items():
+            guard.check(name)
             self.digest.update(snapshot(guard.tensor) or b"")
-        if before != [None if i in guards else snapshot(a) for i, a in enumerate(moved)]:
+        if before != [snapshot(value) for value in read]:
             raise Failure("an argument that is only read was changed")
-        return [a.cpu() if i in guards else a for i, a in enumerate(moved)]
+        return {name: guards[name].tensor.cpu() if name in guards else None for name in changed}
+
+
+def named(primitive: Primitive, arguments: Iterable[Any]) -> dict[str, Any]:
+    """The primitive's arguments by name, the fields of records among them."""
+    return dict(zip(primitive.names, flat(arguments), strict=True))
+
+
+def positional(primitive: Primitive, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The same, named in any order, as the primitive takes them."""
+    return primitive.structured([arguments[name] for name in primitive.names])
 
 
 class Guarded:

@@ -73,3 +73,21 @@ def matmul_bound(dtype: torch.dtype, K: int, magnitude: F64, result: F64, inputs
     u = MATMUL_U[dtype]
     subnormal = SUBNORMAL_ROUNDOFF[dtype] * (1.0 + inputs)
     return (u + 2.0**-22 * np.sqrt(K)) * magnitude + u * np.abs(result) + subnormal
+
+
+def near_product(got: Tensor, A: Tensor, W: F64, bias: Tensor | None = None) -> None:
+    """Raise Failure where ``A @ W + bias`` is further off than section 3 allows a result in A's dtype.
+
+    Where the product is not finite, the result must not be either.
+    """
+    a, result = A.double().numpy(), got.double().numpy()
+    with np.errstate(all="ignore"):
+        expected, magnitude = a @ W, np.abs(a) @ np.abs(W)
+        if bias is not None:
+            expected, magnitude = expected + bias.double().numpy(), magnitude + np.abs(bias.double().numpy())
+        inputs = np.abs(a).sum(axis=-1, keepdims=a.ndim > 1)
+        bound = matmul_bound(A.dtype, a.shape[-1], magnitude, expected, inputs)
+    finite = np.isfinite(expected)
+    if not np.array_equal(np.isfinite(result), finite):
+        raise Failure("a value that is not finite did not stay in its row, or got lost")
+    within("result", np.where(finite, result, expected), expected, bound)

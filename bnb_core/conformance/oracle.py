@@ -5,17 +5,18 @@ Sections 2 and 4 are computed in f32 as written there, for bits are promised; th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnb_core.codebooks import FOUR_BIT_CODES
+from bnb_core.records import OptimizerStep
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-
-FP4_MAGNITUDES = np.abs(np.array(FOUR_BIT_CODES["fp4"][:8], dtype=np.float32))
+CodesOf = Callable[[F32, F32], NDArray[np.uint8]]
+"""From values between -1 and 1 and a codebook to codes."""
 
 
 def blocks_of(values: F32, blocksize: int) -> list[F32]:
@@ -34,40 +35,71 @@ def _codes(scaled: F32, code: F32) -> NDArray[np.uint8]:
     return (midpoints[None, :] < scaled[:, None]).sum(axis=1).astype(np.uint8)
 
 
-def _fp4_codes(scaled: F32) -> NDArray[np.uint8]:
-    order = np.argsort(FP4_MAGNITUDES)
-    index = order[_codes(np.abs(scaled), FP4_MAGNITUDES[order])]
+def _signed_codes(scaled: F32, code: F32) -> NDArray[np.uint8]:
+    """Bit 3 is the sign; the codebook begins with the magnitudes."""
+    order = np.argsort(code[:8])
+    index = order[_codes(np.abs(scaled), code[order])]
     return (index + 8 * (scaled < 0)).astype(np.uint8)
 
 
-def _quantize_blocks(values: F32, blocksize: int, zero: int, codes_of: object) -> tuple[NDArray[np.uint8], F32]:
+class Format4bit(NamedTuple):
+    """A 4-bit format of section 1, and its rule of section 2."""
+
+    codebook: F32
+    codes_of: CodesOf
+
+
+def _f32(*values: float) -> F32:
+    return np.array(values, dtype=np.float32)
+
+
+FORMATS = {
+    "nf4": Format4bit(
+        _f32(
+            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+            -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+            0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        ),
+        _codes,
+    ),
+    "fp4": Format4bit(
+        _f32(
+            0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4,
+            0.0, -1 / 192, -2 / 3, -1.0, -1 / 3, -1 / 2, -1 / 6, -1 / 4,
+        ),
+        _signed_codes,
+    ),
+}  # fmt: skip
+
+
+def _zero(code: F32) -> int:
+    """The code of 0.0, or of what is nearest to it."""
+    return int(np.abs(code).argmin())
+
+
+def _quantize_blocks(values: F32, blocksize: int, code: F32, codes_of: CodesOf) -> tuple[NDArray[np.uint8], F32]:
     codes, scales = [], []
     for block in blocks_of(values, blocksize):
         absmax = _absmax(block)
         if absmax > 0 and np.isfinite(absmax):
-            codes.append(codes_of(block * (np.float32(1) / absmax)))  # type: ignore[operator]
+            codes.append(codes_of(block * (np.float32(1) / absmax), code))
         else:
-            codes.append(np.full(len(block), zero, dtype=np.uint8))
+            codes.append(np.full(len(block), _zero(code), dtype=np.uint8))
         scales.append(absmax)
     empty = np.zeros(0, dtype=np.uint8)
     return np.concatenate([empty, *codes]), np.array(scales, dtype=np.float32)
 
 
 def quantize_blockwise(values: F32, code: F32, blocksize: int) -> tuple[NDArray[np.uint8], F32]:
-    return _quantize_blocks(values, blocksize, int(np.abs(code).argmin()), lambda scaled: _codes(scaled, code))
+    return _quantize_blocks(values, blocksize, code, _codes)
 
 
 def quantize_4bit(values: F32, blocksize: int, quant_type: str) -> tuple[NDArray[np.uint8], F32]:
     """Packed bytes and scales."""
-    if quant_type == "nf4":
-        code = np.array(FOUR_BIT_CODES["nf4"], dtype=np.float32)
-        zero = 7
-        codes, scales = _quantize_blocks(values, blocksize, zero, lambda scaled: _codes(scaled, code))
-    else:
-        zero = 0
-        codes, scales = _quantize_blocks(values, blocksize, zero, _fp4_codes)
+    code, codes_of = FORMATS[quant_type]
+    codes, scales = _quantize_blocks(values, blocksize, code, codes_of)
     if len(codes) % 2:
-        codes = np.append(codes, np.uint8(zero))
+        codes = np.append(codes, np.uint8(_zero(code)))
     return (codes[0::2] << 4 | codes[1::2]).astype(np.uint8), scales
 
 
@@ -77,7 +109,7 @@ def dequantize(codes: NDArray[np.uint8], scales: F32, code: F32, blocksize: int)
 
 def dequantize_4bit(packed: NDArray[np.uint8], scales: F32, n: int, blocksize: int, quant_type: str) -> F32:
     codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:n]
-    return dequantize(codes, scales, np.array(FOUR_BIT_CODES[quant_type], dtype=np.float32), blocksize)
+    return dequantize(codes, scales, FORMATS[quant_type].codebook, blocksize)
 
 
 def double_quantized_scales(
@@ -134,24 +166,9 @@ class Moments(NamedTuple):
     update: F64
 
 
-class Hyperparameters(NamedTuple):
-    """What a step takes beside the tensors."""
-
-    beta1: float
-    beta2: float
-    beta3: float
-    alpha: float
-    eps: float
-    step: int
-    lr: float
-    weight_decay: float
-    gnorm_scale: float
-    max_unorm: float
-    skip_zeros: bool
-
-
-def optimizer_step(name: str, g: F64, p: F64, state1: F64, state2: F64 | None, h: Hyperparameters) -> Moments:
+def optimizer_step(h: OptimizerStep, g: F64, p: F64, state1: F64, state2: F64 | None) -> Moments:
     """One step in f64. ``update`` is what the learning rate multiplies."""
+    name = h.optimizer_name
     g = g * h.gnorm_scale
     c1, c2 = 1 - h.beta1**h.step, np.sqrt(1 - h.beta2**h.step)
     start, kept, decay = p, g == 0, 1 - h.lr * h.weight_decay

@@ -12,6 +12,7 @@ import torch
 from bnb_core import primitives, registry
 from bnb_core.codebooks import create_dynamic_map
 from bnb_core.conformance.timing import interleaved_seconds
+from bnb_core.records import OptimizerState8bit, OptimizerStep, Weight4bit
 from bnb_core.registry import Backend
 
 SIZE = 4096
@@ -22,18 +23,17 @@ BATCHES = (1, 16, 512)
 def _optimizer_call(A: torch.Tensor, code: torch.Tensor) -> Callable[[], None]:
     """An Adam step with 8-bit state on a parameter of A's shape."""
     p, g = A.clone(), torch.randn_like(A)
-    states = [torch.zeros_like(A, dtype=torch.uint8) for _ in range(2)]
-    unsigned = create_dynamic_map(signed=False).to(A.device)
     blocks = primitives.block_count(A.numel(), primitives.OPTIMIZER_BLOCKSIZE)
-    scales = [torch.zeros(blocks, device=A.device) for _ in range(2)]
-
-    def step() -> None:
-        primitives.optimizer_update_8bit_blockwise(
-            "adam", g, p, *states, code, unsigned, *scales, None, 0.9, 0.999, 0.0, 0.0, 1e-8, 1, 1e-3, 0.0, 1.0, 0.0,
-            False,
-        )  # fmt: skip
-
-    return step
+    step = OptimizerStep("adam", 1, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8)
+    state = OptimizerState8bit(
+        state1=torch.zeros_like(A, dtype=torch.uint8),
+        state2=torch.zeros_like(A, dtype=torch.uint8),
+        qmap1=code,
+        qmap2=create_dynamic_map(signed=False).to(A.device),
+        absmax1=torch.zeros(blocks, device=A.device),
+        absmax2=torch.zeros(blocks, device=A.device),
+    )
+    return partial(primitives.optimizer_update_8bit_blockwise, step, g, p, state, None)
 
 
 def measure(backend: Backend, device: torch.device, size: int = SIZE) -> list[dict[str, str]]:
@@ -49,7 +49,7 @@ def measure(backend: Backend, device: torch.device, size: int = SIZE) -> list[di
     with registry.use_backend(backend.name):
         packed, absmax = primitives.quantize_4bit(A, 64, "nf4", torch.uint8)
         codes, scales = primitives.quantize_blockwise(A, code, 256)
-        weight = (A.shape, absmax, 64, "nf4", None, None, None, None, 256)
+        weight = Weight4bit(packed, A.shape, absmax, 64, "nf4")
         q, _, _ = primitives.int8_vectorwise_quant(A, 0.0)
         values, bytes_out = torch.empty_like(A), torch.empty_like(codes)
         n, x = A.numel(), {M: torch.randn(M, size, device=device, dtype=torch.bfloat16) for M in BATCHES}
@@ -67,9 +67,7 @@ def measure(backend: Backend, device: torch.device, size: int = SIZE) -> list[di
             ),
             "nf4, to f32": (
                 "dequantize_4bit",
-                lambda: primitives.dequantize_4bit(
-                    packed, absmax, 64, "nf4", A.shape, torch.float32, *primitives.F32_SCALES, out=values
-                ),
+                lambda: primitives.dequantize_4bit(weight, torch.float32, out=values),
                 4.5625 * n,
                 0,
             ),
@@ -88,7 +86,7 @@ def measure(backend: Backend, device: torch.device, size: int = SIZE) -> list[di
             **{
                 f"nf4, bf16, M={M}": (
                     "gemm_4bit",
-                    partial(primitives.gemm_4bit, x[M], packed, *weight),
+                    partial(primitives.gemm_4bit, x[M], weight, None),
                     0.5625 * n,
                     2 * M * n,
                 )

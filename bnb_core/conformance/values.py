@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -73,6 +73,29 @@ VALUES: dict[str, Callable[[int, torch.dtype, torch.Generator], Tensor]] = {
     "inf and nan": _sprinkled(float("inf"), float("nan"), float("-inf")),
     "outliers": _outliers,
 }
+
+
+def rows(size: Sequence[int], dtype: torch.dtype, values: str, generator: torch.Generator) -> Tensor:
+    """[..., K], the rows of a product."""
+    A = torch.randn(tuple(size), generator=generator)
+    K = A.shape[-1]
+    if values == "cancelling":
+        # Large terms that nearly cancel: a product in half precision, or an f32 input in bf16, shows.
+        A = A + torch.where(torch.arange(K) % 2 == 0, 300.0, -300.0)
+    elif values in ("large", "small scales"):
+        A = A * (100.0 if dtype == torch.float16 else 1e30)
+    elif values == "nan row":
+        A.view(-1, K)[0, K // 2] = float("nan")
+    elif values == "inf row":
+        A.view(-1, K)[0, K // 2] = float("inf")
+    return A.to(dtype)
+
+
+def unit_of_scales(dtype: torch.dtype, values: str) -> float:
+    """Small scales make weights that f16 has fewer digits for, and the other dtypes all of theirs."""
+    if values != "small scales":
+        return 1.0
+    return 1e-4 if dtype == torch.float16 else 1e-30
 
 
 def midpoints(code: Tensor, blocksize: int) -> Tensor:

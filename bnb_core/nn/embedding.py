@@ -14,6 +14,7 @@ from bnb_core.nn.linear8bit import Int8Params, Weight8bitMixin
 from bnb_core.nn.params4bit import Params4bit
 from bnb_core.nn.quantized_weight import not_quantized
 from bnb_core.optim import GlobalOptimManager
+from bnb_core.records import Weight4bit
 
 _log = logging.getLogger(__name__)
 
@@ -164,15 +165,14 @@ class Embedding4bit(Weight4bitMixin, nn.Embedding):
             weight = functional.dequantize_4bit(packed, quant_state)
             return nn.functional.embedding(input, weight).to(self.dtype)
         rows = input.reshape(-1)
-        values = primitives.dequantize_4bit(
+        taken = Weight4bit(
             packed.view(torch.uint8).view(self.num_embeddings, -1).index_select(0, rows),
-            self._scales_of(quant_state, rows),
-            quant_state.blocksize,
-            quant_state.quant_type,
             (rows.numel(), self.embedding_dim),
-            self.dtype,
-            *primitives.F32_SCALES,
+            self._scales_of(quant_state, rows),
+            quant_state.blocksize,  # type: ignore[arg-type]
+            quant_state.quant_type,  # type: ignore[arg-type]
         )
+        values = primitives.dequantize_4bit(taken, self.dtype)
         return values.view(*input.shape, self.embedding_dim)
 
     def _scales_of(self, quant_state: QuantState, rows: Tensor) -> Tensor:

@@ -190,20 +190,19 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         check_float("x", x)
-        quant_state = self._current_quant_state()
+        weight = self.weight
+        quant_state = getattr(weight, "quant_state", None) or self._current_quant_state()
         if quant_state is None:
-            raise RuntimeError(not_quantized(self.weight))
+            raise RuntimeError(not_quantized(weight))
         dtype, given = self._dtype_for(x), x.dtype
         if not (self._looked_at_dtype or torch.compiler.is_compiling()):
             self._look_at_dtype(x, dtype)
         bias: Tensor | None = self.bias
-        with torch._C.DisableTorchFunctionSubclass():
-            packed = self.weight.view(1, -1)  # torch.export does not see through .data
         if bias is not None and bias.dtype is not dtype:
             bias = bias.to(dtype)
         if given is dtype:
-            return linear_4bit(x, packed, quant_state, bias)
-        return linear_4bit(x.to(dtype), packed, quant_state, bias).to(given)
+            return linear_4bit(x, weight, quant_state, bias)
+        return linear_4bit(x.to(dtype), weight, quant_state, bias).to(given)
 
 
 class LinearNF4(Linear4bit):

@@ -24,12 +24,13 @@ from bnb_core.optim.hyperparameters import check_hyperparameters, check_only
 from bnb_core.optim.manager import GlobalOptimManager
 from bnb_core.optim.per_element import expected_per_element, in_blocks, is_flattened, per_element
 from bnb_core.paged import GlobalPageManager
+from bnb_core.primitive import Primitive
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
+from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep
 
 # Below this many elements a state is not worth a file (or an allocation in managed memory) of its own.
 SMALLEST_PAGED = 100_000
-# Their update is not scaled to the parameter's norm (docs/SPEC.md section 5).
-WITHOUT_MAX_UNORM = ("ademamix", "adagrad")
+ABSMAX_KEYS = ("absmax1", "absmax2")
 
 
 class MockArgs:
@@ -154,7 +155,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         count = 3 if OPTIMIZERS[self.optimizer_name].stacked else 2
         if len(betas) != count:
             raise ValueError(f"betas: expected {count} numbers, got {betas!r}")
-        if self.optimizer_name in WITHOUT_MAX_UNORM:
+        if not OPTIMIZERS[self.optimizer_name].takes_max_unorm:
             check_only("max_unorm", config.get("max_unorm", self.args.max_unorm), 0.0)
 
     def check_overrides(self) -> None:
@@ -238,33 +239,23 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _update_several(self, members: list[tuple[Tensor, dict[str, Any]]], config: Mapping[str, Any]) -> None:
         states = [state for _, state in members]
-        step = states[0]["step"] + 1
-        hyperparameters = self._hyperparameters(config, step)
+        first = states[0]
+        step = first["step"] + 1
+        columns = {key: [state[key] for state in states] for key in (*STATE_KEYS, *ABSMAX_KEYS) if key in first}
+        update, record = _primitive_and_record({**first, **columns})
         g, p = [p.grad for p, _ in members], [p for p, _ in members]
-
-        def column(key: str) -> list[Tensor] | None:
-            return [state[key] for state in states] if key in states[0] else None
-
-        if states[0]["state1"].dtype == torch.uint8:
-            qmaps = states[0]["qmap1"], states[0].get("qmap2")
-            primitives.optimizer_update_8bit_blockwise.several(
-                self.optimizer_name, g, p, column("state1"), column("state2"), *qmaps, column("absmax1"),
-                column("absmax2"), None, *hyperparameters,
-            )  # fmt: skip
-        else:
-            primitives.optimizer_update_32bit.several(
-                self.optimizer_name, g, p, column("state1"), column("state2"), None, *hyperparameters
-            )
+        update.several(self._settings(config, step), g, p, record, None)
         for state in states:
             state["step"] = step
 
-    def _hyperparameters(self, config: Mapping[str, Any], step: int) -> tuple[Any, ...]:
-        """Those of the primitives, in their order."""
+    def _settings(self, config: Mapping[str, Any], step: int) -> OptimizerStep:
         beta1, beta2 = config["betas"][:2]
         alpha, beta3 = self.scheduled(config, step)
         lr, eps, weight_decay = float(config["lr"]), config["eps"], config["weight_decay"]
         max_unorm, skip_zeros = config["max_unorm"], config["skip_zeros"]
-        return beta1, beta2, beta3, alpha, eps, step, lr, weight_decay, 1.0, max_unorm, skip_zeros
+        return OptimizerStep(
+            self.optimizer_name, step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, 1.0, max_unorm, skip_zeros
+        )
 
     def _init_states(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
         """Make the states that are missing, or none."""
@@ -312,17 +303,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         step = state["step"] + 1
         if config["max_unorm"] > 0 and "unorm_vec" not in state:
             state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
-        hyperparameters = self._hyperparameters(config, step)
-        state1, state2, unorm_vec = state["state1"], state.get("state2"), state.get("unorm_vec")
-        if state1.dtype == torch.uint8:
-            primitives.optimizer_update_8bit_blockwise(
-                self.optimizer_name, p.grad, p, state1, state2, state["qmap1"], state.get("qmap2"), state["absmax1"],
-                state.get("absmax2"), unorm_vec, *hyperparameters,
-            )  # fmt: skip
-        else:
-            primitives.optimizer_update_32bit(
-                self.optimizer_name, p.grad, p, state1, state2, unorm_vec, *hyperparameters
-            )
+        update, record = _primitive_and_record(state)
+        update(self._settings(config, step), p.grad, p, record, state.get("unorm_vec"))
         state["step"] = step
 
     def scheduled(self, config: Mapping[str, Any], step: int) -> tuple[float, float]:
@@ -469,6 +451,15 @@ class Optimizer8bit(torch.optim.Optimizer):
         for values in self.state.values():
             # A copied tensor is in ordinary memory, whatever its attributes say; detaching drops those.
             values.update({key: values[key].detach() for key in STATE_KEYS if key in values})
+
+
+def _primitive_and_record(state: Mapping[str, Any]) -> tuple[Primitive, OptimizerState8bit | OptimizerState32bit]:
+    """What updates a parameter with this state, and the state as it is taken; lists of tensors for several."""
+    state1, state2 = state["state1"], state.get("state2")
+    if "qmap1" not in state:
+        return primitives.optimizer_update_32bit, OptimizerState32bit(state1, state2)
+    qmaps, absmaxes = (state["qmap1"], state.get("qmap2")), (state["absmax1"], state.get("absmax2"))
+    return primitives.optimizer_update_8bit_blockwise, OptimizerState8bit(state1, state2, *qmaps, *absmaxes)
 
 
 def _cloned(p: Tensor, key: str, value: Tensor) -> Tensor:

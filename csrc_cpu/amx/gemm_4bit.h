@@ -27,10 +27,11 @@ BNB_INLINE __m512i look_up(const uint8_t* packed, __m512i codebook) {
 }
 
 // Decodes a row of W to bf16. Blocks hold whole steps.
-void decode_row(const Weight& w, int64_t row, uint8_t* out) {
+void decode_row(const Weight4bit& w, int64_t row, uint8_t* out) {
   const int64_t first = row * w.K;
   const int64_t steps_in_block = w.blocksize / BFloat16Dot::kStep;
-  const F32 code = load(w.code);
+  const F32 code = load(w.format().codebook);
+  const StoredScales stored = stored_scales(w);
   float scales[kMaxScales];
   int64_t block = first / w.blocksize, read_end = block;
   const int64_t end_block = ceil_div(first + w.K, w.blocksize);
@@ -38,7 +39,7 @@ void decode_row(const Weight& w, int64_t row, uint8_t* out) {
   for (const float* scale = nullptr; step < w.K / BFloat16Dot::kStep; block++, scale++) {
     if (block == read_end) {
       const int64_t count = min(end_block - block, kMaxScales);
-      scale = w.stored_scales().read(block, count, scales);
+      scale = stored.read(block, count, scales);
       read_end = block + count;
     }
     const __m512i codebook = scaled_codebook(code, *scale);
@@ -58,7 +59,7 @@ constexpr int64_t kSpan = 128;
 constexpr int kSpanParts = 4;
 constexpr int64_t kSpanPart = kSpan / kSpanParts;
 
-bool has_spans(const Weight& w) { return w.K % kSpan == 0 && w.blocksize >= kSpan / 2; }
+bool has_spans(const Weight4bit& w) { return w.K % kSpan == 0 && w.blocksize >= kSpan / 2; }
 
 // Reorders one span of `rows` rows that are K elements apart.
 void reorder_spans(const BFloat16* a, int rows, int64_t K, BFloat16* out) {
@@ -91,8 +92,8 @@ RearrangedX rearranged(const BFloat16* a, int64_t M, int64_t K, bool in_spans) {
 // Decodes spans of W in that order.
 class SpanDecoder {
  public:
-  SpanDecoder(const Weight& w, const RowScales& scales)
-      : packed_(w.packed), scales_(scales), code_(load(w.code)) {}
+  SpanDecoder(const Weight4bit& w, const RowScales& scales)
+      : packed_(w.packed), scales_(scales), code_(load(w.format().codebook)) {}
 
   // Elements [first, first + spans * kSpan); what holds as many from `ahead` on is fetched.
   void decode(int64_t first, int spans, int64_t ahead, uint8_t* out) const {
@@ -129,29 +130,15 @@ class SpanDecoder {
   F32 code_;
 };
 
-// bias and rounding of a block of sums, kPanelRows in a row.
-struct Finish {
-  const BFloat16* bias;
-  BFloat16* out;
-  int64_t N;
-
-  void operator()(int64_t row, int64_t rows, int64_t column, int64_t columns, const uint32_t* sums) const {
-    for (int64_t r = 0; r < rows; r++) {
-      const auto* y = reinterpret_cast<const float*>(sums + r * kPanelRows);
-      for_each_vector(columns, [&](int64_t i, auto lanes) {
-        const F32 sum = load(y + i, lanes);
-        const F32 result = bias ? sum + load(bias + column + i, lanes) : sum;
-        store(out + (row + r) * N + column + i, result, lanes);
-      });
-    }
-  }
-};
+void finish_tiles(const Result<BFloat16>& result, Rectangle part, const uint32_t* sums) {
+  result.finish(reinterpret_cast<const float*>(sums), kPanelRows, part);
+}
 
 // Up to kFewTileRows rows of A: W is decoded a span at a time, which stays in L1, and the sums stay in tiles.
 // The products of one span are taken between the rows of the next: lookups and tiles then keep each other
 // busy.
 template <int columns>
-void multiply_few_rows(const RearrangedX& x, int64_t M, const Weight& w, const Finish& finish) {
+void multiply_few_rows(const RearrangedX& x, int64_t M, const Weight4bit& w, const Result<BFloat16>& result) {
   constexpr int64_t kRowBytes = (kSpanParts + 1) * kTileRowBytes;  // no power of two: see gemm_4bit_tiles
   constexpr int64_t kPartRows = kPanelRows / kSpanParts;  // of W, decoded between two steps of products
   parallel_for(ceil_div(w.N, kPanelRows), 1, [&](int64_t begin, int64_t end) {
@@ -179,17 +166,16 @@ void multiply_few_rows(const RearrangedX& x, int64_t M, const Weight& w, const F
         }
       }
       store_sums<columns>(sums);
-      finish(0, M, first, count, sums);
+      finish_tiles(result, {0, M, first, count}, sums);
     }
   });
 }
 
-void gemm_4bit_tiles(const BFloat16* a, int64_t M, const Weight& w, const BFloat16* bias, BFloat16* out) {
+void gemm_4bit_tiles(const BFloat16* a, int64_t M, const Weight4bit& w, const Result<BFloat16>& result) {
   const bool spans = has_spans(w);
   const RearrangedX x = rearranged(a, M, w.K, spans);
-  const Finish finish{bias, out, w.N};
-  if (spans && M <= kTileSide) return multiply_few_rows<1>(x, M, w, finish);
-  if (spans && M <= kFewTileRows) return multiply_few_rows<2>(x, M, w, finish);
+  if (spans && M <= kTileSide) return multiply_few_rows<1>(x, M, w, result);
+  if (spans && M <= kFewTileRows) return multiply_few_rows<2>(x, M, w, result);
   // Rows a line further apart than they are long: a power of two would put them all in a few sets of the
   // cache.
   const int64_t row_bytes = (x.steps() + 1) * kTileRowBytes;
@@ -208,24 +194,26 @@ void gemm_4bit_tiles(const BFloat16* a, int64_t M, const Weight& w, const BFloat
     __builtin_memset(buffer + count * row_bytes, 0, padding * row_bytes);
     return buffer;
   };
+  const auto finish = [&](Rectangle part, const uint32_t* sums) { finish_tiles(result, part, sums); };
   multiply_tiles<BFloat16Dot>(x, M, w.N, row_bytes, decode, finish);
 }
 
-void gemm_4bit_amx(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, const uint8_t* packed,
-                   const BlockScales& scales, int64_t blocksize, QuantType quant_type, const void* bias,
-                   void* out, Stream stream) {
+struct TileGemm4bit {
   // f16 and f32 would lose bits in bf16 tiles.
-  if (dtype != DType::bf16 || M < kLeastTileRows || K < kLeastTerms || K % BFloat16Dot::kStep != 0) {
-    return gemm_4bit(A, dtype, M, N, K, packed, scales, blocksize, quant_type, bias, out, stream);
+  static bool serves(const Matrix& A, const Weight4bit& w) {
+    return A.dtype == DType::bf16 && A.rows >= kLeastTileRows && w.K >= kLeastTerms &&
+           w.K % BFloat16Dot::kStep == 0;
   }
-  const Weight w{N, K, packed, scales, blocksize, codebook(quant_type)};
-  const auto* a = static_cast<const BFloat16*>(A);
-  auto* y = static_cast<BFloat16*>(out);
-  for (int64_t row = 0; row < M; row += kMostTileRows) {
-    gemm_4bit_tiles(a + row * K, min(M - row, kMostTileRows), w, static_cast<const BFloat16*>(bias),
-                    y + row * N);
+
+  static void run(const Matrix& A, const Weight4bit& w, const void* bias, void* out) {
+    const auto* a = A.as<const BFloat16>();
+    auto* y = static_cast<BFloat16*>(out);
+    for (int64_t row = 0; row < A.rows; row += kMostTileRows) {
+      const Result<BFloat16> result{static_cast<const BFloat16*>(bias), y + row * w.N, w.N};
+      gemm_4bit_tiles(a + row * w.K, min(A.rows - row, kMostTileRows), w, result);
+    }
   }
-}
+};
 
 }  // namespace
 }  // namespace bnb::BNB_TARGET

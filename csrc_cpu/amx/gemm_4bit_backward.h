@@ -2,7 +2,7 @@
 // 16 pairs of rows by 16 columns, decoded once, and dY is used in the order it has in memory.
 #pragma once
 
-#include "../generic/gemm_4bit_backward.h"
+#include "../generic/backward.h"
 #include "gemm_4bit.h"
 
 namespace bnb::BNB_TARGET {
@@ -52,8 +52,13 @@ class TiledRows {
 // Decodes spans of two rows of W at a time: element (row, column) becomes half `row` of word column / 4.
 class PairDecoder {
  public:
-  PairDecoder(const Weight& w, const float* scales)
-      : packed_(w.packed), scales_(scales), N_(w.N), K_(w.K), shift_(w.block_shift()), code_(load(w.code)) {}
+  PairDecoder(const Weight4bit& w, const float* scales)
+      : packed_(w.packed),
+        scales_(scales),
+        N_(w.N),
+        K_(w.K),
+        shift_(w.block_shift()),
+        code_(load(w.format().codebook)) {}
 
   // A span of rows n and n + 1 to a row of each of kSpanTiles tiles; zeros where there is no such row.
   BNB_INLINE void decode(int64_t n, int64_t column, uint8_t* out) const {
@@ -141,7 +146,7 @@ BNB_INLINE void finish_span(const F32 (&sums)[kSpanTiles], BFloat16* out) {
 // that stays in L2.
 class ColumnGroup {
  public:
-  ColumnGroup(const TiledRows& dy, const Weight& w, const float* scales)
+  ColumnGroup(const TiledRows& dy, const Weight4bit& w, const float* scales)
       : dy_(dy),
         decoder_(w, scales),
         decoded_(kGroupSpans * kDepthSteps * kSpanStepBytes),
@@ -196,7 +201,7 @@ class ColumnGroup {
   const Buffer<uint8_t> decoded_, sums_;
 };
 
-void backward_tiles(const BFloat16* dY, int64_t M, const Weight& w, const float* scales, BFloat16* dA) {
+void backward_tiles(const BFloat16* dY, int64_t M, const Weight4bit& w, const float* scales, BFloat16* dA) {
   const TiledRows dy(dY, M, w.N);
   parallel_for(ceil_div(w.K, kGroupColumns), 1, [&](int64_t begin, int64_t end) {
     const TileSession session;
@@ -214,22 +219,22 @@ void backward_tiles(const BFloat16* dY, int64_t M, const Weight& w, const float*
   });
 }
 
-bool gemm_4bit_backward_amx(const void* dY, DType dtype, int64_t M, int64_t N, int64_t K,
-                            const uint8_t* packed, const BlockScales& scales, int64_t blocksize,
-                            QuantType quant_type, void* dA) {
-  const bool fits =
-      dtype == DType::bf16 && N >= kLeastTerms && K % kSpanColumns == 0 && blocksize >= kSpanColumns;
-  if (!fits) return false;
-  const Weight w{N, K, packed, scales, blocksize, codebook(quant_type)};
-  const Buffer<float> buffer(scales.absmax ? 0 : w.blocks() + kLanes);
-  const float* const decoded = all_scales(w, buffer.data());
-  const auto* y = static_cast<const BFloat16*>(dY);
-  auto* a = static_cast<BFloat16*>(dA);
-  for (int64_t row = 0; row < M; row += kMostTileRows) {
-    backward_tiles(y + row * N, min(M - row, kMostTileRows), w, decoded, a + row * K);
+struct TileBackward4bit {
+  static bool serves(const Matrix& dY, const Weight4bit& w) {
+    return dY.dtype == DType::bf16 && w.N >= kLeastTerms && w.K % kSpanColumns == 0 &&
+           w.blocksize >= kSpanColumns;
   }
-  return true;
-}
+
+  static void run(const Matrix& dY, const Weight4bit& w, void* dA) {
+    const Buffer<float> buffer(w.scales.absmax ? 0 : w.blocks() + kLanes);
+    const float* const scales = all_scales(w, buffer.data());
+    const auto* y = dY.as<const BFloat16>();
+    auto* a = static_cast<BFloat16*>(dA);
+    for (int64_t row = 0; row < dY.rows; row += kMostTileRows) {
+      backward_tiles(y + row * w.N, min(dY.rows - row, kMostTileRows), w, scales, a + row * w.K);
+    }
+  }
+};
 
 }  // namespace
 }  // namespace bnb::BNB_TARGET

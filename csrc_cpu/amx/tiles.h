@@ -176,12 +176,18 @@ void store_sums(uint32_t* sums) {
   }
 }
 
-template <class Dot, int columns>
-void multiply_panel(const uint8_t* w, int64_t w_row_bytes, const RearrangedX& x, int64_t x_tile,
+// `rows` rows of X from `row` on, kPanelRows at most, with kPanelRows rows of W.
+template <class Dot>
+void multiply_panel(const uint8_t* w, int64_t w_row_bytes, const RearrangedX& x, int64_t row, int64_t rows,
                     uint32_t* sums) {
-  zero_sums<columns>();
-  add_products<Dot, columns>(w, w_row_bytes, x, x_tile, 0, x.steps());
-  store_sums<columns>(sums);
+  const auto multiply = [&](auto tiles) {
+    constexpr int columns = decltype(tiles)::value;
+    zero_sums<columns>();
+    add_products<Dot, columns>(w, w_row_bytes, x, row / kTileSide, 0, x.steps());
+    store_sums<columns>(sums);
+  };
+  if (rows > kTileSide) return multiply(Constant<2>{});
+  multiply(Constant<1>{});
 }
 
 // Rows of W that are multiplied with a block of X before the next one: as many as the L2 cache holds, where X
@@ -194,7 +200,7 @@ int64_t rows_in_cache(const RearrangedX& x, int64_t row_bytes) {
 
 // The M x N products of X with W, whose rows lie row_bytes apart.
 // prepare(n, count, buffer) returns rows [n, n + count) of W, padded with zeros to whole panels; it may use
-// the buffer. finish(row, rows, column, columns, sums) takes a block of results, kPanelRows words in a row.
+// the buffer. finish(part, sums) takes a part of the results, kPanelRows words in a row.
 template <class Dot, class Prepare, class Finish>
 void multiply_tiles(const RearrangedX& x, int64_t M, int64_t N, int64_t row_bytes, const Prepare& prepare,
                     const Finish& finish) {
@@ -209,12 +215,8 @@ void multiply_tiles(const RearrangedX& x, int64_t M, int64_t N, int64_t row_byte
       for (int64_t row = 0; row < M; row += kPanelRows) {
         const int64_t rows = min(M - row, kPanelRows);
         for (int64_t n = 0; n < count; n += kPanelRows) {
-          if (rows > kTileSide) {
-            multiply_panel<Dot, 2>(w + n * row_bytes, row_bytes, x, row / kTileSide, sums);
-          } else {
-            multiply_panel<Dot, 1>(w + n * row_bytes, row_bytes, x, row / kTileSide, sums);
-          }
-          finish(row, rows, first + n, min(count - n, kPanelRows), sums);
+          multiply_panel<Dot>(w + n * row_bytes, row_bytes, x, row, rows, sums);
+          finish(Rectangle{row, rows, first + n, min(count - n, kPanelRows)}, sums);
         }
       }
     }

@@ -1,7 +1,7 @@
-// What the algorithms share: element types, threads, scratch memory.
+// What the algorithms share: element types, threads, scratch memory, and how a product's sums become its
+// result.
 #pragma once
 
-#include "../../csrc_shared/codebooks.h"
 #include "../../csrc_shared/kernels.h"
 #include "../memory.h"
 #include "../threads.h"
@@ -88,9 +88,34 @@ void with_type(DType dtype, void* p, const F& f) {
   }
 }
 template <class F>
-void with_type(DType dtype, const void* p, const F& f) {
-  with_type(dtype, const_cast<void*>(p), [&](auto* typed) { f(same_type(p, typed)); });
+void with_type(const Matrix& m, const F& f) {
+  with_type(m.dtype, m.data, f);
 }
+
+// A part of a matrix.
+struct Rectangle {
+  int64_t row, rows, column, columns;
+};
+
+// What a product's sums become: bias is added to each row of out [M, N], and the result rounded once.
+template <class T>
+struct Result {
+  const T* bias;  // null: none
+  T* out;
+  int64_t N;
+
+  // From sums whose rows are `stride` apart.
+  void finish(const float* sums, int64_t stride, Rectangle part) const {
+    const T* const added = bias ? bias + part.column : nullptr;
+    for (int64_t r = 0; r < part.rows; r++) {
+      T* const row = out + (part.row + r) * N + part.column;
+      for_each_vector(part.columns, [&](int64_t n, auto lanes) {
+        const F32 sum = load(sums + r * stride + n, lanes);
+        store(row + n, added ? sum + load(added + n, lanes) : sum, lanes);
+      });
+    }
+  }
+};
 
 // max |a_i| as its bits, which order like the values themselves and put NaN above infinity.
 constexpr int32_t kSmallestNormal = 0x00800000;

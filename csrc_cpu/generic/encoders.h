@@ -195,38 +195,84 @@ class SearchTree {
   SearchLevels<0, depth> levels_;
 };
 
-template <int depth, bool cells>
-struct ShortCodebook;
+// Compares with every threshold, which is less work than a search whose look-ups go to memory.
 template <int depth>
-struct ShortCodebook<depth, true> : UniformCells<depth> {
-  using UniformCells<depth>::UniformCells;
-};
-template <int depth>
-struct ShortCodebook<depth, false> : SearchTree<depth> {
-  using SearchTree<depth>::SearchTree;
-};
-
-class Nf4Encoder {
+class AllThresholds {
  public:
-  BNB_INLINE I32 operator()(F32 x) const { return codebook_.count_below(x); }
-  static constexpr int zero = kNf4Zero;
+  explicit AllThresholds(const float* code) {
+    for (int k = 0; k < kThresholds; k++) thresholds_[k] = splat(midpoint(code, k));
+  }
+  BNB_INLINE I32 count_below(F32 x) const {
+    I32 count{};
+    for (int k = 0; k < kThresholds; k++) count = increment(count, less(thresholds_[k], x));
+    return count;
+  }
 
  private:
-  ShortCodebook<4, kTwoRegisterTables> codebook_{kNf4Code};
+  static constexpr int kThresholds = (1 << depth) - 1;
+  F32 thresholds_[kThresholds];
 };
 
-class Fp4Encoder {
+template <int depth, int table_registers>
+struct CodebookFor;
+template <int depth>
+struct CodebookFor<depth, 0> {
+  using type = AllThresholds<depth>;
+};
+template <int depth>
+struct CodebookFor<depth, 1> {
+  using type = SearchTree<depth>;
+};
+template <int depth>
+struct CodebookFor<depth, 2> {
+  using type = UniformCells<depth>;
+};
+template <int depth>
+using ShortCodebook = typename CodebookFor<depth, kTableRegisters>::type;
+
+// The encoders of 4-bit formats, by their kind.
+
+class NearestEncoder {
  public:
+  explicit NearestEncoder(const Format4bit& format) : zero(format.zero), codebook_(format.codebook) {}
+  BNB_INLINE I32 operator()(F32 x) const { return codebook_.count_below(x); }
+  const int zero;
+
+ private:
+  ShortCodebook<4> codebook_;
+};
+
+class SignMagnitudeEncoder {
+ public:
+  explicit SignMagnitudeEncoder(const Format4bit& format)
+      : SignMagnitudeEncoder(format.zero, ascending_magnitudes(format)) {}
   BNB_INLINE I32 operator()(F32 x) const {
     const I32 rank = codebook_.count_below(abs(x));
-    const I32 code = rank ^ ((rank & 2) << 1);  // fp4_code_of_rank
+    const I32 code = bits(Table<8>(codes_)[rank]);
     return select(less(x, F32{}), code | 8, code);
   }
-  static constexpr int zero = kFp4Zero;
+  const int zero;
 
  private:
-  ShortCodebook<3, kTwoRegisterTables> codebook_{kFp4AscendingMagnitudes};
+  SignMagnitudeEncoder(int zero, const AscendingMagnitudes& magnitudes)
+      : zero(zero), codebook_(magnitudes.values) {
+    __builtin_memcpy(codes_, magnitudes.codes, sizeof codes_);
+  }
+
+  ShortCodebook<3> codebook_;
+  float codes_[8];  // the integers' bits, by rank
 };
+
+// Calls f with the encoder of a format.
+template <class F>
+void with_encoder(const Format4bit& format, const F& f) {
+  switch (format.encoder) {
+    case Encoder::nearest:
+      return f(NearestEncoder(format));
+    case Encoder::sign_magnitude:
+      return f(SignMagnitudeEncoder(format));
+  }
+}
 
 // The entry nearest 0.0, the lower of two equally near.
 int zero_code(const float* code) {
@@ -257,8 +303,8 @@ class BlockwiseEncoding {
   const int zero;
 
  private:
-  static constexpr int64_t kLeastForCells = 1
-                                            << 15;  // filling the cells takes as long as searching for these
+  // Filling the cells takes as long as searching for these.
+  static constexpr int64_t kLeastForCells = 1 << 15;
 
   Thresholds<8> thresholds_;
   Cells cells_;

@@ -20,8 +20,8 @@ constexpr int64_t kBlockRows = 256;  // of A that a decoded tile is used for
 // kTileColumns].
 class TileDecoder {
  public:
-  TileDecoder(const Weight& w, const RowScales& scales, int64_t first)
-      : w_(w), scales_(scales), first_(first), code_(w.code), words_aligned_(w.K % kWord == 0) {
+  TileDecoder(const Weight4bit& w, const float* code, const RowScales& scales, int64_t first)
+      : w_(w), scales_(scales), first_(first), code_(code), words_aligned_(w.K % kWord == 0) {
     for (int column = 0; column < kTileColumns; column++) {
       const int64_t row = min(first + column, w.N - 1) - first;
       start_[column / kLanes][column % kLanes] = static_cast<int32_t>(row * w.K);
@@ -68,7 +68,7 @@ class TileDecoder {
     return look_up(scales_.scales, (splat(in_blocks) + offsets) >> scales_.shift);
   }
 
-  const Weight& w_;
+  const Weight4bit& w_;
   const RowScales scales_;
   int64_t first_;
   Table<16> code_;
@@ -116,20 +116,11 @@ void multiply_rows_with_tile(const float* a, int64_t rows, int64_t stride, const
   for (; r < rows; r++) strip(Constant<1>{}, r);
 }
 
-// out = sums + bias, rounded once.
+// Up to kBlockRows rows of A, from `row` on and widened. Some tiles of W side by side share a part of A that
+// stays in L2.
 template <class T>
-void finish_tile(const float* sums, int64_t rows, int64_t columns, const T* bias, T* out, int64_t N) {
-  for (int64_t r = 0; r < rows; r++) {
-    for_each_vector(columns, [&](int64_t n, auto lanes) {
-      const F32 sum = load(sums + r * kTileColumns + n, lanes);
-      store(out + r * N + n, bias ? sum + load(bias + n, lanes) : sum, lanes);
-    });
-  }
-}
-
-// Up to kBlockRows rows of A. Some tiles of W side by side share a part of A that stays in L2.
-template <class T>
-void multiply_block(const float* a, int64_t rows, const Weight& w, const T* bias, T* out) {
+void multiply_block(const Gemm4bit<T>& gemm, const float* a, int64_t row, int64_t rows) {
+  const Weight4bit& w = gemm.w;
   parallel_for(ceil_div(w.N, kTileColumns), 1, [&](int64_t begin, int64_t end) {
     const RowScalesReader scales_reader(w, kTilesAcross * kTileColumns);
     const Buffer<float> tile(kTileDepth * kTileColumns);
@@ -143,14 +134,13 @@ void multiply_block(const float* a, int64_t rows, const Weight& w, const T* bias
       for (int64_t k = 0; k < w.K; k += kTileDepth) {
         const int64_t depth = min(kTileDepth, w.K - k);
         for (int64_t t = 0; t < tiles; t++) {
-          TileDecoder(w, scales, first + t * kTileColumns).decode(k, depth, tile.data());
+          TileDecoder(w, gemm.code, scales, first + t * kTileColumns).decode(k, depth, tile.data());
           multiply_rows_with_tile(a + k, rows, w.K, tile.data(), depth, sums_of(t));
         }
       }
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t column = first + t * kTileColumns;
-        finish_tile(sums_of(t), rows, min(kTileColumns, w.N - column), bias ? bias + column : nullptr,
-                    out + column, w.N);
+        gemm.result.finish(sums_of(t), kTileColumns, {row, rows, column, min(kTileColumns, w.N - column)});
       }
     }
   });
@@ -170,23 +160,22 @@ const float* widened(const T* a, int64_t n, const Buffer<float>& buffer) {
 }
 
 template <class T>
-void gemm_4bit_typed(const T* a, int64_t M, const Weight& w, const T* bias, T* out) {
-  const Buffer<float> buffer(sizeof(T) == sizeof(float) ? 0 : min(M, kBlockRows) * w.K);
+void multiply_blocks(const Gemm4bit<T>& gemm) {
+  const int64_t M = gemm.M, K = gemm.w.K;
+  const Buffer<float> buffer(sizeof(T) == sizeof(float) ? 0 : min(M, kBlockRows) * K);
   for (int64_t row = 0; row < M; row += kBlockRows) {
     const int64_t rows = min(M - row, kBlockRows);
-    multiply_block(widened(a + row * w.K, rows * w.K, buffer), rows, w, bias, out + row * w.N);
+    multiply_block(gemm, widened(gemm.a + row * K, rows * K, buffer), row, rows);
   }
 }
 
-void gemm_4bit(const void* A, DType dtype, int64_t M, int64_t N, int64_t K, const uint8_t* packed,
-               const BlockScales& scales, int64_t blocksize, QuantType quant_type, const void* bias,
-               void* out, Stream) {
-  if (M == 0) return;
-  const Weight w{N, K, packed, scales, blocksize, codebook(quant_type)};
-  with_type(dtype, out, [&](auto* y) {
-    const auto typed = [&](const void* p) { return same_type(p, y); };
-    if (M <= kGemvRows) return gemv_4bit(typed(A), M, w, typed(bias), y);
-    gemm_4bit_typed(typed(A), M, w, typed(bias), y);
+void gemm_4bit_of_code(const Matrix& A, const Weight4bit& weight, const float* code, const void* bias,
+                       void* out) {
+  with_type(A.dtype, out, [&](auto* y) {
+    using T = Pointee<decltype(y)>;
+    const Gemm4bit<T> gemm{A.as<const T>(), A.rows, weight, code, {same_type(bias, y), y, weight.N}};
+    if (gemm.M <= kGemvRows) return gemv_4bit(gemm);
+    multiply_blocks(gemm);
   });
 }
 

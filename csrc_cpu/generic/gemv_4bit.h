@@ -41,11 +41,22 @@ void rearrange_row(const T* a, int64_t K, int64_t phase, int64_t groups, float* 
   }
 }
 
+// out[M, N] = a[M, K] @ w^T + bias.
+template <class T>
+struct Gemm4bit {
+  const T* a;
+  int64_t M;
+  const Weight4bit& w;
+  const float* code;  // f32[16]: what w's codes stand for
+  Result<T> result;
+};
+
 // The words of one row of W, and the scale of each, a part of the row at a time.
 class RowReader {
  public:
-  void start(const Weight& w, int64_t row) {
+  void start(const Weight4bit& w, const StoredScales& stored, int64_t row) {
     w_ = &w;
+    stored_ = &stored;
     start_ = row * w.K / kWord * kWord;
     end_ = (row + 1) * w.K;
     shift_ = w.block_shift() - kWordShift;
@@ -57,7 +68,7 @@ class RowReader {
     const int64_t first_block = first >> w_->block_shift();
     const int64_t end_block = ((min(first + groups * kGroup, end_) - 1) >> w_->block_shift()) + 1;
     const int64_t blocks = end_block - first_block;
-    scales_ = w_->stored_scales().read(first_block, blocks, buffer_);
+    scales_ = stored_->read(first_block, blocks, buffer_);
     for (int64_t i = 0; i < blocks; i += kLanes) __builtin_prefetch(scales_ + blocks + i);
     if (first + groups * kGroup > end_) scales_ = ending_with_zeros(scales_, blocks);
     words_in_block_ = static_cast<int>(first & (w_->blocksize - 1)) / kWord;
@@ -118,7 +129,8 @@ class RowReader {
     return buffer_;
   }
 
-  const Weight* w_;
+  const Weight4bit* w_;
+  const StoredScales* stored_;
   int64_t start_, end_;
   int shift_;  // of an index of words to one of blocks
   int words_in_block_;
@@ -130,7 +142,9 @@ class RowReader {
 
 // The rows of W that one phase computes with, and where the products go.
 struct Product {
-  const Weight& w;
+  const Weight4bit& w;
+  const StoredScales stored;
+  const float* code;
   int64_t phase, phases;  // rows phase, phase + phases, ... of W
   const float* a;         // rearranged, f32[rows, groups * kGroup]
   int64_t rows, groups;
@@ -175,12 +189,14 @@ void add_chunk(const Table<16> code, const RowReader (&readers)[columns], int gr
 // memory delivers fastest.
 template <int rows, int columns>
 void gemv(const Product& product, int64_t begin, int64_t end) {
-  const Table<16> code(product.w.code);
+  const Table<16> code(product.code);
   const int64_t part = ceil_div(end - begin, columns);
   RowReader readers[columns];
   for (int64_t i = 0; i < part; i++) {
     const auto row_of = [&](int c) { return min(begin + c * part + i, end - 1); };
-    for (int c = 0; c < columns; c++) readers[c].start(product.w, product.weight_row(row_of(c)));
+    for (int c = 0; c < columns; c++) {
+      readers[c].start(product.w, product.stored, product.weight_row(row_of(c)));
+    }
     F32 sums[rows][columns] = {};
     for (int64_t group = 0; group < product.groups; group += kChunkGroups) {
       const int groups = static_cast<int>(min(kChunkGroups, product.groups - group));
@@ -214,45 +230,37 @@ void multiply(const Product& product, int64_t begin, int64_t end) {
   }
 }
 
-// y f32[rows, N] = a @ W^T for up to kGemvRows rows.
+// y f32[M, N] = a @ w^T for up to kGemvRows rows.
 template <class T>
-void multiply_rows(const T* a, int64_t rows, const Weight& w, float* y) {
+void multiply_rows(const Gemm4bit<T>& gemm, float* y) {
+  const Weight4bit& w = gemm.w;
   int64_t phases = 1;
   while (phases * w.K % kWord != 0) phases *= 2;
   const int64_t max_groups = ceil_div(w.K + kWord - 1, kGroup);
-  const Buffer<float> rearranged(rows * max_groups * kGroup);
+  const Buffer<float> rearranged(gemm.M * max_groups * kGroup);
   for (int64_t phase = 0; phase < min(phases, w.N); phase++) {
     const int64_t zeros = phase * w.K % kWord;
     const int64_t groups = ceil_div(zeros + w.K, kGroup);
-    parallel_for(rows, grain(w.K, kDecodedShare), [&](int64_t begin, int64_t end) {
+    parallel_for(gemm.M, grain(w.K, kDecodedShare), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
-        rearrange_row(a + r * w.K, w.K, zeros, groups, rearranged.data() + r * groups * kGroup);
+        rearrange_row(gemm.a + r * w.K, w.K, zeros, groups, rearranged.data() + r * groups * kGroup);
       }
     });
-    const Product product{w, phase, phases, rearranged.data(), rows, groups, y};
+    const Product product{w,      stored_scales(w), gemm.code, phase, phases, rearranged.data(),
+                          gemm.M, groups,           y};
     parallel_for(product.weight_rows(), grain(w.K, kMultipliedShare),
                  [&](int64_t begin, int64_t end) { multiply(product, begin, end); });
   }
 }
 
-// out = y + bias, rounded once.
 template <class T>
-void finish_rows(const float* y, int64_t rows, int64_t N, const T* bias, T* out) {
-  parallel_for(rows, grain(N, kDecodedShare), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) {
-      for_each_vector(N, [&](int64_t n, auto lanes) {
-        const F32 sum = load(y + r * N + n, lanes);
-        store(out + r * N + n, bias ? sum + load(bias + n, lanes) : sum, lanes);
-      });
-    }
+void gemv_4bit(const Gemm4bit<T>& gemm) {
+  const int64_t N = gemm.w.N;
+  const Buffer<float> y(gemm.M * N);
+  multiply_rows(gemm, y.data());
+  parallel_for(gemm.M, grain(N, kDecodedShare), [&](int64_t begin, int64_t end) {
+    gemm.result.finish(y.data() + begin * N, N, {begin, end - begin, 0, N});
   });
-}
-
-template <class T>
-void gemv_4bit(const T* a, int64_t M, const Weight& w, const T* bias, T* out) {
-  const Buffer<float> y(M * w.N);
-  multiply_rows(a, M, w, y.data());
-  finish_rows(y.data(), M, w.N, bias, out);
 }
 
 }  // namespace

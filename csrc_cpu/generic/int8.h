@@ -68,23 +68,25 @@ void int8_quantize_row(const T* a, int64_t K, F32 scale, const uint8_t* outlier_
   });
 }
 
-void int8_vectorwise_quant(const void* A, DType dtype, int64_t M, int64_t K, float threshold, int8_t* q,
-                           float* row_stats, uint8_t* outlier_columns, Stream) {
+void int8_vectorwise_quant(const Matrix& A, float threshold, int8_t* q, float* row_stats,
+                           uint8_t* outlier_columns, Stream) {
+  const int64_t M = A.rows, K = A.columns;
   const F32 limit = splat(threshold > 0 ? threshold : kNoThreshold);
-  if (outlier_columns) __builtin_memset(outlier_columns, 0, K);
-  with_type(dtype, A, [&](auto* a) {
+  uint8_t* const outliers = threshold > 0 ? outlier_columns : nullptr;
+  if (outliers) __builtin_memset(outliers, 0, K);
+  with_type(A, [&](const auto* a) {
     const auto measure = [&](int64_t begin, int64_t end) {
       const Buffer<uint8_t> found(K);
       __builtin_memset(found.data(), 0, K);
       for (int64_t r = begin; r < end; r++) {
-        row_stats[r] = row_absmax(a + r * K, K, limit, outlier_columns ? found.data() : nullptr);
+        row_stats[r] = row_absmax(a + r * K, K, limit, outliers ? found.data() : nullptr);
       }
-      if (outlier_columns) merge_outlier_columns(found.data(), K, outlier_columns);
+      if (outliers) merge_outlier_columns(found.data(), K, outliers);
     };
     const auto quantize = [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
         const F32 absmax = splat(row_stats[r]);
-        int8_quantize_row(a + r * K, K, int8_scale(absmax), outlier_columns, q + r * K);
+        int8_quantize_row(a + r * K, K, int8_scale(absmax), outliers, q + r * K);
         row_stats[r] = canonical_nan(int8_statistic(absmax))[0];
       }
     };
@@ -94,60 +96,84 @@ void int8_vectorwise_quant(const void* A, DType dtype, int64_t M, int64_t K, flo
   });
 }
 
-// A strip of up to kStrip columns.
 constexpr int64_t kStrip = 256;
 
+// A matrix that is quantized down its columns, up to kStrip of them at a time.
 template <class T>
-void int8_quantize_columns(const T* a, int64_t M, int64_t K, int64_t first, int64_t columns, F32 threshold,
-                           int8_t* q, float* col_stats, const uint8_t* outlier_columns) {
-  I32 largest[kStrip / kLanes] = {};
-  for (int64_t r = 0; r < M; r++) {
-    for_each_vector(columns, [&](int64_t k, auto lanes) {
-      I32& column = largest[k / kLanes];
-      column = max(column, inlier_bits(load(a + r * K + first + k, lanes), threshold));
-    });
-  }
-  F32 scales[kStrip / kLanes];
-  for_each_vector(columns, [&](int64_t k, auto lanes) {
-    const F32 absmax = from_bits(largest[k / kLanes]);
-    F32 scale = int8_scale(absmax);
-    if (outlier_columns) {
-      scale = select(equal(load(outlier_columns + first + k, lanes), I32{}), scale, F32{});
-    }
-    scales[k / kLanes] = scale;
-    store(col_stats + first + k, canonical_nan(int8_statistic(absmax)), lanes);
-  });
-  uint8_t* codes = reinterpret_cast<uint8_t*>(q);
-  for (int64_t r = 0; r < M; r++) {
-    for_each_vector(columns, [&](int64_t k, auto lanes) {
-      const int64_t i = r * K + first + k;
-      store(codes + i, int8_code(load(a + i, lanes), scales[k / kLanes]), lanes);
-    });
-  }
-}
+struct ColumnwiseQuant {
+  const T* a;
+  int64_t M, K;
+  float threshold;
+  const uint8_t* outlier_columns;  // null: none
+  int8_t* q;
+  float* col_stats;
 
-void int8_columnwise_quant(const void* A, DType dtype, int64_t M, int64_t K, float threshold, int8_t* q,
-                           float* col_stats, const uint8_t* outlier_columns, Stream) {
-  const F32 limit = splat(threshold > 0 ? threshold : kNoThreshold);
-  with_type(dtype, A, [&](auto* a) {
+  void quantize(int64_t first, int64_t columns) const {
+    F32 scales[kStrip / kLanes];
+    measure(first, columns, scales);
+    for (int64_t r = 0; r < M; r++) {
+      const T* const row = a + r * K + first;
+      uint8_t* const codes = reinterpret_cast<uint8_t*>(q) + r * K + first;
+      for_each_vector(columns, [&](int64_t k, auto lanes) {
+        store(codes + k, int8_code(load(row + k, lanes), scales[k / kLanes]), lanes);
+      });
+    }
+  }
+
+ private:
+  void measure(int64_t first, int64_t columns, F32* scales) const {
+    I32 largest[kStrip / kLanes] = {};
+    const F32 limit = splat(threshold);
+    for (int64_t r = 0; r < M; r++) {
+      const T* const row = a + r * K + first;
+      for_each_vector(columns, [&](int64_t k, auto lanes) {
+        I32& column = largest[k / kLanes];
+        column = max(column, inlier_bits(load(row + k, lanes), limit));
+      });
+    }
+    for_each_vector(columns, [&](int64_t k, auto lanes) {
+      const F32 absmax = from_bits(largest[k / kLanes]);
+      F32 scale = int8_scale(absmax);
+      if (outlier_columns) {
+        scale = select(equal(load(outlier_columns + first + k, lanes), I32{}), scale, F32{});
+      }
+      scales[k / kLanes] = scale;
+      store(col_stats + first + k, canonical_nan(int8_statistic(absmax)), lanes);
+    });
+  }
+};
+
+void int8_columnwise_quant(const Matrix& A, float threshold, int8_t* q, float* col_stats,
+                           const uint8_t* outlier_columns, Stream) {
+  const int64_t M = A.rows, K = A.columns;
+  const bool limited = threshold > 0;
+  with_type(A, [&](auto* a) {
+    const ColumnwiseQuant<Pointee<decltype(a)>> quant{
+        a, M, K, limited ? threshold : kNoThreshold, limited ? outlier_columns : nullptr, q, col_stats};
     parallel_for(ceil_div(K, kStrip), grain(kStrip * M), [&](int64_t begin, int64_t end) {
-      for (int64_t strip = begin; strip < end; strip++) {
-        const int64_t first = strip * kStrip;
-        int8_quantize_columns(a, M, K, first, min(kStrip, K - first), limit, q, col_stats, outlier_columns);
+      for (int64_t first = begin * kStrip; first < min(end * kStrip, K); first += kStrip) {
+        quant.quantize(first, min(kStrip, K - first));
       }
     });
   });
 }
 
-void int8_vectorwise_dequant(const int8_t* q, const float* stats, int64_t M, int64_t K, float* out, Stream) {
-  parallel_for(M, grain(K), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) {
-      const F32 scale = splat(stats[r]);
-      for_each_vector(K, [&](int64_t k, auto lanes) {
-        const int64_t i = r * K + k;
-        store(out + i, to_float(load(q + i, lanes)) * scale / splat(127.0f), lanes);
-      });
-    }
+// `count` codes that share a scale.
+template <class T>
+void int8_dequantize(const int8_t* codes, float scale, int64_t count, T* out) {
+  for_each_vector(count, [&](int64_t i, auto lanes) {
+    store(out + i, int8_value(load(codes + i, lanes), splat(scale)), lanes);
+  });
+}
+
+void int8_vectorwise_dequant(const Int8Weight& weight, const Matrix& out, Stream) {
+  const int64_t K = weight.codes.columns;
+  with_type(out, [&](auto* y) {
+    parallel_for(weight.codes.rows, grain(K), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        int8_dequantize(weight.codes.data + r * K, weight.scales[r], K, y + r * K);
+      }
+    });
   });
 }
 
@@ -222,112 +248,129 @@ int32_t int8_excess(const int8_t* a, int64_t K) {
   return reduce_add(sum);
 }
 
-// C[rows, columns] of a block: register tiles, at the edges narrower ones.
+// C[rows, stride] of a part of A @ B^T: register tiles, at the edges narrower ones.
 template <class Dot>
-void int8_block(const int8_t* A, const int8_t* B, int64_t rows, int64_t columns, int64_t K, int32_t* C,
-                int64_t stride) {
+void int8_block(const Rows<int8_t>& A, const Rows<int8_t>& B, Rectangle part, int32_t* C, int64_t stride) {
+  const int64_t K = A.columns;
+  const int8_t* const first_a = A.data + part.row * K;
+  const int8_t* const first_b = B.data + part.column * K;
   int32_t excess[kInt8BlockRows];
-  for (int64_t r = 0; r < rows; r++) excess[r] = int8_excess<Dot>(A + r * K, K);
+  for (int64_t r = 0; r < part.rows; r++) excess[r] = int8_excess<Dot>(first_a + r * K, K);
   const auto strip = [&](auto tile_rows, int64_t r) {
     constexpr int height = decltype(tile_rows)::value;
     const int8_t* a[height];
-    for (int i = 0; i < height; i++) a[i] = A + (r + i) * K;
+    for (int i = 0; i < height; i++) a[i] = first_a + (r + i) * K;
     // One row of A reads B once. Each column of a tile then has a part of B of its own from front to back:
     // few long streams are what memory delivers fastest.
-    const int64_t tiles = columns / kInt8Columns;
+    const int64_t tiles = part.columns / kInt8Columns;
     const int64_t apart = height == 1 ? tiles : 1;
+    int32_t* const row = C + r * stride;
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t c = height == 1 ? i : i * kInt8Columns;
-      int8_tile<Dot, height, kInt8Columns>(a, B + c * K, apart, K, excess + r, C + r * stride + c, stride);
+      int8_tile<Dot, height, kInt8Columns>(a, first_b + c * K, apart, K, excess + r, row + c, stride);
     }
-    for (int64_t c = tiles * kInt8Columns; c < columns; c++) {
-      int8_tile<Dot, height, 1>(a, B + c * K, 1, K, excess + r, C + r * stride + c, stride);
+    for (int64_t c = tiles * kInt8Columns; c < part.columns; c++) {
+      int8_tile<Dot, height, 1>(a, first_b + c * K, 1, K, excess + r, row + c, stride);
     }
   };
   int64_t r = 0;
-  for (; r + kInt8Rows <= rows; r += kInt8Rows) strip(Constant<kInt8Rows>{}, r);
-  for (; r < rows; r++) strip(Constant<1>{}, r);
+  for (; r + kInt8Rows <= part.rows; r += kInt8Rows) strip(Constant<kInt8Rows>{}, r);
+  for (; r < part.rows; r++) strip(Constant<1>{}, r);
 }
 
-// Calls body(row, rows, column, columns) for every block of an M x N result.
+// Calls body(part) for every block of A @ B^T.
 template <class Body>
-void for_each_int8_block(int64_t M, int64_t N, int64_t K, const Body& body) {
+void for_each_int8_block(const Rows<int8_t>& A, const Rows<int8_t>& B, const Body& body) {
+  const int64_t M = A.rows, N = B.rows;
   const int64_t across = ceil_div(N, kInt8BlockColumns);
-  const int64_t work = min(M, kInt8BlockRows) * kInt8BlockColumns * K;
+  const int64_t work = min(M, kInt8BlockRows) * kInt8BlockColumns * A.columns;
   parallel_for(ceil_div(M, kInt8BlockRows) * across, grain(work / 8), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t row = i / across * kInt8BlockRows;
       const int64_t column = i % across * kInt8BlockColumns;
-      body(row, min(kInt8BlockRows, M - row), column, min(kInt8BlockColumns, N - column));
+      body(Rectangle{row, min(kInt8BlockRows, M - row), column, min(kInt8BlockColumns, N - column)});
     }
   });
 }
 
-template <class Dot>
-void int8_linear_matmul(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, int32_t* C,
-                        Stream) {
-  for_each_int8_block(M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t columns) {
-    int8_block<Dot>(A + row * K, B + column * K, rows, columns, K, C + row * N + column, N);
-  });
-}
-
-// One row of the result: C * (row_stat / 127^2) * col_stats + bias + extra, where bias and extra may be null.
+// What integer products become: C * (row_stats / 127^2) * col_stats + bias + extra, rounded once.
 template <class T>
-void int8_finish_row(const int32_t* C, float row_stat, const float* col_stats, int64_t columns, const T* bias,
-                     const float* extra, T* out) {
-  const F32 row_scale = splat(row_stat / 16129.0f);
-  for_each_vector(columns, [&](int64_t n, auto lanes) {
-    F32 y = to_float(load(C + n, lanes)) * row_scale * load(col_stats + n, lanes);
-    if (bias) y += load(bias + n, lanes);
-    if (extra) y += load(extra + n, lanes);
-    store(out + n, y, lanes);
-  });
-}
+struct Int8Result {
+  const float *row_stats, *col_stats;
+  const T* bias;  // null: none
+  T* out;
+  int64_t N;
 
-void int8_mm_dequant(const int32_t* C, const float* row_stats, const float* col_stats, int64_t M, int64_t N,
-                     const void* bias, void* out, DType dtype, Stream) {
-  with_type(dtype, out, [&](auto* y) {
-    const auto* b = same_type(bias, y);
-    parallel_for(M, grain(N), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++) {
-        int8_finish_row(C + r * N, row_stats[r], col_stats, N, b, nullptr, y + r * N);
-      }
+  // A part of a row; `extra` may be null.
+  void finish_row(const int32_t* C, const float* extra, int64_t row, int64_t column, int64_t columns) const {
+    const F32 row_scale = splat(row_stats[row] / 16129.0f);
+    T* const place = out + row * N;
+    for_each_vector(columns, [&](int64_t i, auto lanes) {
+      const int64_t n = column + i;
+      F32 y = to_float(load(C + i, lanes)) * row_scale * load(col_stats + n, lanes);
+      if (bias) y += load(bias + n, lanes);
+      if (extra) y += load(extra + i, lanes);
+      store(place + n, y, lanes);
+    });
+  }
+
+  // A part of the result, from products whose rows are `stride` apart, and those that were taken apart.
+  template <class Apart>
+  void finish(const int32_t* C, int64_t stride, Rectangle part, const Apart& apart) const {
+    float products[kInt8BlockRows * Apart::kStride];
+    if (!apart.empty()) apart.multiply(part, products);
+    for (int64_t r = 0; r < part.rows; r++) {
+      const float* const extra = apart.empty() ? nullptr : products + r * Apart::kStride;
+      finish_row(C + r * stride, extra, part.row + r, part.column, part.columns);
+    }
+  }
+};
+
+void int8_mm_dequant(const int32_t* C, const float* row_stats, const float* col_stats, const void* bias,
+                     const Matrix& out, Stream) {
+  const int64_t N = out.columns;
+  with_type(out, [&](auto* y) {
+    const Int8Result<Pointee<decltype(y)>> result{row_stats, col_stats, same_type(bias, y), y, N};
+    parallel_for(out.rows, grain(N), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) result.finish_row(C + r * N, nullptr, r, 0, N);
     });
   });
 }
 
-// Rows of a block of the result, from products C whose rows are `stride` apart.
-template <class Apart, class T>
-void int8_finish_block(const int32_t* C, int64_t stride, int64_t row, int64_t rows, int64_t column,
-                       int64_t width, const float* row_stats, const float* col_stats, const Apart& apart,
-                       const T* bias, T* out, int64_t N) {
-  float products[kInt8BlockRows * Apart::kStride];
-  if (!apart.empty()) apart.multiply(row, rows, column, width, products);
-  for (int64_t r = 0; r < rows; r++) {
-    int8_finish_row(C + r * stride, row_stats[row + r], col_stats + column, width,
-                    bias ? bias + column : nullptr, apart.empty() ? nullptr : products + r * Apart::kStride,
-                    out + (row + r) * N + column);
-  }
+// Calls f(result, X) with elements of out's type.
+template <class F>
+void with_int8_result(const Int8Product& product, const Int8Outliers& outliers, const void* bias,
+                      const Matrix& out, const F& f) {
+  with_type(out, [&](auto* y) {
+    const Int8Result<Pointee<decltype(y)>> result{product.row_stats, product.col_stats, same_type(bias, y), y,
+                                                  product.B.rows};
+    f(result, same_type(outliers.unquantized, y));
+  });
 }
 
 template <class Dot>
-void int8_mixed_scaled_mm(const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K, const int32_t*,
-                          const float* row_stats, const float* col_stats, const void* X,
-                          const uint8_t* outlier_columns, const void* bias, void* out, DType dtype, Stream) {
-  with_type(dtype, out, [&](auto* y) {
+void int8_multiply(const Rows<int8_t>& A, const Rows<int8_t>& B, int32_t* C) {
+  for_each_int8_block(A, B, [&](Rectangle part) {
+    int8_block<Dot>(A, B, part, C + part.row * B.rows + part.column, B.rows);
+  });
+}
+
+template <class Dot>
+void int8_multiply_mixed(const Int8Product& product, const Int8Outliers& outliers, const void* bias,
+                         const Matrix& out) {
+  const ColumnList list(outliers.columns, product.A.columns);
+  with_int8_result(product, outliers, bias, out, [&](const auto& result, const auto* X) {
     const auto multiply = [&](const auto& apart) {
-      for_each_int8_block(M, N, K, [&](int64_t row, int64_t rows, int64_t column, int64_t width) {
+      for_each_int8_block(product.A, product.B, [&](Rectangle part) {
         int32_t C[kInt8BlockRows * kInt8BlockColumns];
-        int8_block<Dot>(A + row * K, B + column * K, rows, width, K, C, kInt8BlockColumns);
-        int8_finish_block(C, kInt8BlockColumns, row, rows, column, width, row_stats, col_stats, apart,
-                          same_type(bias, y), y, N);
+        int8_block<Dot>(product.A, product.B, part, C, kInt8BlockColumns);
+        result.finish(C, kInt8BlockColumns, part, apart);
       });
     };
-    const ColumnList list(outlier_columns, K);
-    if (M <= kFewRows && K >= kGatheredBytes) {
-      multiply(OutliersOfFewRows(same_type(X, y), M, B, K, col_stats, list));
+    if (product.A.rows <= kFewRows && product.A.columns >= kGatheredBytes) {
+      multiply(OutliersOfFewRows(X, product, list));
     } else {
-      multiply(Outliers<Pointee<decltype(y)>>(same_type(X, y), M, B, N, K, col_stats, list));
+      multiply(Outliers(X, product, list));
     }
   });
 }

@@ -10,6 +10,9 @@ namespace {
 constexpr int64_t kInt8BlockRows = 64;
 constexpr int64_t kInt8BlockColumns = 48;
 
+// What codes stand for.
+BNB_INLINE F32 int8_value(I32 codes, F32 scale) { return to_float(codes) * scale / splat(127.0f); }
+
 // The columns that are marked, ascending.
 class ColumnList {
  public:
@@ -37,38 +40,37 @@ class ColumnList {
 template <class T>
 class Outliers {
  public:
-  Outliers(const T* X, int64_t M, const int8_t* B, int64_t N, int64_t K, const float* col_stats,
-           const ColumnList& list)
-      : B_(B),
-        N_(N),
-        K_(K),
-        col_stats_(col_stats),
+  Outliers(const T* X, const Int8Product& product, const ColumnList& list)
+      : B_(product.B.data),
+        N_(product.B.rows),
+        K_(product.B.columns),
+        col_stats_(product.col_stats),
         columns_(list.data()),
         count_(list.count()),
-        gathers_late_(M <= kInt8BlockRows),
-        x_(M * count_),
-        b_(count_ * N) {
+        gathers_late_(product.A.rows <= kInt8BlockRows),
+        x_(product.A.rows * count_),
+        b_(count_ * N_) {
     if (count_ == 0) return;
-    parallel_for(M, grain(count_), [&](int64_t begin, int64_t end) {
+    parallel_for(product.A.rows, grain(count_), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
-        for (int64_t j = 0; j < count_; j++) x_.data()[r * count_ + j] = load(X + r * K + columns_[j], 1)[0];
+        for (int64_t j = 0; j < count_; j++) x_.data()[r * count_ + j] = load(X + r * K_ + columns_[j], 1)[0];
       }
     });
     if (gathers_late_) return;
-    parallel_for(ceil_div(N, kLanes), grain(count_ * kLanes), [&](int64_t begin, int64_t end) {
-      gather_rows(begin * kLanes, min(end * kLanes, N) - begin * kLanes);
+    parallel_for(ceil_div(N_, kLanes), grain(count_ * kLanes), [&](int64_t begin, int64_t end) {
+      gather_rows(begin * kLanes, min(end * kLanes, N_) - begin * kLanes);
     });
   }
 
   // Nothing is left to do for rows of B before their products.
   void open(int64_t, int64_t) const {}
 
-  // products[rows, kStride]: of `rows` rows of X with `width` rows of B.
-  void multiply(int64_t row, int64_t rows, int64_t column, int64_t width, float* products) const {
-    if (gathers_late_) gather_rows(column, width);
+  // products[rows, kStride] of a part of the result.
+  void multiply(Rectangle part, float* products) const {
+    if (gathers_late_) gather_rows(part.column, part.columns);
     int64_t r = 0;
-    for (; r + kRows <= rows; r += kRows) strip<kRows>(row + r, column, width, products + r * kStride);
-    for (; r < rows; r++) strip<1>(row + r, column, width, products + r * kStride);
+    for (; r + kRows <= part.rows; r += kRows) strip<kRows>(part, r, products + r * kStride);
+    for (; r < part.rows; r++) strip<1>(part, r, products + r * kStride);
   }
   bool empty() const { return count_ == 0; }
 
@@ -85,18 +87,19 @@ class Outliers {
       for (int64_t j = 0; j < count_; j++) {
         int8_t codes[kLanes] = {};
         for (int64_t c = 0; c < valid; c++) codes[c] = B_[(n + c) * K_ + columns_[j]];
-        store(b_.data() + j * N_ + n, to_float(load(codes)) * scale / splat(127.0f), lanes);
+        store(b_.data() + j * N_ + n, int8_value(load(codes), scale), lanes);
       }
     });
   }
 
+  // Rows from the r-th of a part on.
   template <int rows>
-  void strip(int64_t row, int64_t column, int64_t width, float* products) const {
-    const float* const x = x_.data() + row * count_;
-    const float* const b = b_.data() + column;
+  void strip(Rectangle part, int64_t r, float* products) const {
+    const float* const x = x_.data() + (part.row + r) * count_;
+    const float* const b = b_.data() + part.column;
     int64_t n = 0;
-    for (; n + 2 * kLanes <= width; n += 2 * kLanes) tile<rows, 2>(x, b + n, products + n, AllLanes{});
-    for_each_vector(width - n,
+    for (; n + 2 * kLanes <= part.columns; n += 2 * kLanes) tile<rows, 2>(x, b + n, products + n, AllLanes{});
+    for_each_vector(part.columns - n,
                     [&](int64_t i, auto lanes) { tile<rows, 1>(x, b + n + i, products + n + i, lanes); });
   }
 
@@ -131,11 +134,11 @@ constexpr int64_t kGatheredBytes = 4;
 // no meaning. K is kGatheredBytes or more.
 class ColumnCodes {
  public:
-  ColumnCodes(const int8_t* B, int64_t K, const ColumnList& list, int64_t padded)
-      : B_(reinterpret_cast<const uint8_t*>(B)), K_(K), places_(padded), shifts_(padded) {
+  ColumnCodes(const Rows<int8_t>& B, const ColumnList& list, int64_t padded)
+      : B_(reinterpret_cast<const uint8_t*>(B.data)), K_(B.columns), places_(padded), shifts_(padded) {
     for (int64_t j = 0; j < padded; j++) {
       const int64_t column = j < list.count() ? list.data()[j] : 0;
-      const int64_t place = min(column, K - kGatheredBytes);
+      const int64_t place = min(column, K_ - kGatheredBytes);
       places_.data()[j] = static_cast<int32_t>(place);
       shifts_.data()[j] = static_cast<int32_t>(8 * (kGatheredBytes - 1 - (column - place)));
     }
@@ -159,31 +162,29 @@ constexpr int64_t kFewRows = 4;
 class OutliersOfFewRows {
  public:
   template <class T>
-  OutliersOfFewRows(const T* X, int64_t M, const int8_t* B, int64_t K, const float* col_stats,
-                    const ColumnList& list)
+  OutliersOfFewRows(const T* X, const Int8Product& product, const ColumnList& list)
       : padded_(ceil_div(list.count(), kLanes) * kLanes),
-        codes_(B, K, list, padded_),
-        col_stats_(col_stats),
-        x_(M * padded_) {
-    for (int64_t r = 0; r < M; r++) {
+        codes_(product.B, list, padded_),
+        col_stats_(product.col_stats),
+        x_(product.A.rows * padded_) {
+    for (int64_t r = 0; r < product.A.rows; r++) {
       float* const x = x_.data() + r * padded_;
-      for (int64_t j = 0; j < padded_; j++)
-        x[j] = j < list.count() ? load(X + r * K + list.data()[j], 1)[0] : 0;
+      const T* const row = X + r * product.A.columns;
+      for (int64_t j = 0; j < padded_; j++) x[j] = j < list.count() ? load(row + list.data()[j], 1)[0] : 0;
     }
   }
 
-  // products[rows, kStride]: of `rows` rows of X with `width` rows of B.
-  void multiply(int64_t row, int64_t rows, int64_t column, int64_t width, float* products) const {
-    for (int64_t n = 0; n < width; n++) {
+  void multiply(Rectangle part, float* products) const {
+    for (int64_t n = 0; n < part.columns; n++) {
       F32 sums[kFewRows] = {};
-      const F32 scale = splat(col_stats_[column + n] / 127.0f);
+      const F32 scale = splat(col_stats_[part.column + n] / 127.0f);
       for (int64_t j = 0; j < padded_; j += kLanes) {
-        const F32 values = codes_.read(column + n, j) * scale;
-        for (int64_t r = 0; r < rows; r++) {
-          sums[r] = fma(values, load(x_.data() + (row + r) * padded_ + j), sums[r]);
+        const F32 values = codes_.read(part.column + n, j) * scale;
+        for (int64_t r = 0; r < part.rows; r++) {
+          sums[r] = fma(values, load(x_.data() + (part.row + r) * padded_ + j), sums[r]);
         }
       }
-      for (int64_t r = 0; r < rows; r++) products[r * kStride + n] = reduce_add(sums[r]);
+      for (int64_t r = 0; r < part.rows; r++) products[r * kStride + n] = reduce_add(sums[r]);
     }
   }
   bool empty() const { return padded_ == 0; }

@@ -21,7 +21,8 @@ struct VectorMath {
 // State in f32, used in place.
 class FloatState {
  public:
-  FloatState(float* state1, float* state2, int64_t n) : state_{state1, state1 + n, state2} {}
+  explicit FloatState(const Parameter32bit& given)
+      : state_{given.state1, given.state1 + given.n, given.state2} {}
 
   // The state of one block of a parameter.
   template <OptimizerName name>
@@ -69,12 +70,11 @@ struct RaisedBytes {
 // State in 8 bits: decoded when it is read, encoded when the whole block is there.
 class ByteState {
  public:
-  ByteState(uint8_t* state1, uint8_t* state2, const float* qmap1, const float* qmap2, float* absmax1,
-            float* absmax2, int64_t n)
-      : signed_(qmap1, n),
-        unsigned_(qmap2 ? qmap2 : qmap1, n),
-        state_{state1, state1 + n, state2},
-        absmax_{absmax1, absmax1 + ceil_div(n, kBlock), absmax2} {}
+  ByteState(const Parameter8bit& given, const StateCodebooks& codebooks)
+      : signed_(codebooks.state1, given.n),
+        unsigned_(codebooks.state2 ? codebooks.state2 : codebooks.state1, given.n),
+        state_{given.state1, given.state1 + given.n, given.state2},
+        absmax_{given.absmax1, given.absmax1 + ceil_div(given.n, kBlock), given.absmax2} {}
 
   template <OptimizerName name>
   class Block {
@@ -232,37 +232,64 @@ void measure(const P& parameter, const Coefficients& c, double* norms) {
   for (int64_t i = 0; i < 2 * parts; i++) norms[i % 2] += partial.data()[i];
 }
 
-template <class State>
-void optimizer_update(const OptimizerStep& step, const void* g, void* p, DType dtype, const State& state,
-                      int64_t n, double* norms) {
+// Parameters of so many elements keep all threads busy by themselves.
+constexpr int64_t kLarge = 1 << 16;
+// The least work for a thread, in elements.
+constexpr int64_t kLeastElements = 1 << 13;
+
+// Small parameters in one parallel region, each by one thread; large ones in turn, each by all threads.
+template <class Given, class Body>
+void for_each_parameter(const Parameters<Given>& parameters, const Body& body) {
+  const Buffer<const Given*> small(parameters.count);
+  int64_t count = 0, elements = 0;
+  for (int64_t i = 0; i < parameters.count; i++) {
+    const Given& given = parameters.first[i];
+    if (given.n >= kLarge) {
+      body(given);
+    } else {
+      small.data()[count++] = &given;
+      elements += given.n;
+    }
+  }
+  const int64_t least = elements > 0 ? ceil_div(kLeastElements * count, elements) : count;
+  parallel_for(count, least, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) body(*small.data()[i]);
+  });
+}
+
+// A parameter's state is State(parameter, codebooks...).
+template <class State, class Given, class... Codebooks>
+void optimizer_update(const OptimizerStep& step, const Parameters<Given>& parameters, double* norms,
+                      const Codebooks&... codebooks) {
   const Coefficients c(step);
-  with_type(dtype, p, [&](auto* typed) {
-    const Parameter<Pointee<decltype(typed)>, State> parameter{same_type(g, typed), typed, n, state};
-    with_rule(step.name, [&](auto rule) {
-      constexpr OptimizerName name = rule.name;
-      float s = 1.0f;
-      if (step.max_unorm > 0) {
-        measure<name>(parameter, c, norms);
-        s = trust_ratio(step.max_unorm, norms);
-      }
-      const float size = step_size(step.lr, s, c.unit);
-      parallel_for(parameter.blocks(), grain(kBlock), [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; b++) parameter.template update<name>(c, size, b);
+  for_each_parameter(parameters, [&](const Given& given) {
+    const State state(given, codebooks...);
+    with_type(parameters.dtype, given.p, [&](auto* p) {
+      const Parameter<Pointee<decltype(p)>, State> parameter{same_type(given.g, p), p, given.n, state};
+      with_rule(step.name, [&](auto rule) {
+        constexpr OptimizerName name = rule.name;
+        float s = 1.0f;
+        if (step.max_unorm > 0) {
+          measure<name>(parameter, c, norms);
+          s = trust_ratio(step.max_unorm, norms);
+        }
+        const float size = step_size(step.lr, s, c.unit);
+        parallel_for(parameter.blocks(), grain(kBlock), [&](int64_t begin, int64_t end) {
+          for (int64_t b = begin; b < end; b++) parameter.template update<name>(c, size, b);
+        });
       });
     });
   });
 }
 
-void optimizer_update_32bit(const OptimizerStep& step, const void* g, void* p, DType dtype, float* state1,
-                            float* state2, int64_t n, double* norms, Stream) {
-  optimizer_update(step, g, p, dtype, FloatState(state1, state2, n), n, norms);
+void optimizer_update_32bit(const OptimizerStep& step, const Parameters<Parameter32bit>& parameters,
+                            double* norms, Stream) {
+  optimizer_update<FloatState>(step, parameters, norms);
 }
 
-void optimizer_update_8bit_blockwise(const OptimizerStep& step, const void* g, void* p, DType dtype,
-                                     uint8_t* state1, uint8_t* state2, const float* qmap1, const float* qmap2,
-                                     float* absmax1, float* absmax2, int64_t n, double* norms, Stream) {
-  const ByteState state(state1, state2, qmap1, qmap2, absmax1, absmax2, n);
-  optimizer_update(step, g, p, dtype, state, n, norms);
+void optimizer_update_8bit_blockwise(const OptimizerStep& step, const Parameters<Parameter8bit>& parameters,
+                                     const StateCodebooks& codebooks, double* norms, Stream) {
+  optimizer_update<ByteState>(step, parameters, norms, codebooks);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Blockwise quantization to 256-entry and 4-bit codebooks, and back (docs/SPEC.md section 2).
 #pragma once
 
-#include "block_scales.h"
 #include "encoders.h"
+#include "weight_4bit.h"
 
 namespace bnb::BNB_TARGET {
 namespace {
@@ -44,8 +44,8 @@ struct Nibbles {
 
 // Quantizes one block and returns its absmax. Inline, so that the compiler sees that no byte that is written
 // changes the encoder.
-template <class T, class Encoder, class Output>
-BNB_INLINE float quantize_block(const T* a, int64_t n, const Encoder& encode, const Output& output) {
+template <class T, class Encode, class Output>
+BNB_INLINE float quantize_block(const T* a, int64_t n, const Encode& encode, const Output& output) {
   const int32_t largest = absmax_bits(a, n);
   if (largest < kSmallestNormal || largest >= kInfinity) {
     output.fill(encode.zero, n);
@@ -58,31 +58,51 @@ BNB_INLINE float quantize_block(const T* a, int64_t n, const Encoder& encode, co
   return absmax;
 }
 
-template <class T>
-void dequantize_block(const uint8_t* q, float absmax, const Table<256>& code, int64_t n, T* out) {
-  const F32 scale = splat(absmax);
-  for_each_vector(n, [&](int64_t i, auto lanes) { store(out + i, code[load(q + i, lanes)] * scale, lanes); });
-}
-
-void quantize_blockwise(const void* A, DType dtype, int64_t n, const float* code, int64_t blocksize,
-                        uint8_t* q, float* absmax, Stream) {
-  const BlockwiseEncoding encoding(code, n);
-  advise_huge_pages(q, n);
-  with_type(dtype, A, [&](auto* a) {
+// Quantizes A by the encoder with which with_encoder(f) calls f; output_at(i, encode) takes the codes of the
+// block that begins with element i.
+template <class WithEncoder, class OutputAt>
+void quantize_blocks(const Matrix& A, int64_t blocksize, const WithEncoder& with_encoder,
+                     const OutputAt& output_at, float* absmax) {
+  const int64_t n = A.count();
+  with_type(A, [&](const auto* a) {
     parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
-      encoding.with_encoder([&](const auto encode) {
+      with_encoder([&](const auto encode) {
         for (int64_t b = begin; b < end; b++) {
           const int64_t first = b * blocksize;
-          absmax[b] = quantize_block(a + first, min(blocksize, n - first), encode, Bytes{q + first});
+          absmax[b] = quantize_block(a + first, min(blocksize, n - first), encode, output_at(first, encode));
         }
       });
     });
   });
 }
 
-void dequantize_blockwise(const uint8_t* q, const float* absmax, const float* code, int64_t n,
-                          int64_t blocksize, void* out, DType dtype, Stream) {
-  with_type(dtype, out, [&](auto* y) {
+void quantize_blockwise(const Matrix& A, const float* code, int64_t blocksize, uint8_t* q, float* absmax,
+                        Stream) {
+  const BlockwiseEncoding encoding(code, A.count());
+  advise_huge_pages(q, A.count());
+  quantize_blocks(
+      A, blocksize, [&](const auto& f) { encoding.with_encoder(f); },
+      [=](int64_t first, const auto&) { return Bytes{q + first}; }, absmax);
+}
+
+void quantize_4bit(const Matrix& A, int64_t blocksize, QuantType quant_type, uint8_t* packed, float* absmax,
+                   Stream) {
+  advise_huge_pages(packed, A.count() / 2);
+  quantize_blocks(
+      A, blocksize, [=](const auto& f) { with_encoder(format_of(quant_type), f); },
+      [=](int64_t first, const auto& encode) { return Nibbles{packed + first / 2, encode.zero}; }, absmax);
+}
+
+template <class T>
+void dequantize_block(const uint8_t* q, float absmax, const Table<256>& code, int64_t n, T* out) {
+  const F32 scale = splat(absmax);
+  for_each_vector(n, [&](int64_t i, auto lanes) { store(out + i, code[load(q + i, lanes)] * scale, lanes); });
+}
+
+void dequantize_blockwise(const uint8_t* q, const float* absmax, const float* code, int64_t blocksize,
+                          const Matrix& out, Stream) {
+  const int64_t n = out.count();
+  with_type(out, [&](auto* y) {
     advise_huge_pages(y, n * sizeof *y);
     parallel_for(ceil_div(n, blocksize), grain(blocksize, kDecodedShare), [&](int64_t begin, int64_t end) {
       const Table<256> table(code);
@@ -93,32 +113,6 @@ void dequantize_blockwise(const uint8_t* q, const float* absmax, const float* co
     });
   });
 }
-
-template <class T, class Encoder>
-void quantize_4bit_blocks(const T* a, int64_t n, int64_t blocksize, const Encoder encode, int64_t begin,
-                          int64_t end, uint8_t* packed, float* absmax) {
-  for (int64_t b = begin; b < end; b++) {
-    const int64_t first = b * blocksize;
-    const Nibbles output{packed + first / 2, encode.zero};
-    absmax[b] = quantize_block(a + first, min(blocksize, n - first), encode, output);
-  }
-}
-
-void quantize_4bit(const void* A, DType dtype, int64_t n, int64_t blocksize, QuantType quant_type,
-                   uint8_t* packed, float* absmax, Stream) {
-  advise_huge_pages(packed, n / 2);
-  with_type(dtype, A, [&](auto* a) {
-    parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
-      if (quant_type == QuantType::nf4) {
-        quantize_4bit_blocks(a, n, blocksize, Nf4Encoder(), begin, end, packed, absmax);
-      } else {
-        quantize_4bit_blocks(a, n, blocksize, Fp4Encoder(), begin, end, packed, absmax);
-      }
-    });
-  });
-}
-
-const float* codebook(QuantType quant_type) { return quant_type == QuantType::nf4 ? kNf4Code : kFp4Code; }
 
 // `packed` starts at the block's first element.
 template <class T>
@@ -132,21 +126,22 @@ void dequantize_4bit_block(const uint8_t* packed, float absmax, const Table<16>&
   store(out + i, code[load_nibbles(tail)] * scale, static_cast<int>(n - i));
 }
 
-void dequantize_4bit(const uint8_t* packed, const BlockScales& scales, int64_t n, int64_t blocksize,
-                     QuantType quant_type, void* out, DType dtype, Stream) {
+void dequantize_4bit(const Weight4bit& weight, const Matrix& out, Stream) {
   constexpr int64_t kScales = 256;  // decoded at a time
-  const StoredScales stored{scales, ceil_div(n, blocksize)};
-  with_type(dtype, out, [&](auto* y) {
+  const StoredScales stored = stored_scales(weight);
+  const int64_t n = weight.count(), blocksize = weight.blocksize;
+  with_type(out, [&](auto* y) {
     advise_huge_pages(y, n * sizeof *y);
     parallel_for(stored.blocks, grain(blocksize, kDecodedShare), [&](int64_t begin, int64_t end) {
-      const Table<16> code(codebook(quant_type));
+      const Table<16> code(weight.format().codebook);
       float buffer[kScales + kLanes];
       for (int64_t b = begin; b < end;) {
         const int64_t count = min(end - b, kScales);
         const float* const absmax = stored.read(b, count, buffer);
         for (int64_t i = 0; i < count; i++, b++) {
           const int64_t first = b * blocksize;
-          dequantize_4bit_block(packed + first / 2, absmax[i], code, min(blocksize, n - first), y + first);
+          dequantize_4bit_block(weight.packed + first / 2, absmax[i], code, min(blocksize, n - first),
+                                y + first);
         }
       }
     });

@@ -10,7 +10,7 @@ namespace bnb::BNB_TARGET {
 namespace {
 
 constexpr int kRegisters = 16;
-constexpr bool kTwoRegisterTables = false;
+constexpr int kTableRegisters = 1;  // in which one instruction looks up
 
 BNB_INLINE F32 splat(float x) { return _mm256_set1_ps(x); }
 BNB_INLINE I32 splat(int32_t x) { return (I32)_mm256_set1_epi32(x); }

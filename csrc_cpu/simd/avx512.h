@@ -17,7 +17,7 @@ namespace bnb::BNB_TARGET {
 namespace {
 
 constexpr int kRegisters = 32;
-constexpr bool kTwoRegisterTables = true;  // a look-up in two registers costs no more than in one
+constexpr int kTableRegisters = 2;  // in which one instruction looks up
 
 BNB_INLINE F32 splat(float x) { return _mm512_set1_ps(x); }
 BNB_INLINE I32 splat(int32_t x) { return (I32)_mm512_set1_epi32(x); }

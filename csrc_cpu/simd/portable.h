@@ -8,7 +8,7 @@ namespace bnb::BNB_TARGET {
 namespace {
 
 constexpr int kRegisters = 16;
-constexpr bool kTwoRegisterTables = false;
+constexpr int kTableRegisters = 0;  // in which one instruction looks up
 
 BNB_INLINE F32 splat(float x) { return F32{x, x, x, x}; }
 BNB_INLINE I32 splat(int32_t x) { return I32{x, x, x, x}; }

@@ -3,5 +3,4 @@
 
 #include "../generic/table.h"
 
-const bnb::Kernels bnb::avx2_kernels = bnb::avx2::kTable;
-const bnb::Backward bnb::avx2_backward = bnb::avx2::gemm_4bit_backward;
+const bnb::Target bnb::avx2_target = bnb::avx2::target<bnb::avx2::PairsDot, bnb::avx2::NoTiles>();

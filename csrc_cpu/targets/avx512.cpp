@@ -3,5 +3,4 @@
 
 #include "../generic/table.h"
 
-const bnb::Kernels bnb::avx512_kernels = bnb::avx512::kTable;
-const bnb::Backward bnb::avx512_backward = bnb::avx512::gemm_4bit_backward;
+const bnb::Target bnb::avx512_target = bnb::avx512::target<bnb::avx512::PairsDot, bnb::avx512::NoTiles>();

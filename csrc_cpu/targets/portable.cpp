@@ -3,5 +3,5 @@
 
 #include "../generic/table.h"
 
-const bnb::Kernels bnb::portable_kernels = bnb::portable::kTable;
-const bnb::Backward bnb::portable_backward = bnb::portable::gemm_4bit_backward;
+const bnb::Target bnb::portable_target =
+    bnb::portable::target<bnb::portable::PairsDot, bnb::portable::NoTiles>();

@@ -1,31 +1,23 @@
-// One table of kernels per instruction set that this build holds.
+// What the code for each instruction set of this build exports.
 #pragma once
 
 #include "../../csrc_shared/kernels.h"
 
 namespace bnb {
 
-// dA[M, K] = dY[M, N] @ dequantized(packed)[N, K], both in `dtype`.
-using Backward = void (*)(const void* dY, DType dtype, int64_t M, int64_t N, int64_t K, const uint8_t* packed,
-                          const BlockScales& scales, int64_t blocksize, QuantType quant_type, void* dA);
+struct Target {
+  Kernels kernels;
+  // gemm_4bit where `code` f32[16] holds what the weight's codes stand for, whatever its format.
+  void (*gemm_4bit_of_code)(const Matrix& A, const Weight4bit& weight, const float* code, const void* bias,
+                            void* out);
+};
 
-// The same on tiles; false, with nothing done, for what it does not serve.
-using TileBackward = bool (*)(const void* dY, DType dtype, int64_t M, int64_t N, int64_t K,
-                              const uint8_t* packed, const BlockScales& scales, int64_t blocksize,
-                              QuantType quant_type, void* dA);
-
-extern const Kernels portable_kernels;
-extern const Backward portable_backward;
+extern const Target portable_target;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels;
-extern const Backward avx2_backward;
-extern const Kernels avx512_kernels;
-extern const Backward avx512_backward;
-extern const Kernels avx512_vnni_kernels;
-extern const Backward avx512_vnni_backward;
-extern const Kernels amx_kernels;
-extern const Backward amx_backward;
-extern const TileBackward amx_backward_on_tiles;
+extern const Target avx2_target;
+extern const Target avx512_target;
+extern const Target avx512_vnni_target;
+extern const Target amx_target;
 #endif
 
 }  // namespace bnb

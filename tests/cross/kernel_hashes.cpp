@@ -58,24 +58,29 @@ void print(const char* kernel, int dtype, const Hash& hash) {
   std::printf("%s %s %016llx\n", kernel, kDTypeNames[dtype], static_cast<unsigned long long>(hash.state));
 }
 
+Matrix matrix(std::vector<unsigned char>& values, int d, int64_t columns) {
+  return {values.data(), kDTypes[d], static_cast<int64_t>(values.size() / size_of(kDTypes[d])) / columns,
+          columns};
+}
+
 void hash_quantizers(const Kernels& k, int d, bool any_bits) {
-  const auto A = random_floats(kDTypes[d], kElements, any_bits);
+  auto floats = random_floats(kDTypes[d], kElements, any_bits);
+  const Matrix A = matrix(floats, d, kElements);
   const auto code = linear_code();
   std::vector<uint8_t> q(kElements), packed((kElements + 1) / 2);
   std::vector<float> absmax(kBlocks);
-  std::vector<unsigned char> values(kElements * size_of(kDTypes[d]));
+  std::vector<unsigned char> values(floats.size());
+  const Matrix out = matrix(values, d, kElements);
   Hash blockwise, four_bit;
-  k.quantize_blockwise(A.data(), kDTypes[d], kElements, code.data(), kBlocksize, q.data(), absmax.data(),
-                       nullptr);
+  k.quantize_blockwise(A, code.data(), kBlocksize, q.data(), absmax.data(), nullptr);
   blockwise.add(q);
-  k.dequantize_blockwise(q.data(), absmax.data(), code.data(), kElements, kBlocksize, values.data(),
-                         kDTypes[d], nullptr);
+  k.dequantize_blockwise(q.data(), absmax.data(), code.data(), kBlocksize, out, nullptr);
   if (!any_bits) blockwise.add(values);
-  for (QuantType type : {QuantType::fp4, QuantType::nf4}) {
-    k.quantize_4bit(A.data(), kDTypes[d], kElements, kBlocksize, type, packed.data(), absmax.data(), nullptr);
+  for (const Format4bit& format : kFormats) {
+    k.quantize_4bit(A, kBlocksize, format.quant_type, packed.data(), absmax.data(), nullptr);
     four_bit.add(packed);
-    k.dequantize_4bit(packed.data(), f32_scales(absmax.data()), kElements, kBlocksize, type, values.data(),
-                      kDTypes[d], nullptr);
+    k.dequantize_4bit({packed.data(), 1, kElements, f32_scales(absmax.data()), kBlocksize, format.quant_type},
+                      out, nullptr);
     if (!any_bits) four_bit.add(values);
   }
   print(any_bits ? "blockwise, any bits" : "blockwise", d, blockwise);
@@ -84,15 +89,15 @@ void hash_quantizers(const Kernels& k, int d, bool any_bits) {
 
 void hash_int8(const Kernels& k, int d) {
   constexpr int64_t M = 37, K = 515;
-  const auto A = random_floats(kDTypes[d], M * K, false);
+  auto A = random_floats(kDTypes[d], M * K, false);
   std::vector<int8_t> q(M * K);
   std::vector<float> stats(M);
   std::vector<uint8_t> outliers(K);
   std::vector<int32_t> C(M * M);
   Hash hash;
-  k.int8_vectorwise_quant(A.data(), kDTypes[d], M, K, 12.0f, q.data(), stats.data(), outliers.data(),
-                          nullptr);
-  k.int8_linear_matmul(q.data(), q.data(), M, M, K, C.data(), nullptr);
+  k.int8_vectorwise_quant(matrix(A, d, K), 12.0f, q.data(), stats.data(), outliers.data(), nullptr);
+  const Rows<int8_t> rows{q.data(), M, K};
+  k.int8_linear_matmul(rows, rows, C.data(), nullptr);
   hash.add(q);
   hash.add(stats);
   hash.add(outliers);
@@ -111,11 +116,11 @@ void hash_optimizers(const Kernels& k, int d) {
     auto p = start;
     std::vector<uint8_t> state1(2 * n, 127), state2(n, 127);
     std::vector<float> absmax1(2 * blocks), absmax2(blocks);
-    for (step.step = 1; step.step <= 3; step.step++) {
-      k.optimizer_update_8bit_blockwise(step, g.data(), p.data(), kDTypes[d], state1.data(), state2.data(),
-                                        code.data(), code.data(), absmax1.data(), absmax2.data(), n, nullptr,
-                                        nullptr);
-    }
+    const Parameter8bit parameter{g.data(),       p.data(),      n, state1.data(), state2.data(),
+                                  absmax1.data(), absmax2.data()};
+    for (step.step = 1; step.step <= 3; step.step++)
+      k.optimizer_update_8bit_blockwise(step, {&parameter, 1, kDTypes[d]}, {code.data(), code.data()},
+                                        nullptr, nullptr);
     hash.add(p);
     hash.add(state1);
     hash.add(absmax1);
@@ -127,9 +132,9 @@ void hash_optimizers(const Kernels& k, int d) {
 
 int main() {
   for (int d = 0; d < 3; d++) {
-    hash_quantizers(bnb::portable_kernels, d, false);
-    hash_quantizers(bnb::portable_kernels, d, true);
-    hash_int8(bnb::portable_kernels, d);
-    hash_optimizers(bnb::portable_kernels, d);
+    hash_quantizers(bnb::portable_target.kernels, d, false);
+    hash_quantizers(bnb::portable_target.kernels, d, true);
+    hash_int8(bnb::portable_target.kernels, d);
+    hash_optimizers(bnb::portable_target.kernels, d);
   }
 }

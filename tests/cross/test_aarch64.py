@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [
     ROOT / "tests" / "cross" / "kernel_hashes.cpp",
     ROOT / "csrc_cpu" / "targets" / "portable.cpp",
+    ROOT / "csrc_cpu" / "machine.cpp",
     ROOT / "csrc_cpu" / "memory.cpp",
     ROOT / "csrc_cpu" / "threads.cpp",
 ]

@@ -13,6 +13,7 @@ tl = pytest.importorskip("triton.language")
 
 import bnb_core  # noqa: E402
 from bnb_core import primitives, registry  # noqa: E402
+from bnb_core.records import OptimizerState32bit, OptimizerStep  # noqa: E402
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -120,18 +121,18 @@ def test_only_momentum_has_a_kernel_of_its_own_for_the_first_step(monkeypatch, r
 
     monkeypatch.setattr(optimizer, "launch", launched)
     g, p, state1, state2 = torch.randn(4, 300)
-    for step in (1, 2, 3):
-        hyperparameters = (0.9, 0.99, 0.0, 0.0, 1e-8, step, 1e-3, 0.0, 1.0, 0.0, False)
-        second = state2 if rule == "adam" else None
-        primitives.optimizer_update_32bit(rule, g, p, state1, second, None, *hyperparameters)
+    state = OptimizerState32bit(state1, state2 if rule == "adam" else None)
+    for number in (1, 2, 3):
+        step = OptimizerStep(rule, number, lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8)
+        primitives.optimizer_update_32bit(step, g, p, state, None)
     assert len(compiled) == kernels
 
 
 def bounded_step(p: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, float]:
     """p after a step of SGD with a bounded update, and the norm of the update."""
     p, unorm = p.clone(), torch.full((1,), -1.0)
-    hyperparameters = (0.9, 0.0, 0.0, 0.0, 0.0, 1, 0.5, 0.0, 1.0, 0.02, False)
-    primitives.optimizer_update_32bit("momentum", g, p, torch.zeros_like(p), None, unorm, *hyperparameters)
+    step = OptimizerStep("momentum", 1, lr=0.5, beta1=0.9, max_unorm=0.02)
+    primitives.optimizer_update_32bit(step, g, p, OptimizerState32bit(torch.zeros_like(p)), unorm)
     return p, unorm.item()
 
 

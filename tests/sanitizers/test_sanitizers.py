@@ -77,7 +77,7 @@ def test_a_read_beyond_a_buffer_is_found(package, module):
         f"import torch, importlib; k = importlib.import_module('bnb_core.backends.{module}')\n"
         "packed, out = torch.zeros(512, dtype=torch.uint8), torch.zeros(1024)\n"
         "absmax = torch.zeros(14)\n"
-        "k.dequantize_4bit(packed, absmax, None, None, None, None, 256, 1024, 64, 1, out, 0, 0)\n"
+        "k.dequantize_4bit((packed, (1024,), absmax, 64, 'nf4', None, None, None, 256), out, 0)\n"
     )
     run = _run(package(MEMORY), MEMORY, "-c", code)
     assert run.returncode != 0

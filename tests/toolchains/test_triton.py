@@ -110,6 +110,9 @@ SPECIALIZATIONS = {
     "int8_vectorwise_dequant": Specialization(
         "int8_quantize", "int8_vectorwise_dequant_kernel", "*i8 *fp32 *fp32 i64 i32", {"TILE": 2048}
     ),
+    "int8_vectorwise_dequant bf16": Specialization(
+        "int8_quantize", "int8_vectorwise_dequant_kernel", "*i8 *fp32 *bf16 i64 i32", {"TILE": 2048}
+    ),
     "int8_linear_matmul": _int8_matmul("*i8 *i8 None None None None None *i32", int8_dot=True),
     "int8_scaled_mm, few rows": _int8_matmul("*i8 *i8 *fp32 *fp32 *bf16 None None *bf16", int8_dot=True, rows=1),
     "int8_mixed_scaled_mm": _int8_matmul("*i8 *i8 *fp32 *fp32 *bf16 *bf16 *u8 *bf16", int8_dot=True),

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bnb_core import autograd, functional, optim
+from bnb_core.checks import QUANT_TYPES
 from bnb_core.codebooks import create_dynamic_map
 from bnb_core.conformance import oracle
 from bnb_core.conformance.case import Case, Context, Failure
@@ -135,8 +137,10 @@ def _forward_leaves_state(context: Context, dtype: torch.dtype) -> None:
 
 def _saved_module_is_restored(context: Context) -> None:
     builders: list[Callable[[], nn.Module]] = [
-        lambda: Linear4bit(128, 64, quant_type="nf4"),
-        lambda: Linear4bit(128, 64, quant_type="fp4", compress_statistics=False),
+        *(
+            partial(Linear4bit, 128, 64, quant_type=name, compress_statistics=nested)
+            for name, nested in product(QUANT_TYPES, (True, False))
+        ),
         lambda: Linear8bitLt(128, 64, has_fp16_weights=False),
         lambda: Embedding4bit(30, 64),
     ]
@@ -347,7 +351,7 @@ def _simple_cases() -> dict[str, Callable[[Context], None]]:
             f"matmul_4bit takes W from its state,{name}": partial(_orientation_of_matmul, N=N, K=K)
             for name, N, K in (("square", 64, 64), ("wide", 32, 64), ("tall", 96, 32))
         },
-        **{f"special values,{name}": partial(_special_values, quant_type=name) for name in ("nf4", "fp4")},
+        **{f"special values,{name}": partial(_special_values, quant_type=name) for name in QUANT_TYPES},
         **{
             f"a strided parameter,{name}": partial(_strided_parameter_steps, optimizer=name)
             for name in ("Adam", "Adam8bit", "Lion8bit", "AdEMAMix8bit")

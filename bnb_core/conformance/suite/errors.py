@@ -9,18 +9,17 @@ from typing import Any, NamedTuple
 import torch
 
 from bnb_core import primitives
-from bnb_core.codebooks import create_dynamic_map
-from bnb_core.conformance.case import Case, Context, Failure
+from bnb_core.codebooks import FOUR_BIT_CODES, create_dynamic_map
+from bnb_core.conformance.case import Case, Context, Failure, positional
+from bnb_core.formats import FORMATS
 from bnb_core.primitive import Primitive
+from bnb_core.records import OptimizerStep, map_tensors
 
-STEP = {
-    "beta1": 0.9, "beta2": 0.999, "beta3": 0.0, "alpha": 0.0, "eps": 1e-8, "step": 1, "lr": 0.1, "weight_decay": 0.0,
-    "gnorm_scale": 1.0, "max_unorm": 0.0, "skip_zeros": False,
-}  # fmt: skip
+STEP = OptimizerStep("adam", 1, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)._asdict()
 
 
 def valid_arguments(primitive: str) -> dict[str, Any]:
-    """Arguments that the primitive accepts, by name."""
+    """Arguments that the primitive accepts by name, the fields of records among them, in any order."""
     M, N, K = 4, 6, 64
     A, code = torch.ones(M, K), create_dynamic_map()
     packed, scales = torch.zeros(N * K // 2, 1, dtype=torch.uint8), torch.ones(N * K // 64)
@@ -29,7 +28,7 @@ def valid_arguments(primitive: str) -> dict[str, Any]:
     row_stats, col_stats, bias, mask = torch.ones(M), torch.ones(N), torch.zeros(N), torch.zeros(K, dtype=torch.bool)
     codes = torch.zeros(M, K, dtype=torch.uint8)
     int8_scales = {"row_stats": row_stats, "col_stats": col_stats}
-    update = {"optimizer_name": "adam", "g": A, "p": A.clone()}
+    update = {"g": A, "p": A.clone(), **STEP}
     nested = {"nested_absmax": torch.ones(1), "nested_code": code, "offset": torch.zeros(()), "nested_blocksize": 256}
     match primitive:
         case "quantize_blockwise":
@@ -60,11 +59,13 @@ def valid_arguments(primitive: str) -> dict[str, Any]:
             return {"A": i8, "B": i8_weight, **int8_scales, "bias": bias, "dtype": torch.float32}
         case "int8_mixed_scaled_mm":
             return {"A": A, "CA": i8, "CB": i8_weight, **int8_scales, "outlier_mask": mask, "bias": bias}
+        case "int8_linear_backward":
+            return {"dY": torch.ones(M, N), "B": i8_weight, "col_stats": col_stats}
         case "optimizer_update_32bit":
-            return {**update, "state1": A.clone(), "state2": A.clone(), "unorm_vec": torch.zeros(1), **STEP}
+            return {**update, "state1": A.clone(), "state2": A.clone(), "unorm_vec": torch.zeros(1)}
         case "optimizer_update_8bit_blockwise":
             states = {"state1": codes, "state2": codes.clone(), "qmap1": code, "qmap2": code.clone()}
-            return {**update, **states, "absmax1": torch.ones(1), "absmax2": torch.ones(1), "unorm_vec": None, **STEP}
+            return {**update, **states, "absmax1": torch.ones(1), "absmax2": torch.ones(1), "unorm_vec": None}
     raise ValueError(f"{primitive}: the suite has no valid arguments for it")
 
 
@@ -77,7 +78,8 @@ class Bad(NamedTuple):
 
 
 BLOCKSIZES = [Bad("blocksize", {"blocksize": size}) for size in (0, -64, 63, 8192, 16, None)]
-QUANT_TYPES = [Bad("quant_type", {"quant_type": name}) for name in ("int4", "af4", "NF4", "", None)]
+NO_FORMATS = (*(name for name in FOUR_BIT_CODES if name not in FORMATS), "NF4", "", None)
+QUANT_TYPES = [Bad("quant_type", {"quant_type": name}) for name in NO_FORMATS]
 DTYPES = [Bad("dtype", {"dtype": dtype}, TypeError) for dtype in (torch.float64, torch.int32, None, "float32")]
 NESTED = [
     Bad("nested_code", {"nested_absmax": None, "absmax": torch.ones(6), "offset": None}, TypeError),
@@ -185,6 +187,12 @@ PARTICULAR: dict[str, list[Bad]] = {
     "int8_mm_dequant": DTYPES,
     "int8_scaled_mm": [*DTYPES, Bad("B", {"B": torch.zeros(6, 63, dtype=torch.int8)})],
     "int8_mixed_scaled_mm": [Bad("CA", {"A": torch.ones(4, 63)})],
+    "int8_linear_backward": [
+        Bad("B", {"B": torch.zeros(6, 8, 8, dtype=torch.int8)}),
+        Bad("B", {"B": torch.zeros((), dtype=torch.int8)}),
+        Bad("dY", {"B": torch.zeros(64, 6, dtype=torch.int8), "col_stats": torch.ones(64)}),
+        Bad("dY", {"dY": torch.ones(())}),
+    ],
     "optimizer_update_32bit": STEPS,
     "optimizer_update_8bit_blockwise": [*STEPS, *SECOND_STATES],
 }
@@ -196,6 +204,7 @@ FREE_SIZE = {
     "int8_vectorwise_quant": ("A",),
     "int8_double_quant": ("A",),
     "int8_vectorwise_dequant": ("A",),
+    "int8_linear_backward": ("B",),
 }
 # Where a wrong size of one tensor is noticed in another.
 NOTICED_IN = {
@@ -228,11 +237,13 @@ def _of_every_tensor(primitive: str) -> Iterator[tuple[str, Bad]]:
             yield "too large", Bad(NOTICED_IN.get((primitive, name), name), {name: _larger(value)})
 
 
+def _call(context: Context, primitive: Primitive, arguments: dict[str, Any]) -> None:
+    primitive(*map_tensors(context.move, positional(primitive, arguments)))
+
+
 def _check(context: Context, primitive: Primitive, bad: Bad) -> None:
-    arguments = {**valid_arguments(primitive.name), **bad.change}
-    moved = [context.move(a) if isinstance(a, torch.Tensor) else a for a in arguments.values()]
     try:
-        primitive(*moved)
+        _call(context, primitive, {**valid_arguments(primitive.name), **bad.change})
     except bad.error as error:
         message = str(error)
         if not message.startswith(f"{bad.argument}:"):
@@ -247,9 +258,7 @@ def _check(context: Context, primitive: Primitive, bad: Bad) -> None:
 
 def _accepts_valid(context: Context, primitive: Primitive) -> None:
     """Otherwise the refusals above would prove nothing."""
-    primitive(
-        *(context.move(a) if isinstance(a, torch.Tensor) else a for a in valid_arguments(primitive.name).values())
-    )
+    _call(context, primitive, valid_arguments(primitive.name))
 
 
 def _other_device(context: Context, primitive: Primitive, name: str) -> None:

@@ -14,8 +14,17 @@ from torch import Tensor
 from bnb_core import primitives
 from bnb_core.conformance import oracle
 from bnb_core.conformance.case import Case, Context
-from bnb_core.conformance.compare import ROUNDOFF, SUBNORMAL_ROUNDOFF, same_bits, within
-from bnb_core.conformance.values import DTYPES, LAYOUTS, VALUES, contiguous_copy, dtype_name
+from bnb_core.conformance.compare import ROUNDOFF, SUBNORMAL_ROUNDOFF, near_product, same_bits, within
+from bnb_core.conformance.precision import LESS_EXACT, check_less_exact
+from bnb_core.conformance.values import (
+    DTYPES,
+    LAYOUTS,
+    VALUES,
+    contiguous_copy,
+    dtype_name,
+    rows,
+    unit_of_scales,
+)
 
 ACTIVATION_SHAPES: dict[str, tuple[int, ...]] = {
     "one": (1, 1),
@@ -47,6 +56,25 @@ PRODUCT_SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "K long": ((2,), 3, 65536),
     "more than a thread's share": ((130,), 200, 256),
 }
+
+# (batch dimensions of dY, N, K)
+BACKWARD_SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "one": ((1,), 1, 1),
+    "vector": ((), 160, 24),
+    "one row": ((1,), 200, 70),
+    "one row, fewer than 128 terms": ((1,), 33, 130),
+    "5 rows": ((5,), 133, 67),
+    "many rows": ((70,), 192, 96),
+    "many rows, odd": ((130,), 139, 33),
+    "many rows, fewer than 128 terms": ((70,), 75, 64),
+    "3-D": ((2, 3), 144, 40),
+    "no rows": ((0,), 16, 32),
+    "N of 0": ((3,), 0, 64),
+    "K of 0": ((3,), 8, 0),
+    "N long": ((2,), 8200, 9),
+    "260 rows": ((260,), 300, 576),
+}
+BACKWARD_VALUES = ("normal", "cancelling", "large", "zero rows", "small scales", "extreme", "nan row", "inf row")
 
 
 @dataclass(frozen=True)
@@ -227,6 +255,51 @@ def _check_mixed_scaled_mm(context: Context, sample: Product, outliers: int, lar
         same_bits("result for copies", got, *of_copies)
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """One gradient of a linear layer's input, by its classes."""
+
+    dtype: torch.dtype
+    shape: str
+    layout: str = "contiguous"
+    values: str = "normal"
+
+    @property
+    def traits(self) -> dict[str, str]:
+        return {
+            "dtype": dtype_name(self.dtype),
+            "shape": self.shape,
+            "layout": self.layout,
+            "values": self.values,
+        }
+
+    @property
+    def name(self) -> str:
+        return ",".join(self.traits.values())
+
+    def operands(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """dY [..., N], B [N, K] and col_stats."""
+        batch, N, K = BACKWARD_SHAPES[self.shape]
+        dY = rows((*batch, N), self.dtype, self.values, generator)
+        B = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
+        if self.values == "extreme":
+            B = torch.where(B < 0, -128, 127).to(torch.int8)
+        col_stats = torch.rand(N, generator=generator) * unit_of_scales(self.dtype, self.values)
+        if self.values == "zero rows":
+            col_stats[::2] = 0.0
+        return LAYOUTS[self.layout](dY), LAYOUTS[self.layout](B), LAYOUTS[self.layout](col_stats)
+
+
+def _check_backward(context: Context, sample: Gradient) -> None:
+    dY, B, col_stats = sample.operands(context.generator(sample.name))
+    (got,) = context.call(primitives.int8_linear_backward, dY, B, col_stats)
+    weight = B.double() * col_stats.double()[:, None] / 127
+    near_product(got, dY, weight.numpy())
+    if sample.layout != "contiguous":
+        of_copies = context.call(primitives.int8_linear_backward, *map(contiguous_copy, (dY, B, col_stats)))
+        same_bits("result for copies", got, *of_copies)
+
+
 def _activation_samples() -> Iterator[Activations]:
     for dtype in DTYPES:
         for threshold in THRESHOLDS:
@@ -251,6 +324,16 @@ def _product_samples() -> Iterator[Product]:
         yield Product(dtype, "K long", values="extreme")
 
 
+def _gradient_samples() -> Iterator[Gradient]:
+    for dtype in DTYPES:
+        for shape in BACKWARD_SHAPES:
+            yield Gradient(dtype, shape)
+        for shape, layout in product_of(("5 rows", "3-D", "many rows"), LAYOUTS):
+            yield Gradient(dtype, shape, layout)
+        for shape, values in product_of(("one row", "many rows", "many rows, fewer than 128 terms"), BACKWARD_VALUES):
+            yield Gradient(dtype, shape, values=values)
+
+
 def cases() -> Iterator[Case]:
     for activations in dict.fromkeys(_activation_samples()):
         run = partial(_check_vectorwise_quant, sample=activations)
@@ -273,6 +356,13 @@ def cases() -> Iterator[Case]:
                 mixed = partial(_check_mixed_scaled_mm, sample=product, outliers=outliers)
                 traits = {**product.traits, "outliers": str(outliers)}
                 yield Case("int8_mixed_scaled_mm", f"{product.name},{outliers} outliers", mixed, traits)
+    for gradient in dict.fromkeys(_gradient_samples()):
+        yield Case("int8_linear_backward", gradient.name, partial(_check_backward, sample=gradient), gradient.traits)
+    for dtype, names in product_of(DTYPES, LESS_EXACT):
+        gradient = Gradient(dtype, "many rows, odd")
+        less_exact = partial(check_less_exact, check=partial(_check_backward, sample=gradient), names=names)
+        name = f"less exact matmuls by {names},{gradient.shape},{dtype_name(dtype)}"
+        yield Case("int8_linear_backward", name, less_exact, {"dtype": dtype_name(dtype)})
     for dtype, shape in product_of((torch.float32, torch.bfloat16), PRODUCT_SHAPES):
         product = Product(dtype, shape)
         mixed = partial(_check_mixed_scaled_mm, sample=product, outliers=3, large=1e36)
@@ -299,4 +389,5 @@ REQUIRED = {
     "int8_mm_dequant": _SCALED,
     "int8_scaled_mm": _SCALED,
     "int8_mixed_scaled_mm": {**_DTYPES, **_LAYOUTS, "bias": ("bias", "no bias"), "outliers": ("0", "1", "3")},
+    "int8_linear_backward": {**_DTYPES, **_LAYOUTS, "shape": tuple(BACKWARD_SHAPES), "values": BACKWARD_VALUES},
 }

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from bnb_core import primitives, registry
+from bnb_core.checks import QUANT_TYPES
 from bnb_core.codebooks import create_dynamic_map
 from bnb_core.conformance.case import Case, Context
 from bnb_core.conformance.compare import same_bits
 from bnb_core.conformance.runner import Skip
 from bnb_core.conformance.values import DTYPES, dtype_name
+from bnb_core.records import Weight4bit
 
 PAST_32_BITS = 2**31 + 2**12 + 7
 BLOCKSIZE = 4096
@@ -65,15 +68,16 @@ def _large_dequantize_4bit(context: Context) -> None:
     _require_memory(context, 8)
     packed = torch.randint(0, 256, ((PAST_32_BITS + 1) // 2, 1), dtype=torch.uint8, device=context.device)
     absmax = torch.rand(primitives.block_count(PAST_32_BITS, BLOCKSIZE), device=context.device)
-    scales = primitives.F32_SCALES
-    got = primitives.dequantize_4bit(packed, absmax, BLOCKSIZE, "nf4", (PAST_32_BITS,), torch.bfloat16, *scales)
+    weight = Weight4bit(packed, (PAST_32_BITS,), absmax, BLOCKSIZE, "nf4")
+    got = primitives.dequantize_4bit(weight, torch.bfloat16)
     for spot in _spots(PAST_32_BITS):
         block = spot.start // BLOCKSIZE
-        part = primitives.dequantize_4bit(
-            packed[spot.start // 2 : (spot.stop + 1) // 2].clone(), absmax[block : block + 1].clone(), BLOCKSIZE, "nf4",
-            (spot.stop - spot.start,), torch.bfloat16, *scales,
-        )  # fmt: skip
-        same_bits("values", got[spot].cpu(), part.cpu())
+        part = weight._replace(
+            packed=packed[spot.start // 2 : (spot.stop + 1) // 2].clone(),
+            shape=(spot.stop - spot.start,),
+            absmax=absmax[block : block + 1].clone(),
+        )
+        same_bits("values", got[spot].cpu(), primitives.dequantize_4bit(part, torch.bfloat16).cpu())
 
 
 def _large_blockwise(context: Context) -> None:
@@ -125,17 +129,15 @@ def cases() -> Iterator[Case]:
         ("dequantize_blockwise", _large_blockwise),
     ):
         yield Case(primitive, "large,more than 2^31 elements", run, {"size": "large"}, large=True)
-    for dtype in DTYPES:
-        for primitive, call in (
-            ("quantize_blockwise", _blockwise_round_trip),
-            ("quantize_4bit", partial(_4bit, quant_type="nf4")),
-            ("quantize_4bit", partial(_4bit, quant_type="fp4")),
-            ("int8_vectorwise_quant", _int8),
-        ):
-            label = f",{call.keywords['quant_type']}" if isinstance(call, partial) else ""
-            sample = partial(_like_the_reference, dtype=dtype, call=call)
-            traits = {"dtype": dtype_name(dtype), "size": "large"}
-            yield Case(primitive, f"large,10^8 elements,{dtype_name(dtype)}{label}", sample, traits, large=True)
+    compared: dict[tuple[str, str], Callable[[Tensor], tuple[Tensor, ...]]] = {
+        ("quantize_blockwise", ""): _blockwise_round_trip,
+        **{("quantize_4bit", f",{name}"): partial(_4bit, quant_type=name) for name in QUANT_TYPES},
+        ("int8_vectorwise_quant", ""): _int8,
+    }
+    for dtype, ((primitive, label), call) in product(DTYPES, compared.items()):
+        sample = partial(_like_the_reference, dtype=dtype, call=call)
+        traits = {"dtype": dtype_name(dtype), "size": "large"}
+        yield Case(primitive, f"large,10^8 elements,{dtype_name(dtype)}{label}", sample, traits, large=True)
 
 
 _LARGE: dict[str, tuple[str, ...]] = {"size": ("large",)}

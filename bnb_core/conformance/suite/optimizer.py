@@ -15,11 +15,15 @@ from torch import Tensor
 from bnb_core import primitives
 from bnb_core.codebooks import create_dynamic_map
 from bnb_core.conformance import oracle
-from bnb_core.conformance.case import Case, Context, Failure
+from bnb_core.conformance.case import Case, Context, Failure, named
 from bnb_core.conformance.compare import ROUNDOFF, SUBNORMAL_ROUNDOFF, same_bits, within
 from bnb_core.conformance.values import DTYPES, LAYOUTS, dtype_name
+from bnb_core.primitive import Primitive
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS
+from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep, flat, map_tensors
 
+PRIMITIVES = {32: primitives.optimizer_update_32bit, 8: primitives.optimizer_update_8bit_blockwise}
+"""By the bits of the state."""
 RELATIVE = 1e-5
 
 # (sizes that leave blocks short, hold one element, none, or more dimensions)
@@ -69,11 +73,13 @@ class Sample:
         return ",".join(self.traits.values())
 
     @property
-    def hyperparameters(self) -> oracle.Hyperparameters:
-        defaults = oracle.Hyperparameters(0.9, 0.99, 0.999, 2.0, 1e-8, 4, 0.01, 0.0, 1.0, 0.0, False)
+    def step(self) -> OptimizerStep:
         options = dict(OPTIONS[self.option])
         if not OPTIMIZERS[self.optimizer].takes_max_unorm:
             options.pop("max_unorm", None)
+        defaults = OptimizerStep(
+            self.optimizer, step=4, lr=0.01, beta1=0.9, beta2=0.99, beta3=0.999, alpha=2.0, eps=1e-8
+        )
         return defaults._replace(**options)  # type: ignore[arg-type]
 
     def gradient_and_parameter(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -90,7 +96,7 @@ class Sample:
     def moments(self, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """f32 states as a few steps leave them; zero before the first."""
         traits, shape = OPTIMIZERS[self.optimizer], SHAPES[self.shape]
-        scale = 0.0 if self.hyperparameters.step == 1 else 0.1
+        scale = 0.0 if self.step.step == 1 else 0.1
         state1 = scale * torch.randn((2, *shape) if traits.stacked else shape, generator=generator)
         if traits.divides_by_state1:
             state1 = state1.square()
@@ -105,18 +111,18 @@ def _f64(tensor: Tensor | None) -> Any:
 
 
 def _unorm(sample: Sample) -> Tensor | None:
-    return torch.zeros(1) if sample.hyperparameters.max_unorm > 0 else None
+    return torch.zeros(1) if sample.step.max_unorm > 0 else None
 
 
 def _effective_terms(sample: Sample, g: oracle.F64, p: oracle.F64) -> oracle.F64:
     """The magnitude of what a gradient is added up from: an f32 sum is only as exact as its terms are large."""
-    h = sample.hyperparameters
+    h = sample.step
     return np.abs(h.gnorm_scale * g) + h.weight_decay * np.abs(p)
 
 
-def _check_parameter(sample: Sample, after: Tensor, g: Tensor, p: Tensor, expected: oracle.Moments) -> None:
+def _check_parameter(sample: Sample, after: Tensor | None, g: Tensor, p: Tensor, expected: oracle.Moments) -> None:
     """Within 1e-5 of the change, f32's roundings of the terms, and one rounding to the parameter's dtype."""
-    h, wanted = sample.hyperparameters, expected.p
+    h, wanted = sample.step, expected.p
     change = h.lr * np.abs(expected.update)
     if sample.optimizer in ("momentum", "lars"):
         # Not a ratio, in which the gradient's own error nearly cancels.
@@ -135,17 +141,16 @@ def _state1_bound(sample: Sample, g: oracle.F64, p: oracle.F64, expected: oracle
 def _check_32bit(context: Context, sample: Sample) -> None:
     generator = context.generator(sample.name)
     (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
-    h = sample.hyperparameters
-    arguments = (sample.optimizer, g, p, state1, state2, _unorm(sample), *h)
-    after = context.update(primitives.optimizer_update_32bit, *arguments, changed=(2, 3, 4, 5))
-    expected = oracle.optimizer_step(sample.optimizer, _f64(g), _f64(p), _f64(state1), _f64(state2), h)
-    _check_parameter(sample, after[2], g, p, expected)
-    within("state1", _f64(after[3]), expected.state1, _state1_bound(sample, _f64(g), _f64(p), expected.state1))
+    state = OptimizerState32bit(state1, state2)
+    after = context.update(primitives.optimizer_update_32bit, sample.step, g, p, state, _unorm(sample))
+    expected = oracle.optimizer_step(sample.step, _f64(g), _f64(p), _f64(state1), _f64(state2))
+    _check_parameter(sample, after["p"], g, p, expected)
+    within("state1", _f64(after["state1"]), expected.state1, _state1_bound(sample, _f64(g), _f64(p), expected.state1))
     if state2 is not None:
-        within("state2", _f64(after[4]), expected.state2, RELATIVE * np.abs(expected.state2) + 1e-30)  # type: ignore[arg-type]
-    if h.max_unorm > 0:
+        within("state2", _f64(after["state2"]), expected.state2, RELATIVE * np.abs(expected.state2) + 1e-30)  # type: ignore[arg-type]
+    if sample.step.max_unorm > 0:
         norm = np.sqrt((expected.update**2).sum(keepdims=True)).reshape(1)
-        within("unorm_vec", _f64(after[5]), norm, RELATIVE * norm)
+        within("unorm_vec", _f64(after["unorm_vec"]), norm, RELATIVE * norm)
 
 
 @dataclass(frozen=True)
@@ -223,96 +228,86 @@ def _quantized(optimizer: str, state1: Tensor, state2: Tensor | None) -> tuple[Q
     return first, None if state2 is None else Quantized.of(state2, False, True, False)
 
 
+def _state_8bit(first: Quantized, second: Quantized | None) -> OptimizerState8bit:
+    codes2, qmap2, absmax2 = (None, None, None) if second is None else (second.codes, second.qmap, second.absmax)
+    return OptimizerState8bit(first.codes, codes2, first.qmap, qmap2, first.absmax, absmax2)
+
+
 def _check_8bit(context: Context, sample: Sample) -> None:
     generator = context.generator(sample.name)
     (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
     first, second = _quantized(sample.optimizer, state1, state2)
-    codes2, qmap2, absmax2 = (None, None, None) if second is None else (second.codes, second.qmap, second.absmax)
-    h = sample.hyperparameters
-    arguments = (
-        sample.optimizer, g, p, first.codes, codes2, first.qmap, qmap2, first.absmax, absmax2, _unorm(sample), *h,
-    )  # fmt: skip
-    after = context.update(primitives.optimizer_update_8bit_blockwise, *arguments, changed=(2, 3, 4, 7, 8, 9))
+    state = _state_8bit(first, second)
+    after: Any = context.update(primitives.optimizer_update_8bit_blockwise, sample.step, g, p, state, _unorm(sample))
     values2 = None if second is None else second.values
-    expected = oracle.optimizer_step(sample.optimizer, _f64(g), _f64(p), first.values, values2, h)
-    _check_parameter(sample, after[2], g, p, expected)
+    expected = oracle.optimizer_step(sample.step, _f64(g), _f64(p), first.values, values2)
+    _check_parameter(sample, after["p"], g, p, expected)
     if p.numel() == 0:
         return
-    _check_state("state1", first, after[3], after[7], expected.state1)
+    _check_state("state1", first, after["state1"], after["absmax1"], expected.state1)
     if second is not None:
-        _check_state("state2", second, after[4], after[8], expected.state2)  # type: ignore[arg-type]
+        _check_state("state2", second, after["state2"], after["absmax2"], expected.state2)  # type: ignore[arg-type]
+
+
+def _call(sample: Sample, bits: int, generator: torch.Generator) -> tuple[Any, ...]:
+    """The arguments of a step without a bound, with state of so many bits."""
+    (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
+    state = OptimizerState32bit(state1, state2)
+    return sample.step, g, p, state if bits == 32 else _state_8bit(*_quantized(sample.optimizer, *state)), None
 
 
 def _contained(context: Context, optimizer: str, bits: int, bad: float) -> None:
     """A gradient entry that is not finite touches its own parameter entry and its own state block, nothing else."""
     sample = Sample(optimizer, torch.float32, "many blocks")
-    generator = context.generator(f"contained,{optimizer}")
-    (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
+    step, g, *others = _call(sample, bits, context.generator(f"contained,{optimizer}"))
     place = 3 * OPTIMIZER_BLOCKSIZE + 17
     spoilt = g.clone()
     spoilt.view(-1)[place] = bad
-    h = sample.hyperparameters
-    primitive: Any
-    changed: tuple[int, ...]
-    if bits == 32:
-        primitive, changed = primitives.optimizer_update_32bit, (2, 3, 4)
-        tail: tuple = (p, state1, state2, None, *h)
-    else:
-        primitive, changed = primitives.optimizer_update_8bit_blockwise, (2, 3, 4, 7, 8)
-        first, second = _quantized(optimizer, state1, state2)
-        codes2, qmap2, absmax2 = (None, None, None) if second is None else (second.codes, second.qmap, second.absmax)
-        tail = (p, first.codes, codes2, first.qmap, qmap2, first.absmax, absmax2, None, *h)
-    clean = context.update(primitive, optimizer, g, *tail, changed=changed)
-    dirty = context.update(primitive, optimizer, spoilt, *tail, changed=changed)
-    touched = torch.zeros(p.numel(), dtype=torch.bool)
+    clean: Any = context.update(PRIMITIVES[bits], step, g, *others)
+    dirty: Any = context.update(PRIMITIVES[bits], step, spoilt, *others)
+    touched = torch.zeros(g.numel(), dtype=torch.bool)
     touched[place] = True
-    if not torch.equal(clean[2].view(-1)[~touched], dirty[2].view(-1)[~touched]):
+    if not torch.equal(clean["p"].view(-1)[~touched], dirty["p"].view(-1)[~touched]):
         raise Failure("p: an entry changed whose gradient is finite")
     touched[3 * OPTIMIZER_BLOCKSIZE : 4 * OPTIMIZER_BLOCKSIZE] = True
-    for index in changed[1:3]:
-        if clean[index] is None:
+    for name in ("state1", "state2"):
+        if clean[name] is None:
             continue
-        pair = (after[index].reshape(-1, p.numel())[:, ~touched] for after in (clean, dirty))
+        pair = (after[name].reshape(-1, g.numel())[:, ~touched] for after in (clean, dirty))
         if not torch.equal(*pair):
-            raise Failure(f"state{index - 2}: an entry of another block changed")
+            raise Failure(f"{name}: an entry of another block changed")
 
 
 def _several(context: Context, optimizer: str, dtype: torch.dtype, bits: int, layout: str) -> None:
     """One call for parameters of all shapes gives the bits of a call for each."""
-    primitive: Any = primitives.optimizer_update_32bit if bits == 32 else primitives.optimizer_update_8bit_blockwise
+    primitive = PRIMITIVES[bits]
     samples = [Sample(optimizer, dtype, shape) for shape in (*SHAPES, "many blocks")]
-    rows = [_of_8_or_32_bits(context, sample, bits) for sample in samples]
-    rows = [[LAYOUTS[layout](t) if t is not None and t.dim() > 1 else t for t in row] for row in rows]
-    h = samples[0].hyperparameters
-    qmaps: tuple[Any, ...] = ()
-    if bits == 8:
-        unsigned = create_dynamic_map(False) if OPTIMIZERS[optimizer].states == 2 else None
-        qmaps = tuple(None if m is None else m.to(context.device) for m in (create_dynamic_map(True), unsigned))
+    calls = [_call(sample, bits, context.generator(f"several,{sample.name}")) for sample in samples]
 
-    def called(columns: list[Any]) -> tuple[Any, ...]:
-        return optimizer, *columns[:4], *qmaps, *columns[4:], None, *h
+    def copies() -> list[tuple[Any, ...]]:
+        laid_out = [map_tensors(lambda t: LAYOUTS[layout](t) if t.dim() > 1 else t, call) for call in calls]
+        return [map_tensors(lambda t: t.to(context.device).clone(), call) for call in laid_out]
 
-    for_each = [[None if t is None else t.to(context.device).clone() for t in row] for row in rows]
-    together = [[None if t is None else t.to(context.device).clone() for t in row] for row in rows]
-    for row in for_each:
-        primitive(*called(row))
-    columns = [None if column[0] is None else list(column) for column in zip(*together, strict=True)]
-    primitive.several(*called(columns))
+    for_each, together = copies(), copies()
+    for call in for_each:
+        primitive(*call)
+    primitive.several(*_in_one(primitive, together))
     for sample, one, other in zip(samples, for_each, together, strict=True):
-        for index, (expected, got) in enumerate(zip(one, other, strict=True)):
-            if expected is not None and got is not None:
-                same_bits(f"tensor {index} of {sample.shape}", got, expected)
+        got = named(primitive, other)
+        for name, expected in named(primitive, one).items():
+            if isinstance(expected, Tensor):
+                same_bits(f"{name} of {sample.shape}", got[name], expected)
 
 
-def _of_8_or_32_bits(context: Context, sample: Sample, bits: int) -> list[Tensor | None]:
-    """g, p, state1, state2 and, of 8 bits, absmax1 and absmax2."""
-    generator = context.generator(f"several,{sample.name}")
-    (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
-    if bits == 32:
-        return [g, p, state1, state2]
-    first, second = _quantized(sample.optimizer, state1, state2)
-    codes2, absmax2 = (None, None) if second is None else (second.codes, second.absmax)
-    return [g, p, first.codes, codes2, first.absmax, absmax2]
+def _in_one(primitive: Primitive, calls: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The arguments of several calls as those of one: lists of all tensors but the codebooks."""
+    columns = zip(primitive.names, *map(flat, calls), strict=True)
+    return primitive.structured(
+        [
+            list(column) if isinstance(column[0], Tensor) and not name.startswith("qmap") else column[0]
+            for name, *column in columns
+        ]
+    )
 
 
 def _samples() -> Iterator[Sample]:
@@ -336,15 +331,14 @@ def cases() -> Iterator[Case]:
         run = partial(_check_8bit, sample=sample)
         yield Case("optimizer_update_8bit_blockwise", sample.name, run, sample.traits)
     for optimizer in OPTIMIZERS:
-        for bits, primitive in ((32, "optimizer_update_32bit"), (8, "optimizer_update_8bit_blockwise")):
+        for bits, primitive in PRIMITIVES.items():
             for bad in (float("nan"), float("inf")):
                 contained = partial(_contained, optimizer=optimizer, bits=bits, bad=bad)
-                yield Case(primitive, f"contained,{optimizer},{bad}", contained, {"gradient": str(bad)})
+                yield Case(primitive.name, f"contained,{optimizer},{bad}", contained, {"gradient": str(bad)})
             for dtype, layout in product(DTYPES, ("contiguous", "transposed")):
                 several = partial(_several, optimizer=optimizer, dtype=dtype, bits=bits, layout=layout)
-                yield Case(
-                    primitive, f"several,{optimizer},{dtype_name(dtype)},{layout}", several, {"shape": "several"}
-                )
+                name = f"several,{optimizer},{dtype_name(dtype)},{layout}"
+                yield Case(primitive.name, name, several, {"shape": "several"})
 
 
 _REQUIRED = {

@@ -15,16 +15,18 @@ from bnb_core.codebooks import create_dynamic_map, get_4bit_type
 from bnb_core.conformance.case import Case, Context, Failure
 from bnb_core.conformance.compare import same_bits
 from bnb_core.conformance.suite.quantize import CODES
+from bnb_core.formats import FORMATS
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE
+from bnb_core.records import OptimizerState8bit, OptimizerStep, Weight4bit
 
 EXAMPLES = 20
-FP4_NEGATIVE_ZERO = 8
 
 quiet = settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True)
 sizes = st.integers(1, 3000)
 seeds = st.integers(0, 2**31)
 blocksizes = st.sampled_from(BLOCKSIZES)
 quant_types = st.sampled_from(QUANT_TYPES)
+with_both_ends = st.sampled_from([row.name for row in FORMATS.values() if {-1.0, 1.0} <= {*row.codebook}])
 
 
 def _random(n: int, number: int) -> Tensor:
@@ -39,8 +41,8 @@ def _quantize(context: Context, A: Tensor, blocksize: int, quant_type: str) -> t
 
 
 def _dequantize(context: Context, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, n: int) -> Tensor:
-    arguments = (context.move(packed), context.move(absmax), blocksize, quant_type, (n,), torch.float32)
-    return primitives.dequantize_4bit(*arguments, *primitives.F32_SCALES).cpu()
+    weight = Weight4bit(context.move(packed), (n,), context.move(absmax), blocksize, quant_type)
+    return primitives.dequantize_4bit(weight, torch.float32).cpu()
 
 
 def _per_element(absmax: Tensor, blocksize: int, n: int) -> Tensor:
@@ -80,19 +82,19 @@ def _round_trip_blockwise(context: Context) -> None:
 
 
 def _idempotence_4bit(context: Context) -> None:
-    """Both codebooks hold -1 and 1, so a block keeps its absmax; a negative zero comes back as zero."""
+    """Where a codebook holds -1 and 1, a block keeps its absmax; of two zeros the first comes back."""
 
     @quiet
-    @given(sizes, seeds, blocksizes, quant_types)
+    @given(sizes, seeds, blocksizes, with_both_ends)
     def holds(n: int, number: int, blocksize: int, quant_type: str) -> None:
         packed, absmax = _quantize(context, _random(n, number), blocksize, quant_type)
         values = _dequantize(context, packed, absmax, blocksize, quant_type, n)
         again, absmax_again = _quantize(context, values, blocksize, quant_type)
         same_bits("absmax", absmax_again, absmax)
         first, second = (torch.stack([p >> 4, p & 15], 1).view(-1) for p in (packed, again))
-        if quant_type == "fp4":
-            first = torch.where(first == FP4_NEGATIVE_ZERO, 0, first)
-        same_bits("codes", second, first)
+        code = get_4bit_type(quant_type)
+        zero = int((code == 0).int().argmax())
+        same_bits("codes", second, torch.where(code[first.int()] == 0, zero, first))
 
     holds()
 
@@ -144,21 +146,20 @@ def _block_independence(context: Context) -> None:
     holds()
 
 
-def _weight(context: Context, N: int, K: int, number: int) -> tuple[Tensor, Tensor]:
+def _weight(context: Context, N: int, K: int, number: int) -> Weight4bit:
     packed, absmax = _quantize(context, _random(N * K, number), 64, "nf4")
-    return context.move(packed), context.move(absmax)
+    return Weight4bit(context.move(packed), (N, K), context.move(absmax), 64, "nf4")
 
 
 def _row_permutation(context: Context) -> None:
     @quiet
     @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 200), seeds)
     def holds(M: int, N: int, K: int, number: int) -> None:
-        packed, absmax = _weight(context, N, K, number)
+        weight = _weight(context, N, K, number)
         A, order = context.move(_random(M * K, number + 1).view(M, K)), context.move(torch.randperm(M))
-        tail = ((N, K), absmax, 64, "nf4", None, None, None, None, 256)
-        plain = primitives.gemm_4bit(A, packed, *tail)
-        permuted = primitives.gemm_4bit(A[order], packed, *tail)
-        slack = 2.0**-21 * K**0.5 * A.abs().sum(1, keepdim=True) * absmax.max()
+        plain = primitives.gemm_4bit(A, weight, None)
+        permuted = primitives.gemm_4bit(A[order], weight, None)
+        slack = 2.0**-21 * K**0.5 * A.abs().sum(1, keepdim=True) * weight.absmax.max()
         if bool(((permuted - plain[order]).abs() > slack[order]).any()):
             raise Failure("permuting the rows of A did more to the result than permute its rows")
 
@@ -169,12 +170,10 @@ def _linear_in_bias(context: Context) -> None:
     @quiet
     @given(st.integers(1, 20), st.integers(1, 40), st.integers(1, 200), seeds)
     def holds(M: int, N: int, K: int, number: int) -> None:
-        packed, absmax = _weight(context, N, K, number)
+        weight = _weight(context, N, K, number)
         A, bias = context.move(_random(M * K, number + 1).view(M, K)), context.move(_random(N, number + 2))
-        plain, biased = (
-            primitives.gemm_4bit(A, packed, (N, K), absmax, 64, "nf4", b, None, None, None, 256) for b in (None, bias)
-        )
-        slack = 1e-5 * (plain.abs() + bias.abs() + (A.abs().sum(1, keepdim=True) * absmax.max()))
+        plain, biased = (primitives.gemm_4bit(A, weight, b) for b in (None, bias))
+        slack = 1e-5 * (plain.abs() + bias.abs() + (A.abs().sum(1, keepdim=True) * weight.absmax.max()))
         if bool(((biased - plain - bias).abs() > slack).any()):
             raise Failure("with a bias the result is not the one without it plus the bias")
 
@@ -203,11 +202,10 @@ def _adam_8bit(context: Context, g: Tensor, start: Tensor) -> list[Tensor]:
     qmaps = [context.move(code) for code in codes]
     states = [context.move(torch.full(p.shape, int(code.abs().argmin()), dtype=torch.uint8)) for code in codes]
     scales = [context.move(torch.zeros(p.numel() // OPTIMIZER_BLOCKSIZE)) for _ in codes]
-    for step in (1, 2):
-        primitives.optimizer_update_8bit_blockwise(
-            "adam", context.move(g), p, *states, *qmaps, *scales, None, 0.9, 0.999, 0.0, 0.0, 1e-8, step, 1e-2, 0.01,
-            1.0, 0.0, False,
-        )  # fmt: skip
+    state = OptimizerState8bit(*states, *qmaps, *scales)
+    for number in (1, 2):
+        step = OptimizerStep("adam", number, lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
+        primitives.optimizer_update_8bit_blockwise(step, context.move(g), p, state, None)
     return [tensor.cpu() for tensor in (p, *states, *scales)]
 
 

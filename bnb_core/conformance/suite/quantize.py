@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from bnb_core.conformance import oracle
 from bnb_core.conformance.case import Case, Context
 from bnb_core.conformance.compare import same_bits
 from bnb_core.conformance.values import DTYPES, LAYOUTS, VALUES, dtype_name, midpoints
+from bnb_core.records import Weight4bit
 
 CODES: dict[str, Callable[[], Tensor]] = {
     "dynamic": create_dynamic_map,
@@ -157,7 +159,7 @@ def _check_dequantize_4bit(
     packed = torch.randint(0, 256, (stored_bytes,), generator=generator, dtype=torch.uint8)
     blocks = primitives.block_count(n, sample.blocksize)
     absmax = _scales(blocks, generator)
-    nested: tuple = primitives.F32_SCALES
+    nested: tuple[Any, ...] = ()
     scales = absmax.numpy()
     if nested_blocksize is not None:
         absmax = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
@@ -167,8 +169,8 @@ def _check_dequantize_4bit(
         with np.errstate(all="ignore"):
             scales = oracle.double_quantized_scales(absmax.numpy(), nested_blocksize, *(t.numpy() for t in tensors))
     given, given_absmax = map(LAYOUTS[sample.layout], (packed.view(storage).unsqueeze(1), absmax))
-    arguments = (given, given_absmax, sample.blocksize, quant_type, sample.size, sample.dtype, *nested)
-    (got,) = context.call(primitives.dequantize_4bit, *arguments)
+    weight = Weight4bit(given, sample.size, given_absmax, sample.blocksize, quant_type, *nested)
+    (got,) = context.call(primitives.dequantize_4bit, weight, sample.dtype)
     with np.errstate(all="ignore"):
         expected = oracle.dequantize_4bit(packed.numpy(), scales, n, sample.blocksize, quant_type)
     same_bits("values", got, torch.from_numpy(expected).to(sample.dtype).view(sample.size))

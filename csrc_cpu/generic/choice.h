@@ -1,0 +1,69 @@
+// Which kernel serves a product: of those that fit, the first that is asked. Kernels that only some
+// instruction sets have tell by serves(...), of the arguments that decide, and take them all by run(...).
+#pragma once
+
+#include "backward.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
+// What stands for a kernel that an instruction set lacks.
+struct NoKernel {
+  template <class... Arguments>
+  static bool serves(const Arguments&...) {
+    return false;
+  }
+  template <class... Arguments>
+  static void run(const Arguments&...) {}
+};
+
+struct NoTiles {
+  using Gemm4bit = NoKernel;
+  using Backward4bit = NoKernel;
+  using Int8 = NoKernel;
+};
+
+template <class Tiles>
+Dense gemm_4bit(const Matrix& A, const Weight4bit& weight, const void* bias, void* out, Stream) {
+  if (A.rows == 0 || weight.N == 0) return Dense::nothing;
+  if (Tiles::serves(A, weight)) {
+    Tiles::run(A, weight, bias, out);
+  } else {
+    gemm_4bit_of_code(A, weight, weight.format().codebook, bias, out);
+  }
+  return Dense::nothing;
+}
+
+template <class Tiles>
+Dense gemm_4bit_backward(const Matrix& dY, const Weight4bit& weight, void* dA, Stream) {
+  if (Tiles::serves(dY, weight)) {
+    Tiles::run(dY, weight, dA);
+  } else if (dense_is_faster(dY)) {
+    return Dense::in_dtype;
+  } else {
+    backward_of_4bit(dY, weight, dA);
+  }
+  return Dense::nothing;
+}
+
+Dense int8_linear_backward(const Matrix& dY, const Int8Weight& weight, void* dA, Stream) {
+  if (dense_is_faster(dY)) return Dense::in_dtype;
+  backward_of_int8(dY, weight, dA);
+  return Dense::nothing;
+}
+
+template <class Dot, class Tiles>
+void int8_linear_matmul(const Rows<int8_t>& A, const Rows<int8_t>& B, int32_t* C, Stream) {
+  if (Tiles::serves(A)) return Tiles::run(A, B, C);
+  int8_multiply<Dot>(A, B, C);
+}
+
+template <class Dot, class Tiles>
+void int8_mixed_scaled_mm(const Int8Product& product, const Int8Outliers& outliers, const void* bias,
+                          const Matrix& out, Stream) {
+  if (Tiles::serves(product.A)) return Tiles::run(product, outliers, bias, out);
+  int8_multiply_mixed<Dot>(product, outliers, bias, out);
+}
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET

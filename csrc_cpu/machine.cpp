@@ -1,0 +1,75 @@
+#include "machine.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace bnb {
+#if defined(__x86_64__)
+namespace {
+
+struct Cpuid {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  explicit Cpuid(unsigned leaf, unsigned subleaf = 0) {
+    __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx);
+  }
+};
+
+bool bits_set(unsigned value, unsigned mask) { return (value & mask) == mask; }
+
+// Whether the system saves the register state that `mask` names when it switches threads.
+bool system_saves(unsigned mask) {
+  if (!bits_set(Cpuid(1).ecx, bit_OSXSAVE)) return false;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return bits_set(low, mask);
+}
+
+constexpr unsigned kYmmState = 0x06;
+constexpr unsigned kZmmState = 0xe6;
+
+constexpr unsigned kAvx512Bf16 = 1u << 5;   // cpuid 7.1, eax
+constexpr unsigned kAvx512Fp16 = 1u << 23;  // cpuid 7, edx
+constexpr unsigned kTileState = 0x60000;
+constexpr unsigned kTileFeatures =
+    1u << 22 | 1u << 24 | 1u << 25;  // cpuid 7, edx: AMX-BF16, AMX-TILE, AMX-INT8
+
+// Linux grants the 8 KiB of tile state only to processes that ask for it.
+bool system_permits_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+bool has_avx2() {
+  return system_saves(kYmmState) && bits_set(Cpuid(1).ecx, bit_AVX | bit_FMA | bit_F16C) &&
+         bits_set(Cpuid(7).ebx, bit_AVX2);
+}
+
+bool has_avx512() {
+  return has_avx2() && system_saves(kZmmState) &&
+         bits_set(Cpuid(7).ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL);
+}
+
+bool has_avx512_vnni() { return has_avx512() && bits_set(Cpuid(7).ecx, bit_AVX512VNNI); }
+
+bool has_amx() {
+  return has_avx512_vnni() && bits_set(Cpuid(7, 1).eax, kAvx512Bf16) && system_saves(kTileState) &&
+         bits_set(Cpuid(7).edx, kTileFeatures) && system_permits_tiles();
+}
+#endif
+
+bool multiplies(DType dtype) {
+#if defined(__x86_64__)
+  static const bool bf16 = has_avx512() && bits_set(Cpuid(7, 1).eax, kAvx512Bf16);
+  static const bool f16 = has_avx512() && bits_set(Cpuid(7).edx, kAvx512Fp16);
+  return dtype == DType::bf16 ? bf16 : dtype == DType::f16 && f16;
+#else
+  return dtype != DType::f32;
+#endif
+}
+
+}  // namespace bnb

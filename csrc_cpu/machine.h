@@ -1,0 +1,19 @@
+// What the machine and its system can do.
+#pragma once
+
+#include "../csrc_shared/kernels.h"
+
+namespace bnb {
+
+#if defined(__x86_64__)
+bool has_avx2();
+bool has_avx512();
+bool has_avx512_vnni();
+bool has_amx();
+#endif
+
+// Whether the machine multiplies in this half precision, and torch's matmul with it, at more than the rate of
+// f32. Never for f32.
+bool multiplies(DType dtype);
+
+}  // namespace bnb
