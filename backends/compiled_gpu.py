@@ -24,12 +24,6 @@ DEVICE_TYPE = "cuda"
 """What torch calls the GPUs of NVIDIA and, in its ROCm builds, those of AMD."""
 
 WGMMA_VARIABLE = "BNB_WGMMA_ROWS"
-MOST_WGMMA_ROWS = 128
-"""Up to so many rows of A a 4-bit product is left to the kernel on Hopper's wgmma, unless the variable says otherwise.
-
-On an H200 it takes 0.6 to 0.8 of the time of dequantizing and multiplying at 96 and 128 rows, 0.9 to 1.2 at 256, more
-above (benchmarks/results/gpu-2026-11-27-h200.md)."""
-
 MAKERS = {"cuda": "NVIDIA", "hip": "AMD"}
 """Whose GPUs a build of torch is for, by the field of torch.version that it has set; our backends have these names."""
 
@@ -66,7 +60,9 @@ def make_backend(platform: GpuPlatform) -> Backend:
     reason = _why_unavailable(platform, module)
     if reason is not None:
         return _unavailable(platform, reason)
-    module.set_wgmma_rows(_wgmma_rows())
+    rows = _wgmma_rows()
+    if rows is not None:
+        module.set_wgmma_rows(rows)
     kernels = GpuKernels(NativeKernels(module, current_stream))
     return Backend(
         name=platform.name,
@@ -112,11 +108,12 @@ def _why_unavailable(platform: GpuPlatform, module: ModuleType) -> str | None:
     return None
 
 
-def _wgmma_rows() -> int:
-    text = os.environ.get(WGMMA_VARIABLE) or str(MOST_WGMMA_ROWS)
-    if not text.isdecimal():
+def _wgmma_rows() -> int | None:
+    """Up to how many rows of A products are to go to Hopper's kernel, None where the variable does not say."""
+    text = os.environ.get(WGMMA_VARIABLE)
+    if text and not text.isdecimal():
         raise SettingError(WGMMA_VARIABLE, text, "a number of rows, 0 for none")
-    return int(text)
+    return int(text) if text else None
 
 
 def _version(number: int) -> str:

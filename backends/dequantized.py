@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnb_core.primitive import aligned
-from bnb_core.records import Weight4bit
+from bnb_core.records import Int8Weight, Weight4bit
 
 from .torch_precision import exact_matmuls
 
@@ -67,11 +67,11 @@ class DenseProducts:
         if dense:
             _multiply(dY, self._dense_4bit(B, dY, dense), None, out)
 
-    def int8_linear_backward(self, dY: Tensor, B: Tensor, col_stats: Tensor, out: Tensor) -> None:
-        dense = self.fused.int8_linear_backward(dY, B, col_stats, out)
+    def int8_linear_backward(self, dY: Tensor, B: Int8Weight, out: Tensor) -> None:
+        dense = self.fused.int8_linear_backward(dY, B, out)
         if dense:
-            weight = self.memory_for_weight(B.shape, _weight_dtype(dense, dY), dY.device)
-            self.fused.int8_vectorwise_dequant(B, col_stats, weight)
+            weight = self.memory_for_weight(B.codes.shape, _weight_dtype(dense, dY), dY.device)
+            self.fused.int8_vectorwise_dequant(*B, weight)
             _multiply(dY, weight, None, out)
 
     def _dense_4bit(self, B: Weight4bit, A: Tensor, dense: int) -> Tensor:

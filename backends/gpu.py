@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnb_core.primitive import aligned
-from bnb_core.records import Weight4bit
+from bnb_core.records import Int8Rows, Int8Weight, Weight4bit
 
 from .dequantized import DenseProducts, as_matrix
 
@@ -35,40 +35,24 @@ class LargeProducts(DenseProducts):
         else:
             self.fused.int8_linear_matmul(A, B, out)
 
-    def int8_scaled_mm(
-        self,
-        A: Tensor,
-        B: Tensor,
-        row_stats: Tensor,
-        col_stats: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        out: Tensor,
-    ) -> None:
-        if not _int_mm_takes(A, B):
-            self.fused.int8_scaled_mm(A, B, row_stats, col_stats, bias, dtype, out)
+    def int8_scaled_mm(self, A: Int8Rows, B: Int8Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor) -> None:
+        if not _int_mm_takes(A.codes, B.codes):
+            self.fused.int8_scaled_mm(A, B, bias, dtype, out)
             return
-        product = torch._int_mm(as_matrix(A), B.t())
-        self.int8_mm_dequant(product, row_stats, col_stats, bias, dtype, out)
+        product = torch._int_mm(as_matrix(A.codes), B.codes.t())
+        self.int8_mm_dequant(product, A.row_stats, B.col_stats, bias, dtype, out)
 
 
 class GpuKernels(LargeProducts):
     """The primitives over a module of csrc_cuda: ``fused`` are NativeKernels."""
 
     def int8_mixed_scaled_mm(
-        self,
-        A: Tensor,
-        CA: Tensor,
-        CB: Tensor,
-        row_stats: Tensor,
-        col_stats: Tensor,
-        outlier_mask: Tensor,
-        bias: Tensor | None,
-        out: Tensor,
+        self, A: Tensor, CA: Int8Rows, CB: Int8Weight, outlier_mask: Tensor, bias: Tensor | None, out: Tensor
     ) -> None:
-        products = torch._int_mm(as_matrix(CA), CB.t()) if _int_mm_takes(CA, CB) else None
-        product = (CA, CB, products, row_stats, col_stats)
-        self.fused.module.int8_mixed_scaled_mm(product, (A, outlier_mask), bias, out, self.fused.stream(A.device))
+        takes = _int_mm_takes(CA.codes, CB.codes)
+        products = torch._int_mm(as_matrix(CA.codes), CB.codes.t()) if takes else None
+        stream = self.fused.stream(A.device)
+        self.fused.module.int8_mixed_scaled_mm((CA, CB, products), (A, outlier_mask), bias, out, stream)
 
 
 def _int_mm_takes(A: Tensor, B: Tensor) -> bool:

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from bnb_core.primitive import made_readable
-from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep, Weight4bit, is_record
+from bnb_core.records import (
+    Int8Rows,
+    Int8Weight,
+    OptimizerState8bit,
+    OptimizerState32bit,
+    OptimizerStep,
+    Weight4bit,
+    is_record,
+)
 from bnb_core.registry import Kernel
 
 Outputs = tuple[Tensor, ...]
@@ -75,45 +83,20 @@ class NativeKernels:
         self.module.int8_linear_matmul(A, B, out, self.stream(A.device))
 
     def int8_mm_dequant(
-        self,
-        A: Tensor,
-        row_stats: Tensor,
-        col_stats: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        out: Tensor,
+        self, A: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype, out: Tensor
     ) -> None:
         self.module.int8_mm_dequant(A, row_stats, col_stats, bias, out, self.stream(A.device))
 
-    def int8_scaled_mm(
-        self,
-        A: Tensor,
-        B: Tensor,
-        row_stats: Tensor,
-        col_stats: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        out: Tensor,
-    ) -> None:
-        product = (A, B, None, row_stats, col_stats)
-        self.module.int8_mixed_scaled_mm(product, (None, None), bias, out, self.stream(A.device))
+    def int8_scaled_mm(self, A: Int8Rows, B: Int8Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor) -> None:
+        self.module.int8_mixed_scaled_mm((A, B, None), (None, None), bias, out, self.stream(out.device))
 
     def int8_mixed_scaled_mm(
-        self,
-        A: Tensor,
-        CA: Tensor,
-        CB: Tensor,
-        row_stats: Tensor,
-        col_stats: Tensor,
-        outlier_mask: Tensor,
-        bias: Tensor | None,
-        out: Tensor,
+        self, A: Tensor, CA: Int8Rows, CB: Int8Weight, outlier_mask: Tensor, bias: Tensor | None, out: Tensor
     ) -> None:
-        product = (CA, CB, None, row_stats, col_stats)
-        self.module.int8_mixed_scaled_mm(product, (A, outlier_mask), bias, out, self.stream(A.device))
+        self.module.int8_mixed_scaled_mm((CA, CB, None), (A, outlier_mask), bias, out, self.stream(A.device))
 
-    def int8_linear_backward(self, dY: Tensor, B: Tensor, col_stats: Tensor, out: Tensor) -> int:
-        return self.module.int8_linear_backward(dY, (B, col_stats), out, self.stream(dY.device))
+    def int8_linear_backward(self, dY: Tensor, B: Int8Weight, out: Tensor) -> int:
+        return self.module.int8_linear_backward(dY, B, out, self.stream(dY.device))
 
     def optimizer_update_32bit(
         self, step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState32bit, unorm_vec: Tensor | None

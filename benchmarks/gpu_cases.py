@@ -142,11 +142,11 @@ def on_wgmma(M: int, N: int, K: int) -> dict[str, Contender]:
 @contextmanager
 def _wgmma_rows(module: ModuleType, rows: int) -> Iterator[None]:
     """Up to so many rows are multiplied on wgmma within it; a graph goes on doing what it did when it was captured."""
-    module.set_wgmma_rows(rows)
+    before = module.set_wgmma_rows(rows)
     try:
         yield
     finally:
-        module.set_wgmma_rows(compiled_gpu._wgmma_rows())
+        module.set_wgmma_rows(before)
 
 
 def decode(N: int, K: int, nested: bool) -> Work:

@@ -107,7 +107,7 @@ class Primitive:
         self.schema = f"{self.name}{_RECORD.sub(_expanded, schema)}"
         self._plans: dict[Any, _Plan] = {}
         _library.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(self.name, lambda *flat: self._run(self.structured(flat)), "CompositeExplicitAutograd")
+        _library.impl(self.name, lambda *flat: self.run(self.structured(flat)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._fake, lib=_library)
         if not differentiable:
             _library.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
@@ -150,7 +150,7 @@ class Primitive:
                 self._checked(arguments)
             first = first[self._first_field]
         if not goes_to_dispatcher(first):
-            return self._run(arguments, out)
+            return self.run(arguments, out)
         check_tensor(self._first_name, first)
         result = self._dispatched(arguments)
         if out is None:
@@ -171,7 +171,8 @@ class Primitive:
             self._checked(arguments)
             raise
 
-    def _run(self, arguments: tuple[Any, ...], out: Any = None) -> Any:
+    def run(self, arguments: tuple[Any, ...], out: Any = None) -> Any:
+        """The call itself, for callers who know that torch need not see it (:func:`goes_to_dispatcher`)."""
         key = self._signature(arguments)
         plan = self._plans.get(key) or self._planned(arguments, key)
         if out is not None:

@@ -33,7 +33,7 @@ from bnb_core.checks import (
     shown,
 )
 from bnb_core.primitive import Out, primitive
-from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep, Weight4bit
+from bnb_core.records import Int8Rows, Int8Weight, OptimizerState8bit, OptimizerState32bit, OptimizerStep, Weight4bit
 
 OPTIMIZER_BLOCKSIZE = 256
 MAX_INT8_INNER_SIZE = 2**16
@@ -337,60 +337,48 @@ def int8_mm_dequant(A: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tenso
     return Out(A.shape, dtype)
 
 
-@primitive("(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias, ScalarType dtype) -> Tensor")
-def int8_scaled_mm(
-    A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Out:
-    """:data:`int8_linear_matmul`, then :data:`int8_mm_dequant`, in one: A i8[..., K], B i8[N, K] → dtype[..., N]."""
-    rows, N = _check_int8_operands(A, B)
-    _check_scales(row_stats, col_stats, rows, N, bias, dtype)
-    return Out((*A.shape[:-1], N), dtype)
+@primitive("(Int8Rows A, Int8Weight B, Tensor? bias, ScalarType dtype) -> Tensor")
+def int8_scaled_mm(A: Int8Rows, B: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> Out:
+    """:data:`int8_linear_matmul`, then :data:`int8_mm_dequant`, in one: A [..., K], B [N, K] → dtype[..., N]."""
+    rows, N = _check_int8_operands(A.codes, B.codes)
+    _check_scales(A.row_stats, B.col_stats, rows, N, bias, dtype)
+    return Out((*A.codes.shape[:-1], N), dtype)
 
 
-@primitive(
-    "(Tensor A, Tensor CA, Tensor CB, Tensor row_stats, Tensor col_stats, Tensor outlier_mask, Tensor? bias) -> Tensor"
-)
-def int8_mixed_scaled_mm(
-    A: Tensor,
-    CA: Tensor,
-    CB: Tensor,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    outlier_mask: Tensor,
-    bias: Tensor | None,
-) -> Out:
+@primitive("(Tensor A, Int8Rows CA, Int8Weight CB, Tensor outlier_mask, Tensor? bias) -> Tensor")
+def int8_mixed_scaled_mm(A: Tensor, CA: Int8Rows, CB: Int8Weight, outlier_mask: Tensor, bias: Tensor | None) -> Out:
     """:data:`int8_scaled_mm` plus ``A[:, outliers] @ dequantized(CB[:, outliers])^T`` (LLM.int8(), section 3.2).
 
     Args:
         A: [..., K], f32, f16 or bf16; the result has its dtype.
-        CA, row_stats, outlier_mask: of A, from :data:`int8_vectorwise_quant`.
-        CB: i8[N, K] with col_stats f32[N].
+        CA, outlier_mask: of A, from :data:`int8_vectorwise_quant`.
+        CB: the weight [N, K].
         bias: [N] in A's dtype, or None.
     """
     check_float("A", A)
-    rows, N = _check_int8_operands(CA, CB, ("CA", "CB"))
-    check_shape("CA", CA, A.shape)
+    rows, N = _check_int8_operands(CA.codes, CB.codes, ("CA", "CB"))
+    check_shape("CA", CA.codes, A.shape)
     check_dtype("outlier_mask", outlier_mask, (torch.bool,))
     check_numel("outlier_mask", outlier_mask, A.shape[-1])
-    _check_scales(row_stats, col_stats, rows, N, bias, A.dtype)
+    _check_scales(CA.row_stats, CB.col_stats, rows, N, bias, A.dtype)
     return Out((*A.shape[:-1], N), A.dtype)
 
 
-@primitive("(Tensor dY, Tensor B, Tensor col_stats) -> Tensor", differentiable=True)
-def int8_linear_backward(dY: Tensor, B: Tensor, col_stats: Tensor) -> Out:
+@primitive("(Tensor dY, Int8Weight B) -> Tensor", differentiable=True)
+def int8_linear_backward(dY: Tensor, B: Int8Weight) -> Out:
     """The gradient of A in a linear layer with an int8 weight: ``dY @ (B * col_stats / 127)`` in dY's dtype.
 
     Args:
         dY: [..., N], f32, f16 or bf16.
-        B: i8[N, K] with col_stats f32[N].
+        B: the weight [N, K].
     """
     check_float("dY", dY)
-    check_dtype("B", B, (torch.int8,))
-    check_dimensions("B", B, 2)
-    N, K = B.shape
-    check_dtype("col_stats", col_stats, (torch.float32,))
-    check_numel("col_stats", col_stats, N)
-    _check_columns("dY", dY, N, B.shape)
+    check_dtype("B", B.codes, (torch.int8,))
+    check_dimensions("B", B.codes, 2)
+    N, K = B.codes.shape
+    check_dtype("col_stats", B.col_stats, (torch.float32,))
+    check_numel("col_stats", B.col_stats, N)
+    _check_columns("dY", dY, N, B.codes.shape)
     return Out((*dY.shape[:-1], K), dY.dtype)
 
 

@@ -1,4 +1,4 @@
-"""What primitives take as one argument though it is many values: a 4-bit weight, an optimizer's step and state.
+"""What primitives take as one argument though it is many values: a weight, an optimizer's step and state.
 
 torch's operators know no such thing: their arguments are the fields, one after the other, as ``SCHEMAS`` says. The
 compiled kernels read the same records (csrc_shared/records.h), so that the order of the fields is fixed.
@@ -47,6 +47,24 @@ class Weight4bit(NamedTuple):
         return Weight4bit(packed, *described, nested_absmax, nested_code, offset, self.nested_blocksize)
 
 
+class Int8Rows(NamedTuple):
+    """An input in int8, row by row: ``codes * row_stats / 127``. Errors call the codes by the argument's name."""
+
+    codes: Tensor
+    """i8[..., K]."""
+    row_stats: Tensor
+    """f32, one value per row."""
+
+
+class Int8Weight(NamedTuple):
+    """A weight in int8, row by row: ``codes * col_stats / 127``. Its rows are the columns of a product with it."""
+
+    codes: Tensor
+    """i8[N, K]."""
+    col_stats: Tensor
+    """f32[N]."""
+
+
 class OptimizerStep(NamedTuple):
     """The settings of one step, schedules applied. Numbers are such that f32 holds; lr may be a tensor of one."""
 
@@ -90,6 +108,8 @@ class OptimizerState8bit(NamedTuple):
 SCHEMAS: dict[Any, str] = {
     Weight4bit: "Tensor {argument}, SymInt[] shape, Tensor absmax, int blocksize, str quant_type, "
     "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int nested_blocksize",
+    Int8Rows: "Tensor {argument}, Tensor row_stats",
+    Int8Weight: "Tensor {argument}, Tensor col_stats",
     OptimizerStep: "str optimizer_name, int step, float lr, float beta1, float beta2, float beta3, float alpha, "
     "float eps, float weight_decay, float gnorm_scale, float max_unorm, bool skip_zeros",
     OptimizerState32bit: "Tensor(b!) state1, Tensor(c!)? state2",

@@ -6,13 +6,13 @@ from collections.abc import Hashable
 from importlib import import_module
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 
 
 def signature_in_python(arguments: tuple[Any, ...]) -> Hashable | None:
     """Dtype, device, shape and readability of every tensor, type and value of everything else, in sequences too.
 
-    A sequence counts by its type as well: a record is no other tuple.
+    A record counts by its type as well: no other tuple stands for one.
 
     None where that cannot be told, as the arguments have to be checked each time then.
     """
@@ -29,11 +29,15 @@ def is_readable(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_neg()
 
 
+_PLAIN_SEQUENCES = (tuple, list, Size)
+
+
 def _described(argument: Any) -> Hashable:
     if isinstance(argument, Tensor):
         return argument.dtype, argument.device, argument.shape, is_readable(argument)
     if isinstance(argument, tuple | list):
-        return type(argument), *[_described(item) for item in argument]
+        kind = None if type(argument) in _PLAIN_SEQUENCES else type(argument)
+        return kind, *[_described(item) for item in argument]
     return type(argument), argument
 
 

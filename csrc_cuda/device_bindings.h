@@ -22,7 +22,8 @@ inline void bind_device_extras(pybind11::module_& m) {
       no_gil);
   bind<&gpu::takes_wgmma>(m, "takes_wgmma",
                           "Whether Hopper's own kernel takes products of A and the weight.");
-  bind<&gpu::set_wgmma_rows>(m, "set_wgmma_rows", "Up to how many rows of A gemm_4bit gives them to it.");
+  bind<&gpu::set_wgmma_rows>(m, "set_wgmma_rows",
+                             "Up to how many rows of A gemm_4bit gives them to it; gives the number before.");
 }
 
 }  // namespace bnb

@@ -83,7 +83,7 @@ bool takes_wgmma(const Matrix& A, const Weight4bit& weight) {
   return takes;
 }
 
-void set_wgmma_rows(int64_t rows) { most_wgmma_rows = rows; }
+int64_t set_wgmma_rows(int64_t rows) { return most_wgmma_rows.exchange(rows); }
 
 }  // namespace gpu
 }  // namespace bnb

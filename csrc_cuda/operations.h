@@ -22,7 +22,7 @@ extern Function<decltype(Kernels::gemm_4bit_backward)> gemm_4bit_backward;
 // Whether the kernel on wgmma takes products of many rows of A with such a weight on the current device.
 bool takes_wgmma(const Matrix& A, const Weight4bit& weight);
 // Up to how many rows of A gemm_4bit gives it such products.
-void set_wgmma_rows(int64_t rows);
+int64_t set_wgmma_rows(int64_t rows);
 
 // int8_quantize.cu
 extern Function<decltype(Kernels::int8_vectorwise_quant)> int8_vectorwise_quant;

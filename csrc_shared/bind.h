@@ -79,7 +79,7 @@ PyObject* method(PyObject*, PyObject* const* objects, Py_ssize_t count) {
 
 }  // namespace binding
 
-// Binds a function of the table, or any other that returns nothing, a bool or an enum.
+// Binds a function of the table, or any other that returns nothing, a bool, an integer or an enum.
 template <auto function>
 void bind(pybind11::module_& m, const char* name, const char* documentation = nullptr) {
   using Erased = void (*)();

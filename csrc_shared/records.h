@@ -243,9 +243,11 @@ T read_fields(Fields fields) {
   if constexpr (std::is_same_v<T, OptimizerStep>) return read_optimizer_step(fields);
   if constexpr (std::is_same_v<T, Int8Weight>)
     return T{fields.next<Rows<int8_t>>(), fields.next<const float*>()};
-  if constexpr (std::is_same_v<T, Int8Product>)
-    return T{fields.next<Rows<int8_t>>(), fields.next<Rows<int8_t>>(), fields.next<const int32_t*>(),
-             fields.next<const float*>(), fields.next<const float*>()};
+  if constexpr (std::is_same_v<T, Int8Product>) {
+    Fields A(fields.next_object()), B(fields.next_object());
+    return T{A.next<Rows<int8_t>>(), B.next<Rows<int8_t>>(), fields.next<const int32_t*>(),
+             A.next<const float*>(), B.next<const float*>()};
+  }
   if constexpr (std::is_same_v<T, Int8Outliers>)
     return T{fields.next<const void*>(), fields.next<const uint8_t*>()};
   if constexpr (std::is_same_v<T, States32bit>)

@@ -13,6 +13,7 @@ PyObject* is_neg;       // torch.Tensor.is_neg
 PyObject* plain_calls;  // torch._C.DisableTorchFunctionSubclass
 PyTypeObject* tensor_type;
 PyTypeObject* dtype_type;
+PyTypeObject* size_type;
 
 // Has torch not ask the class of a tensor what its methods do: for a parameter of ours that takes longer than
 // all the rest.
@@ -60,7 +61,9 @@ class Signature {
 
   bool add_items(PyObject* sequence) {
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence);
-    bool told = add_value('(', Py_TYPE(sequence)) && add_value(',', count);
+    const PyTypeObject* const type = Py_TYPE(sequence);
+    const bool plain = type == &PyTuple_Type || type == &PyList_Type || type == size_type;
+    bool told = add_value('(', plain ? nullptr : type) && add_value(',', count);
     for (Py_ssize_t i = 0; told && i < count; i++) told = add(PySequence_Fast_GET_ITEM(sequence, i));
     return told;
   }
@@ -151,7 +154,8 @@ PyMODINIT_FUNC PyInit__signature() {
   }
   tensor_type = type_of_torch("Tensor");
   dtype_type = type_of_torch("dtype");
-  if (!tensor_type || !dtype_type) return nullptr;
+  size_type = type_of_torch("Size");
+  if (!tensor_type || !dtype_type || !size_type) return nullptr;
   is_neg = PyObject_GetAttrString(reinterpret_cast<PyObject*>(tensor_type), "is_neg");
   PyObject* const internals = dlpack::attribute_of_torch("_C");
   plain_calls = internals ? PyObject_GetAttrString(internals, "DisableTorchFunctionSubclass") : nullptr;

@@ -144,7 +144,7 @@ def on_wgmma(benchmark, monkeypatch):
 
     yield timed
     for module in modules:
-        module.set_wgmma_rows(sim.WGMMA_ROWS)
+        assert module.set_wgmma_rows(sim.WGMMA_ROWS) == sim.WGMMA_ROWS, "the benchmark has left another limit"
 
 
 def test_hoppers_kernel_is_timed_where_the_gpu_has_it_and_it_takes_the_product(benchmark, on_wgmma):

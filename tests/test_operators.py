@@ -70,6 +70,7 @@ def _samples() -> dict[str, Sample]:
     """
     from bnb_core import functional as F
     from bnb_core import primitives
+    from bnb_core.records import Int8Rows, Int8Weight
 
     torch.manual_seed(0)
     A, W, bias = torch.randn(5, K), torch.randn(N, K), torch.randn(N)
@@ -196,7 +197,10 @@ def _samples() -> dict[str, Sample]:
         "int8_mixed_scaled_mm, outliers": (
             "int8_mixed_scaled_mm",
             (A, CA, CB, SCA, SCB, columns, bias),
-            lambda *a: (primitives.int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, mask, bias), A[:, [3, 50]]),
+            lambda *a: (
+                primitives.int8_mixed_scaled_mm(A, Int8Rows(CA, SCA), Int8Weight(CB, SCB), mask, bias),
+                A[:, [3, 50]],
+            ),
         ),
         **_optimizer_samples(),
     }

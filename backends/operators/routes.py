@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from bnb_core.codebooks import get_4bit_type
-from bnb_core.records import NESTED_BLOCKSIZE, OptimizerState8bit, OptimizerState32bit, OptimizerStep, Weight4bit
+from bnb_core.records import (
+    NESTED_BLOCKSIZE,
+    Int8Rows,
+    Int8Weight,
+    OptimizerState8bit,
+    OptimizerState32bit,
+    OptimizerStep,
+    Weight4bit,
+)
 
 from ..dequantized import LEAST_TERMS, as_matrix
 from ..reference.int8 import int8_mm_dequant, outlier_weight
@@ -96,52 +104,39 @@ def _int8_mm_dequant(
     return operator(as_matrix(A), row_stats, col_stats, dtype, bias)
 
 
-def _int8_scaled_mm(operator: Any, A: Tensor, *arguments: Any) -> Tensor:
-    return operator(as_matrix(A), *arguments)
+def _int8_scaled_mm(operator: Any, A: Int8Rows, B: Int8Weight, *others: Any) -> Tensor:
+    return operator(as_matrix(A.codes), B.codes, A.row_stats, B.col_stats, *others)
 
 
-def _scaled_by_matmul(operator: Any, A: Tensor, B: Tensor, *scales: Any) -> Tensor:
-    return int8_mm_dequant(operator(as_matrix(A), B), *scales)
+def _scaled_by_matmul(operator: Any, A: Int8Rows, B: Int8Weight, *others: Any) -> Tensor:
+    return int8_mm_dequant(operator(as_matrix(A.codes), B.codes), A.row_stats, B.col_stats, *others)
 
 
 def _int8_mixed_scaled_mm(
-    operator: Any,
-    A: Tensor,
-    CA: Tensor,
-    CB: Tensor,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    outlier_mask: Tensor,
-    bias: Tensor | None,
+    operator: Any, A: Tensor, CA: Int8Rows, CB: Int8Weight, outlier_mask: Tensor, bias: Tensor | None
 ) -> Tensor:
     columns = outlier_mask.nonzero().view(-1)
-    return operator(as_matrix(A), as_matrix(CA), CB, row_stats, col_stats, columns, bias)[0]
+    scales = CA.row_stats, CB.col_stats
+    return operator(as_matrix(A), as_matrix(CA.codes), CB.codes, *scales, columns, bias)[0]
 
 
 def _mixed_by(scaled_mm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The product without outliers by an operator, theirs by torch."""
 
     def call(
-        operator: Any,
-        A: Tensor,
-        CA: Tensor,
-        CB: Tensor,
-        row_stats: Tensor,
-        col_stats: Tensor,
-        outlier_mask: Tensor,
-        bias: Tensor | None,
+        operator: Any, A: Tensor, CA: Int8Rows, CB: Int8Weight, outlier_mask: Tensor, bias: Tensor | None
     ) -> Tensor:
         columns = outlier_mask.nonzero().view(-1)
         bias = None if bias is None else bias.float()
-        inner = scaled_mm(operator, CA, CB, row_stats, col_stats, bias, torch.float32)
-        weight = outlier_weight(CB, col_stats, columns)
+        inner = scaled_mm(operator, CA, CB, bias, torch.float32)
+        weight = outlier_weight(CB, columns)
         return (inner + product(as_matrix(A)[:, columns], weight.t())).to(A.dtype)
 
     return call
 
 
-def _int8_linear_backward(operator: Any, dY: Tensor, B: Tensor, col_stats: Tensor) -> Tensor:
-    return product(dY, operator(B, col_stats)).to(dY.dtype)
+def _int8_linear_backward(operator: Any, dY: Tensor, B: Int8Weight) -> Tensor:
+    return product(dY, operator(*B)).to(dY.dtype)
 
 
 def _optimizer_update_32bit(

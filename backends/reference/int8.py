@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnb_core.records import Int8Rows, Int8Weight
+
 from .matmul import product
 
 # Products of two i8 are at most 2^14, so sums over this many columns are exact in f32.
@@ -75,30 +77,20 @@ def _dequantize(A: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | 
     return out if bias is None else out + bias.float()
 
 
-def int8_scaled_mm(
-    A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    return int8_mm_dequant(int8_linear_matmul(A, B), row_stats, col_stats, bias, dtype)
+def int8_scaled_mm(A: Int8Rows, B: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return int8_mm_dequant(int8_linear_matmul(A.codes, B.codes), A.row_stats, B.col_stats, bias, dtype)
 
 
-def int8_mixed_scaled_mm(
-    A: Tensor,
-    CA: Tensor,
-    CB: Tensor,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    outlier_mask: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
+def int8_mixed_scaled_mm(A: Tensor, CA: Int8Rows, CB: Int8Weight, outlier_mask: Tensor, bias: Tensor | None) -> Tensor:
     columns = outlier_mask.nonzero().view(-1)
-    out = _dequantize(int8_linear_matmul(CA, CB), row_stats, col_stats, bias)
-    return (out + product(A[..., columns], outlier_weight(CB, col_stats, columns).t())).to(A.dtype)
+    out = _dequantize(int8_linear_matmul(CA.codes, CB.codes), CA.row_stats, CB.col_stats, bias)
+    return (out + product(A[..., columns], outlier_weight(CB, columns).t())).to(A.dtype)
 
 
-def outlier_weight(CB: Tensor, col_stats: Tensor, columns: Tensor) -> Tensor:
+def outlier_weight(CB: Int8Weight, columns: Tensor) -> Tensor:
     """f32[N, columns]."""
-    return CB[:, columns].float() * (col_stats.view(-1, 1) / 127.0)
+    return CB.codes[:, columns].float() * (CB.col_stats.view(-1, 1) / 127.0)
 
 
-def int8_linear_backward(dY: Tensor, B: Tensor, col_stats: Tensor) -> Tensor:
-    return product(dY, int8_vectorwise_dequant(B, col_stats)).to(dY.dtype)
+def int8_linear_backward(dY: Tensor, B: Int8Weight) -> Tensor:
+    return product(dY, int8_vectorwise_dequant(*B)).to(dY.dtype)

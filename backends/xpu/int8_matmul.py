@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnb_core.records import Int8Rows, Int8Weight
+
 from ..dequantized import Dense, dense_for
 from .launch import SMALLEST_DOT, launch, tile_of_program, tiles
 
@@ -109,33 +111,19 @@ def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor) -> None:
     _matmul(A, B, (None, None, None), (None, None), out)
 
 
-def int8_scaled_mm(
-    A: Tensor,
-    B: Tensor,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    out: Tensor,
-) -> None:
-    _matmul(A, B, (row_stats, col_stats, bias), (None, None), out)
+def int8_scaled_mm(A: Int8Rows, B: Int8Weight, bias: Tensor | None, dtype: torch.dtype, out: Tensor) -> None:
+    _matmul(A.codes, B.codes, (A.row_stats, B.col_stats, bias), (None, None), out)
 
 
 def int8_mixed_scaled_mm(
-    A: Tensor,
-    CA: Tensor,
-    CB: Tensor,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    outlier_mask: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
+    A: Tensor, CA: Int8Rows, CB: Int8Weight, outlier_mask: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
-    _matmul(CA, CB, (row_stats, col_stats, bias), (A, outlier_mask.view(torch.uint8)), out)
+    scales = CA.row_stats, CB.col_stats, bias
+    _matmul(CA.codes, CB.codes, scales, (A, outlier_mask.view(torch.uint8)), out)
 
 
-def int8_linear_backward(dY: Tensor, B: Tensor, col_stats: Tensor, out: Tensor) -> Dense:
-    return dense_for(dY.dtype, terms=B.shape[0])
+def int8_linear_backward(dY: Tensor, B: Int8Weight, out: Tensor) -> Dense:
+    return dense_for(dY.dtype, terms=B.codes.shape[0])
 
 
 def _matmul(

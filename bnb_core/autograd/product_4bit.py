@@ -52,15 +52,16 @@ def keep_weight(ctx: Any, weight: Weight4bit) -> None:
     """Have ctx keep what the gradient needs."""
     remember_choice(ctx)
     ctx.weight = weight
+    ctx.is_transformed = transforms()  # a gradient may be taken when they are over, and wrappers dead
     tensors = weight.tensors()
     ctx.save_for_backward(*tensors)
-    if transforms():
+    if ctx.is_transformed:
         ctx.save_for_forward(*tensors)
 
 
 def _kept_weight(ctx: Any) -> Weight4bit:
     saved = ctx.saved_tensors
-    return ctx.weight.with_tensors(living(saved) if transforms() else saved)
+    return ctx.weight.with_tensors(living(saved) if ctx.is_transformed else saved)
 
 
 @by_the_choice_of_the_forward
@@ -84,7 +85,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A: Tensor, bias: Tensor | None, weight: Weight4bit) -> Tensor:
         keep_weight(ctx, weight)
-        return primitives.gemm_4bit(A, weight, bias)
+        return primitives.gemm_4bit.run((A, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,7 +100,7 @@ class _UntransposedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A: Tensor, weight: Weight4bit) -> Tensor:
         keep_weight(ctx, weight)
-        return primitives.gemm_4bit_backward(A, weight)
+        return primitives.gemm_4bit_backward.run((A, weight))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

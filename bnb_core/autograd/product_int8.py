@@ -23,6 +23,7 @@ from bnb_core.autograd.rules import (
 )
 from bnb_core.checks import check_number, check_tensor, renamed
 from bnb_core.primitive import NAMESPACE, aligned, goes_to_dispatcher
+from bnb_core.records import Int8Rows, Int8Weight
 
 
 @dataclass
@@ -99,7 +100,7 @@ def _gradient_of_input(ctx: Any, dY: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
 def _untransposed_product(dY: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
     """``dY @ W``."""
     if not needs_gradient(dY) or (goes_to_dispatcher(dY) and not transforms()):
-        return primitives.int8_linear_backward(dY, CB, SCB)
+        return primitives.int8_linear_backward(dY, Int8Weight(CB, SCB))
     return _UntransposedInt8Product.apply(dY, CB, SCB)
 
 
@@ -115,7 +116,7 @@ class _UntransposedInt8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(dY: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
-        return primitives.int8_linear_backward(dY, CB, SCB)
+        return primitives.int8_linear_backward(dY, Int8Weight(CB, SCB))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -221,27 +222,20 @@ def _int8_product(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, thres
 
 def _int8_product_of(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     CA, row_stats, outlier_mask = primitives.int8_vectorwise_quant(A, threshold)
+    quantized, weight = Int8Rows(CA, row_stats), Int8Weight(CB, SCB)
     if A.shape[-1] > primitives.MAX_INT8_INNER_SIZE:
-        return _long_int8_product(A, CA, CB, row_stats, SCB, outlier_mask, bias)
+        return _long_int8_product(A, quantized, weight, outlier_mask, bias)
     if threshold > 0:
-        return primitives.int8_mixed_scaled_mm(A, CA, CB, row_stats, SCB, outlier_mask, bias)
-    return primitives.int8_scaled_mm(CA, CB, row_stats, SCB, bias, A.dtype)
+        return primitives.int8_mixed_scaled_mm(A, quantized, weight, outlier_mask, bias)
+    return primitives.int8_scaled_mm(quantized, weight, bias, A.dtype)
 
 
-def _long_int8_product(
-    A: Tensor,
-    CA: Tensor,
-    CB: Tensor,
-    row_stats: Tensor,
-    SCB: Tensor,
-    outlier_mask: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
+def _long_int8_product(A: Tensor, CA: Int8Rows, CB: Int8Weight, outlier_mask: Tensor, bias: Tensor | None) -> Tensor:
     """The product in as many parts as i32 needs to hold their sums, added up in f32 and rounded once."""
     total: Any = 0.0 if bias is None else bias.float()
     for first in range(0, A.shape[-1], primitives.MAX_INT8_INNER_SIZE):
         columns = slice(first, first + primitives.MAX_INT8_INNER_SIZE)
-        operands = CA[..., columns], CB[:, columns], row_stats, SCB
+        operands = Int8Rows(CA.codes[..., columns], CA.row_stats), Int8Weight(CB.codes[:, columns], CB.col_stats)
         if outlier_mask.numel() == 0:
             total = total + primitives.int8_scaled_mm(*operands, None, torch.float32)
         else:

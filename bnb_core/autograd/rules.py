@@ -89,7 +89,11 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     """Also for torch.func and forward-mode differentiation, whose rules the autograd functions have."""
     if transforms():
         return True
-    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                return True
+    return False
 
 
 def write_out(result: Tensor, out: Tensor | None, *inputs: Tensor | None) -> Tensor:

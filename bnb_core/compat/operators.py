@@ -24,7 +24,7 @@ from bnb_core.checks import QUANT_TYPES, check_dtype, check_dtype_argument, chec
 from bnb_core.codebooks import get_4bit_type
 from bnb_core.compat.names import NAME
 from bnb_core.quant_state import QuantState
-from bnb_core.records import OptimizerState32bit, OptimizerStep, Weight4bit
+from bnb_core.records import Int8Rows, Int8Weight, OptimizerState32bit, OptimizerStep, Weight4bit
 
 __all__ = ["register_fake", "register_kernel"]
 
@@ -224,9 +224,7 @@ def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tenso
     return primitives.int8_linear_matmul(A, B, out=out)
 
 
-def _scaled(
-    primitive: Callable[..., Tensor], *operands: Tensor, bias: Tensor | None, dtype: torch.dtype | None
-) -> Tensor:
+def _scaled(primitive: Callable[..., Tensor], *operands: Any, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """A primitive that ends in a bias and a dtype: f16 where none is given. A bias of another dtype is added in f32."""
     dtype = torch.float16 if dtype is None else dtype
     if bias is None or bias.dtype == dtype:
@@ -260,7 +258,7 @@ def int8_scaled_mm(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """:func:`int8_linear_matmul`, then :func:`int8_mm_dequant`."""
-    return _scaled(primitives.int8_scaled_mm, A, B, row_stats, col_stats, bias=bias, dtype=dtype)
+    return _scaled(primitives.int8_scaled_mm, Int8Rows(A, row_stats), Int8Weight(B, col_stats), bias=bias, dtype=dtype)
 
 
 @operator(
@@ -285,7 +283,7 @@ def int8_mixed_scaled_mm(
         check_dtype("outlier_cols", outlier_cols, (torch.int64,))
         _mark(mask, outlier_cols)
     with _errors(row_stats="SCA", col_stats="SCB", outlier_mask="A"):
-        result = primitives.int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, mask, bias)
+        result = primitives.int8_mixed_scaled_mm(A, Int8Rows(CA, SCA), Int8Weight(CB, SCB), mask, bias)
     return result, None if outlier_cols is None else A.reshape(-1, A.shape[-1])[:, outlier_cols]
 
 

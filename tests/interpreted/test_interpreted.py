@@ -13,7 +13,7 @@ tl = pytest.importorskip("triton.language")
 
 import bnb_core  # noqa: E402
 from bnb_core import primitives, registry  # noqa: E402
-from bnb_core.records import OptimizerState32bit, OptimizerStep  # noqa: E402
+from bnb_core.records import Int8Rows, Int8Weight, OptimizerState32bit, OptimizerStep  # noqa: E402
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -83,11 +83,11 @@ def test_int8_products_are_the_same_where_there_is_no_dot_of_codes(monkeypatch, 
     A, B = (torch.randint(-128, 128, (rows, K), dtype=torch.int8) for rows in (M, N))
     A[0], B[0] = -128, -128
     mask = torch.arange(K) % 97 == 0
-    X, scales = torch.randn(M, K).to(dtype), (torch.rand(M), torch.rand(N))
-    with_dot = primitives.int8_mixed_scaled_mm(X, A, B, *scales, mask, None)
+    X, operands = torch.randn(M, K).to(dtype), (Int8Rows(A, torch.rand(M)), Int8Weight(B, torch.rand(N)))
+    with_dot = primitives.int8_mixed_scaled_mm(X, *operands, mask, None)
     monkeypatch.setattr(int8_matmul, "has_int8_dot", lambda device: False)
     assert torch.equal(primitives.int8_linear_matmul(A[:5], B).long(), A[:5].long() @ B.long().t())
-    assert torch.equal(primitives.int8_mixed_scaled_mm(X, A, B, *scales, mask, None), with_dot)
+    assert torch.equal(primitives.int8_mixed_scaled_mm(X, *operands, mask, None), with_dot)
 
 
 def test_a_kernel_that_triton_is_imported_for_late_is_the_kernel():

@@ -25,6 +25,7 @@ from bnb_core.conformance.values import (
     rows,
     unit_of_scales,
 )
+from bnb_core.records import Int8Rows, Int8Weight
 
 ACTIVATION_SHAPES: dict[str, tuple[int, ...]] = {
     "one": (1, 1),
@@ -223,7 +224,9 @@ def _check_mm_dequant(context: Context, sample: Product) -> None:
 def _check_scaled_mm(context: Context, sample: Product) -> None:
     generator = context.generator(sample.name)
     (A, B), (row_stats, col_stats, bias) = sample.operands(generator), sample.scales(generator)
-    (got,) = context.call(primitives.int8_scaled_mm, A, B, row_stats, col_stats, bias, sample.dtype)
+    (got,) = context.call(
+        primitives.int8_scaled_mm, Int8Rows(A, row_stats), Int8Weight(B, col_stats), bias, sample.dtype
+    )
     C = _exact(A.contiguous(), B)
     expected, terms = _scaled(C, row_stats, col_stats, bias), np.abs(_scaled(C, row_stats, col_stats, None))
     within("result", got.double().numpy(), expected, _rounding_bound(sample.dtype, terms, expected))
@@ -239,8 +242,8 @@ def _check_mixed_scaled_mm(context: Context, sample: Product, outliers: int, lar
     mask[torch.randperm(K, generator=generator)[:outliers]] = True
     CA = LAYOUTS[sample.layout](CA.masked_fill(mask, 0))
     A = LAYOUTS[sample.layout]((torch.randn((*batch, K), generator=generator) * (20 * large)).to(sample.dtype))
-    arguments = (A, CA, CB, row_stats, col_stats, mask, bias)
-    (got,) = context.call(primitives.int8_mixed_scaled_mm, *arguments)
+    others = (Int8Weight(CB, col_stats), mask, bias)
+    (got,) = context.call(primitives.int8_mixed_scaled_mm, A, Int8Rows(CA, row_stats), *others)
     C = _exact(CA.contiguous(), CB)
     weight = (CB.double() * col_stats.double()[:, None] / 127)[:, mask].numpy()
     inputs = A.double()[..., mask].numpy()
@@ -251,7 +254,8 @@ def _check_mixed_scaled_mm(context: Context, sample: Product, outliers: int, lar
     bound = _rounding_bound(sample.dtype, terms, expected) + ROUNDOFF[sample.dtype] * outlier_terms
     within("result", got.double().numpy(), expected, bound)
     if sample.layout != "contiguous":
-        of_copies = context.call(primitives.int8_mixed_scaled_mm, *map(contiguous_copy, (A, CA)), *arguments[2:])
+        quantized = Int8Rows(contiguous_copy(CA), row_stats)
+        of_copies = context.call(primitives.int8_mixed_scaled_mm, contiguous_copy(A), quantized, *others)
         same_bits("result for copies", got, *of_copies)
 
 
@@ -292,11 +296,12 @@ class Gradient:
 
 def _check_backward(context: Context, sample: Gradient) -> None:
     dY, B, col_stats = sample.operands(context.generator(sample.name))
-    (got,) = context.call(primitives.int8_linear_backward, dY, B, col_stats)
+    (got,) = context.call(primitives.int8_linear_backward, dY, Int8Weight(B, col_stats))
     weight = B.double() * col_stats.double()[:, None] / 127
     near_product(got, dY, weight.numpy())
     if sample.layout != "contiguous":
-        of_copies = context.call(primitives.int8_linear_backward, *map(contiguous_copy, (dY, B, col_stats)))
+        of_weight = Int8Weight(contiguous_copy(B), contiguous_copy(col_stats))
+        of_copies = context.call(primitives.int8_linear_backward, contiguous_copy(dY), of_weight)
         same_bits("result for copies", got, *of_copies)
 
 

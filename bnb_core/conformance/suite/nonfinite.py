@@ -22,7 +22,7 @@ from bnb_core.conformance.case import Case, Context, Failure, named, positional,
 from bnb_core.conformance.values import DTYPES, dtype_name
 from bnb_core.primitive import Primitive
 from bnb_core.primitives import block_count
-from bnb_core.records import NESTED_BLOCKSIZE, Weight4bit
+from bnb_core.records import NESTED_BLOCKSIZE, Int8Rows, Int8Weight, Weight4bit
 
 NAN, INF = math.nan, math.inf
 
@@ -221,7 +221,11 @@ def _int8_product(generator: torch.Generator, shape: tuple[int, int, int], dtype
         C = torch.randint(-(2**20), 2**20, (M, N), generator=generator, dtype=torch.int32)
         return Call(primitives.int8_mm_dequant, (C, row_stats, col_stats, bias, dtype), _scale_touches(M, N))
     A, B = (torch.randint(-127, 128, (n, K), generator=generator, dtype=torch.int8) for n in (M, N))
-    return Call(primitives.int8_scaled_mm, (A, B, row_stats, col_stats, bias, dtype), _scale_touches(M, N))
+    return Call(
+        primitives.int8_scaled_mm,
+        (Int8Rows(A, row_stats), Int8Weight(B, col_stats), bias, dtype),
+        _scale_touches(M, N),
+    )
 
 
 def _int8_mixed(generator: torch.Generator, shape: tuple[int, int, int], dtype: torch.dtype) -> Call:
@@ -240,7 +244,7 @@ def _int8_mixed(generator: torch.Generator, shape: tuple[int, int, int], dtype: 
         Touch("A", row * K, INF, [_one((M, 1), row)]),
         Touch("A", row * K + 1, NAN, [torch.zeros(1, dtype=torch.bool)]),
     )
-    arguments = (A, CA, CB, row_stats, col_stats, outliers, bias)
+    arguments = (A, Int8Rows(CA, row_stats), Int8Weight(CB, col_stats), outliers, bias)
     return Call(primitives.int8_mixed_scaled_mm, arguments, touches)
 
 
@@ -254,7 +258,7 @@ def _int8_backward(generator: torch.Generator, shape: tuple[int, int, int], dtyp
         Touch("dY", row * N + N - 1, INF, [_one((M, 1), row)]),
         Touch("col_stats", N - 1, NAN, [torch.ones(1, dtype=torch.bool)]),
     )
-    return Call(primitives.int8_linear_backward, (dY, B, col_stats), touches)
+    return Call(primitives.int8_linear_backward, (dY, Int8Weight(B, col_stats)), touches)
 
 
 def cases() -> Iterator[Case]:
