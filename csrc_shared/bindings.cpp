@@ -15,32 +15,34 @@ using binding::States32bit;
 using binding::States8bit;
 using binding::TensorList;
 
-// The parameters of a step, made by `parameter` from each one's place in the lists.
-template <class Make>
-auto parameters_of(const TensorList& p, const Make& parameter) {
-  std::vector<decltype(parameter(size_t{0}))> result;
-  result.reserve(p.size());
-  for (size_t i = 0; i < p.size(); i++) result.push_back(parameter(i));
-  return result;
-}
-
-template <class Parameter>
-Parameters<Parameter> of(const std::vector<Parameter>& parameters, DType dtype) {
-  return {parameters.data(), static_cast<int64_t>(parameters.size()), dtype};
+// Calls update with the parameters of a step, which `parameter` makes from each one's place in the lists.
+template <class Make, class Update>
+void with_parameters(const TensorList& p, const Make& parameter, const Update& update) {
+  using Parameter = decltype(parameter(size_t{0}));
+  if (p.size() == 1) {
+    const Parameter one = parameter(0);
+    return update(Parameters<Parameter>{&one, 1, p.dtype()});
+  }
+  std::vector<Parameter> many;
+  many.reserve(p.size());
+  for (size_t i = 0; i < p.size(); i++) many.push_back(parameter(i));
+  update(Parameters<Parameter>{many.data(), static_cast<int64_t>(many.size()), p.dtype()});
 }
 
 void optimizer_update_32bit(const OptimizerStep& step, const TensorList& g, const TensorList& p,
                             const States32bit& states, double* norms, Stream stream) {
-  const auto parameters = parameters_of(p, [&](size_t i) {
+  const auto parameter = [&](size_t i) {
     return Parameter32bit{g.at<void>(i), p.at<void>(i), p.count(i), states.state1.at<float>(i),
                           states.state2.at<float>(i)};
+  };
+  with_parameters(p, parameter, [&](const Parameters<Parameter32bit>& parameters) {
+    kernels().optimizer_update_32bit(step, parameters, norms, stream);
   });
-  kernels().optimizer_update_32bit(step, of(parameters, p.dtype()), norms, stream);
 }
 
 void optimizer_update_8bit_blockwise(const OptimizerStep& step, const TensorList& g, const TensorList& p,
                                      const States8bit& states, double* norms, Stream stream) {
-  const auto parameters = parameters_of(p, [&](size_t i) {
+  const auto parameter = [&](size_t i) {
     return Parameter8bit{g.at<void>(i),
                          p.at<void>(i),
                          p.count(i),
@@ -48,8 +50,10 @@ void optimizer_update_8bit_blockwise(const OptimizerStep& step, const TensorList
                          states.state2.at<uint8_t>(i),
                          states.absmax1.at<float>(i),
                          states.absmax2.at<float>(i)};
+  };
+  with_parameters(p, parameter, [&](const Parameters<Parameter8bit>& parameters) {
+    kernels().optimizer_update_8bit_blockwise(step, parameters, states.codebooks, norms, stream);
   });
-  kernels().optimizer_update_8bit_blockwise(step, of(parameters, p.dtype()), states.codebooks, norms, stream);
 }
 
 }  // namespace

@@ -109,35 +109,41 @@ class TensorList {
   explicit TensorList(PyObject* object) {
     if (object == Py_None) return;
     if (!PyList_Check(object)) {
-      add(object);
+      add(object, one_);
+      size_ = 1;
       return;
     }
-    const Py_ssize_t size = PyList_GET_SIZE(object);
-    addresses_.reserve(size);
-    counts_.reserve(size);
-    for (Py_ssize_t i = 0; i < size && !PyErr_Occurred(); i++) add(PyList_GET_ITEM(object, i));
+    size_ = static_cast<size_t>(PyList_GET_SIZE(object));
+    many_.resize(size_);
+    for (size_t i = 0; i < size_ && !PyErr_Occurred(); i++) add(PyList_GET_ITEM(object, i), many_[i]);
   }
 
-  size_t size() const { return addresses_.size(); }
-  int64_t count(size_t i) const { return counts_[i]; }
-  // Of the first one.
+  size_t size() const { return size_; }
+  int64_t count(size_t i) const { return tensor(i).count; }
+  // Of the last one.
   DType dtype() const { return dtype_; }
   // Null where the list has no such tensor.
   template <class T>
   T* at(size_t i) const {
-    return i < addresses_.size() ? static_cast<T*>(addresses_[i]) : nullptr;
+    return i < size_ ? static_cast<T*>(tensor(i).address) : nullptr;
   }
 
  private:
-  void add(PyObject* tensor) {
-    const TensorView view(tensor);
-    if (addresses_.empty()) dtype_ = view.dtype();
-    addresses_.push_back(view.address());
-    counts_.push_back(view.count());
-  }
+  struct Located {
+    void* address = nullptr;
+    int64_t count = 0;
+  };
 
-  std::vector<void*> addresses_;
-  std::vector<int64_t> counts_;
+  void add(PyObject* tensor, Located& place) {
+    const TensorView view(tensor);
+    place = {view.address(), view.count()};
+    dtype_ = view.dtype();
+  }
+  const Located& tensor(size_t i) const { return many_.empty() ? one_ : many_[i]; }
+
+  size_t size_ = 0;
+  Located one_;  // no memory is taken for a single tensor
+  std::vector<Located> many_;
   DType dtype_ = DType::f32;
 };
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from optimizers import build
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from bnb_core import functional as F
-from bnb_core import primitives
+from bnb_core import optim, primitives
 from bnb_core.conformance.suite.errors import valid_arguments
 from bnb_core.nn import Linear8bitLt, LinearNF4
 from bnb_core.primitive import Primitive
@@ -108,3 +110,41 @@ def test_compiled_modes_give_the_same(context):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with context():
         assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW32bit", "LAMB8bit", "AdEMAMix8bit", "Lion8bit", "SGD32bit"])
+def test_a_compiled_training_step_trains_as_the_eager_one_does_and_is_compiled_once(name):
+    """The optimizer's own step is left out of the graph."""
+    torch._dynamo.reset()
+    x = torch.randn(8, 64)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def losses(backend):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+        optimizer = build(name, model.parameters(), min_8bit_size=64)
+
+        def step():
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        step = step if backend is None else torch.compile(step, backend=backend)
+        return [step().item() for _ in range(5)]
+
+    assert losses(counter) == losses(None)
+    assert counter.frame_count <= 2, "compiled anew at later steps"
+
+
+def test_a_step_is_no_part_of_a_cuda_graph(monkeypatch):
+    """It would repeat the step count of its capture."""
+    weight = nn.Parameter(torch.ones(64))
+    weight.grad = torch.ones(64)
+    optimizer = optim.AdamW8bit([weight])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"AdamW8bit.step: a CUDA graph would repeat it"):
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(64)) and not optimizer.state

@@ -33,6 +33,12 @@ SMALLEST_PAGED = 100_000
 ABSMAX_KEYS = ("absmax1", "absmax2")
 
 
+_CAPTURED = (
+    "{}.step: a CUDA graph would repeat it with the step count and the learning rate of its capture; capture forward and "
+    "backward, and call step() after each replay"
+)
+
+
 class MockArgs:
     """Settings as attributes. Whole optimizers that bitsandbytes has pickled name this class."""
 
@@ -179,16 +185,21 @@ class Optimizer8bit(torch.optim.Optimizer):
             config.update(self._overrides.get(id(params[pindex]), {}))
         return config
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
-        Every setting is checked and every state made before the first parameter is updated.
+        Every setting is checked and every state made before the first parameter is updated. A function that
+        torch.compile compiles is left for it: its number is another at each call, and its kernels are no torch code.
 
         Raises:
             ValueError: a gradient is sparse, or a setting is out of its range; nothing has changed then.
             OSError, RuntimeError: there is no memory for a state; nothing has changed then.
+            RuntimeError: a CUDA graph is being captured, which would repeat this very step.
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(_CAPTURED.format(type(self).__name__))
         loss = None
         if closure is not None:
             with torch.enable_grad():
