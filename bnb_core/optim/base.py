@@ -34,8 +34,8 @@ ABSMAX_KEYS = ("absmax1", "absmax2")
 
 
 _CAPTURED = (
-    "{}.step: a CUDA graph would repeat it with the step count and the learning rate of its capture; capture forward and "
-    "backward, and call step() after each replay"
+    "{}.step: a CUDA graph would repeat it with the step count and the learning rate of its capture; capture forward "
+    "and backward, and call step() after each replay"
 )
 
 
