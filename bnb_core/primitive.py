@@ -320,7 +320,7 @@ def primitive(schema: str, differentiable: bool = False) -> Callable[[Callable[.
     Args:
         schema: the arguments and results in torch's schema language, without the name; a record of records.py stands
             for its fields.
-        differentiable: autograd.py registers a gradient; otherwise torch sees results that need none.
+        differentiable: the package autograd registers a gradient; otherwise torch sees results that need none.
     """
     return lambda declaration: Primitive(schema, declaration, differentiable)
 

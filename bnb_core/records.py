@@ -43,8 +43,9 @@ class Weight4bit(NamedTuple):
     def with_tensors(self, tensors: Sequence[Any]) -> Weight4bit:
         """The same weight with other :meth:`tensors`."""
         packed, absmax, nested_absmax, nested_code, offset = tensors
-        described = self.shape, absmax, self.blocksize, self.quant_type
-        return Weight4bit(packed, *described, nested_absmax, nested_code, offset, self.nested_blocksize)
+        shape, blocksize, quant_type = self.shape, self.blocksize, self.quant_type
+        last = self.nested_blocksize
+        return Weight4bit(packed, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, last)
 
 
 class Int8Rows(NamedTuple):

@@ -500,14 +500,17 @@ def _others_kernel(primitive: str, backend: str, kernel: Kernel) -> Kernel:
     """
     whose = f"{primitive}: backend {backend!r}"
 
-    @wraps(kernel.function)
-    def function(*arguments: Any, **outputs: Any) -> None:
-        try:
-            kernel.function(*arguments, **outputs)
-        except Exception as error:
-            if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(f"raised in {whose}")
-            raise
+    def named(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def call(*arguments: Any, **outputs: Any) -> None:
+            try:
+                function(*arguments, **outputs)
+            except Exception as error:
+                if hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(f"raised in {whose}")
+                raise
+
+        return call
 
     def asked(question: Callable[..., Any] | None, otherwise: Callable[[str], Any]) -> Callable[..., Any] | None:
         if question is None:
@@ -523,7 +526,9 @@ def _others_kernel(primitive: str, backend: str, kernel: Kernel) -> Kernel:
 
         return ask
 
-    return Kernel(function, asked(kernel.supports, str), asked(kernel.present, lambda sentence: False))
+    supports, present = asked(kernel.supports, str), asked(kernel.present, lambda sentence: False)
+    several = None if kernel.several is None else named(kernel.several)
+    return Kernel(named(kernel.function), supports, present, several)
 
 
 def _by_priority(primitive: str, device_type: str) -> list[_Candidate]:

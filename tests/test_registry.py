@@ -330,6 +330,25 @@ def test_what_a_kernel_of_somebody_else_raises_names_the_backend_and_the_primiti
     assert caught.value.__notes__ == ["raised in quantize_4bit: backend 'theirs'"]
 
 
+def test_a_kernel_of_somebody_else_takes_many_parameters_in_one_call():
+    calls = []
+
+    def one(*arguments):
+        calls.append("one")
+
+    def several(step, g, p, state, unorm_vec):
+        calls.append(len(p))
+
+    parameters = [torch.nn.Parameter(torch.ones(8)) for _ in range(3)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(8)
+    optimizer = bnb_core.optim.Adam32bit(parameters)
+    kernel = registry.Kernel(one, several=several)
+    with registry.registered(Backend("theirs", ("cpu",), 1000, {"optimizer_update_32bit": kernel})):
+        optimizer.step()
+    assert calls == [3]
+
+
 def test_a_backend_that_cannot_say_what_it_supports_is_passed_over_with_a_warning_unless_named():
     def fail(*arguments):
         raise ZeroDivisionError("a bug of theirs")
