@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kThreads = CellEncoder::kThreads;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kBlocksAtLeast = 2;  // on a multiprocessor: registers for more of them would be spilled
 
 struct ScalarMath {
   static __device__ float sqrt(float x) { return sqrtf(x); }
@@ -145,7 +146,7 @@ struct Batch {
 
 // `bounded_size` holds the size of the update where a norm bounds it, and is null otherwise.
 template <class P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
     update_kernel(Coefficients c, float size, const float* bounded_size,
                   typename P::State::Codebooks codebooks, Batch<typename P::Stored> batch) {
   __shared__ typename P::Tables tables;
