@@ -120,11 +120,16 @@ class NativeKernels:
 
     def several_32bit(self, step: OptimizerStep, g: Any, p: Any, state: Any, unorm_vec: None) -> None:
         """:meth:`optimizer_update_32bit` of lists of tensors."""
-        self.module.optimizer_update_32bit(step, g, p, state, None, self.stream(p[0].device))
+        self._update_several(self.module.optimizer_update_32bit, step, g, p, state)
 
     def several_8bit(self, step: OptimizerStep, g: Any, p: Any, state: Any, unorm_vec: None) -> None:
         """:meth:`optimizer_update_8bit_blockwise` of lists of tensors."""
-        self.module.optimizer_update_8bit_blockwise(step, g, p, state, None, self.stream(p[0].device))
+        self._update_several(self.module.optimizer_update_8bit_blockwise, step, g, p, state)
+
+    def _update_several(self, update: Any, step: OptimizerStep, g: Any, p: Any, state: Any) -> None:
+        if step.max_unorm > 0:  # each parameter needs norms of its own
+            raise ValueError(f"max_unorm: expected 0 for several parameters, got {step.max_unorm}")
+        update(step, g, p, state, None, self.stream(p[0].device))
 
 
 def _updating_in_place(kernel: Callable[..., None]) -> Callable[..., None]:

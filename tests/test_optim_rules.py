@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from bnb_core import functional
+from bnb_core import functional, primitives, use_backend
 from bnb_core.codebooks import create_dynamic_map
 from bnb_core.primitives import OPTIMIZERS
+from bnb_core.records import OptimizerState32bit, OptimizerStep
 
 BLOCKSIZE = 256
 SHAPE = (37, 53)
@@ -372,3 +373,12 @@ def test_zero_gradient_moves_nothing(case, form, backend):
     p = random_parameter()
     step(case, 1, torch.zeros(SHAPE), p, make_state(case))
     assert torch.equal(p, random_parameter())
+
+
+def test_several_parameters_at_once_have_no_bounded_update():
+    """Each would need norms of its own, for which the kernels have no memory then."""
+    tensors = [torch.ones(8), torch.ones(8)]
+    step = OptimizerStep("adam", 1, 0.1, 0.9, 0.99, max_unorm=1.0)
+    state = OptimizerState32bit(list(tensors), list(tensors))
+    with use_backend("cpu"), pytest.raises(ValueError, match="max_unorm: expected 0 for several parameters"):
+        primitives.optimizer_update_32bit.several(step, tensors, list(tensors), state, torch.zeros(1))
