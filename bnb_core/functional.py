@@ -381,7 +381,7 @@ def gemv_4bit(
         _check_not_transposed("transposed_A", transposed_A)
         _check_not_transposed("transposed_B", transposed_B)
     try:
-        one_row = A.dim() > 0 and A.numel() == A.size(-1)
+        one_row = A.numel() == (A.shape[-1] if A.dim() else 0)
     except (AttributeError, RuntimeError, TypeError):
         check_dense("A", A)
         raise
