@@ -398,11 +398,14 @@ def test_of_two_packages_that_offer_one_name_neither_serves_and_both_are_named(t
     assert run_python("import bnb_core", tmp_path, BNB_BACKEND="twice").stderr == ""
 
 
-def test_import_initializes_no_gpu_and_loads_no_backend():
+def test_import_initializes_no_gpu_and_loads_no_backend_and_no_compiler():
     code = (
-        "import sys, torch, bnb_core\n"
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import bnb_core\n"
         "assert not torch.cuda.is_initialized()\n"
-        "print([m for m in sys.modules if m.startswith('bnb_core.backends.')])"
+        "late = ('bnb_core.backends.', 'torch._dynamo', 'torch._inductor', 'triton')\n"
+        "print([m for m in set(sys.modules) - before if m.startswith(late)])"
     )
     assert run_python(code).stdout.strip() == "[]"
 

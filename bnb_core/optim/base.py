@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,11 +33,24 @@ from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerS
 SMALLEST_PAGED = 100_000
 ABSMAX_KEYS = ("absmax1", "absmax2")
 
-
 _CAPTURED = (
     "{}.step: a CUDA graph would repeat it with the step count and the learning rate of its capture; capture forward "
     "and backward, and call step() after each replay"
 )
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What :func:`torch.compiler.disable` makes of it, at the first call: it imports all of torch's compiler."""
+    disabled = None
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    return call
 
 
 class MockArgs:
@@ -185,7 +199,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             config.update(self._overrides.get(id(params[pindex]), {}))
         return config
 
-    @torch.compiler.disable
+    @_uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
