@@ -29,7 +29,8 @@ HIPIFIED = Path("build/hipified")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512_VNNI = [*AVX512, "-mavx512vnni"]
-AMX = [*AVX512_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+AVX512_BF16 = [*AVX512_VNNI, "-mavx512bf16", "-mavx512vbmi"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
 
 Command = Callable[[list[str], str], list[str]]
@@ -85,7 +86,8 @@ def cpu_kernels() -> list[KernelExtension]:
     # machine lacks, even in code that runs before the choice.
     target_flags = {"portable": []}
     if platform.machine() in ("x86_64", "AMD64"):
-        target_flags |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512_VNNI, "amx": AMX}
+        target_flags |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512_VNNI}
+        target_flags |= {"avx512_bf16": AVX512_BF16, "amx": AMX}
     targets = {f"csrc_cpu/targets/{target}.cpp": flags for target, flags in target_flags.items()}
     source_flags = {**bindings("_kernels"), **sources("csrc_cpu/*.cpp"), **targets}
     return [KernelExtension("bnb_core.backends.cpu._kernels", source_flags, ["csrc_shared", "csrc_cpu"])]

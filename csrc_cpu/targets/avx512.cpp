@@ -3,4 +3,5 @@
 
 #include "../generic/table.h"
 
-const bnb::Target bnb::avx512_target = bnb::avx512::target<bnb::avx512::PairsDot, bnb::avx512::NoTiles>();
+const bnb::Target bnb::avx512_target =
+    bnb::avx512::target<bnb::avx512::PairsDot, bnb::avx512::NoneOfItsOwn>();
