@@ -29,7 +29,7 @@ HIPIFIED = Path("build/hipified")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512_VNNI = [*AVX512, "-mavx512vnni"]
-AVX512_BF16 = [*AVX512_VNNI, "-mavx512bf16", "-mavx512vbmi"]
+AVX512_BF16 = [*AVX512_VNNI, "-mavx512bf16", "-mavx512vbmi", "-mavx512bitalg"]
 AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
 

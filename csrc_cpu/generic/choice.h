@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward.h"
+#include "quantize.h"
 
 namespace bnb::BNB_TARGET {
 namespace {
@@ -18,6 +19,7 @@ struct NoKernel {
 };
 
 struct NoneOfItsOwn {
+  using Encoding = BlockwiseEncoding;
   using Gemm4bit = NoKernel;
   using Backward4bit = NoKernel;
   using Int8 = NoKernel;

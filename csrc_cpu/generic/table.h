@@ -12,7 +12,7 @@ namespace {
 template <class Dot, class Own>
 constexpr Target target() {
   return {{
-              quantize_blockwise,
+              quantize_blockwise<typename Own::Encoding>,
               dequantize_blockwise,
               quantize_4bit,
               dequantize_4bit,
@@ -26,7 +26,7 @@ constexpr Target target() {
               int8_mixed_scaled_mm<Dot, typename Own::Int8>,
               int8_linear_backward,
               optimizer_update_32bit,
-              optimizer_update_8bit_blockwise,
+              optimizer_update_8bit_blockwise<typename Own::Encoding>,
           },
           gemm_4bit_of_code};
 }

@@ -1,6 +1,7 @@
 #define BNB_TARGET avx512_bf16
-#include "../simd/avx512.h"
+#include "../simd/avx512_vbmi.h"
 
+#include "../avx512_bf16/encoder.h"
 #include "../avx512_bf16/gemm_4bit.h"
 #include "../avx512_bf16/gemm_4bit_backward.h"
 #include "../avx512_vnni/int8.h"
@@ -9,7 +10,8 @@
 namespace bnb::avx512_bf16 {
 namespace {
 
-struct Strips {
+struct Permutations {
+  using Encoding = RankEncoding;
   using Gemm4bit = StripGemm4bit;
   using Backward4bit = StripBackward4bit;
   using Int8 = NoKernel;
@@ -19,4 +21,4 @@ struct Strips {
 }  // namespace bnb::avx512_bf16
 
 const bnb::Target bnb::avx512_bf16_target =
-    bnb::avx512_bf16::target<bnb::avx512_bf16::VnniDot, bnb::avx512_bf16::Strips>();
+    bnb::avx512_bf16::target<bnb::avx512_bf16::VnniDot, bnb::avx512_bf16::Permutations>();
