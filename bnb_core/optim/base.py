@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from bnb_core import functional, primitives
+from bnb_core import functional
 from bnb_core.checks import check_flag
 from bnb_core.optim.checkpoint import (
     QUANT_STATE_KEY,
@@ -22,13 +23,13 @@ from bnb_core.optim.checkpoint import (
     checked_state,
     grouped,
 )
+from bnb_core.optim.compiled import compiled_step, init_group, primitive_and_record
 from bnb_core.optim.hyperparameters import check_hyperparameters, check_lr_tensor, check_only
 from bnb_core.optim.manager import GlobalOptimManager
 from bnb_core.optim.per_element import expected_per_element, in_blocks, is_flattened, per_element
 from bnb_core.paged import GlobalPageManager
-from bnb_core.primitive import Primitive
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
-from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep
+from bnb_core.records import OptimizerStep
 
 # Below this many elements a state is not worth a file (or an allocation in managed memory) of its own.
 SMALLEST_PAGED = 100_000
@@ -172,13 +173,13 @@ class Optimizer8bit(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
+            self.check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
         self.initialized = False
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def check_group(self, group: Mapping[str, Any]) -> None:
         config = {**vars(self.args), **group}
         if self.capturable and isinstance(config.get("lr"), Tensor):
             check_lr_tensor(config.pop("lr"))
@@ -215,19 +216,37 @@ class Optimizer8bit(torch.optim.Optimizer):
             config.update(self._overrides.get(id(params[pindex]), {}))
         return config
 
-    @_uncompiled
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Every setting is checked and every state made before the first parameter is updated. A function that
-        torch.compile compiles is left for it: its number is another at each call, and its kernels are no torch code.
+        torch.compile compiles is left for it, unless ``capturable``: then it is part of what is compiled, a call of an
+        operator for each parameter, and the checks are made while it is compiled.
 
         Raises:
             ValueError: a gradient is sparse, or a setting is out of its range; nothing has changed then.
             OSError, RuntimeError: there is no memory for a state; nothing has changed then.
-            RuntimeError: a CUDA graph is being captured, which would repeat this very step.
+            RuntimeError: a CUDA graph is being captured, which would repeat this very step; or it would make the state
+                anew at each replay, as no step has made it before.
         """
+        if self.capturable and is_compiling() and type(self).update_step is Optimizer8bit.update_step:
+            return compiled_step(self, closure)
+        return self._eager_step(closure)
+
+    def _init_group(self, *arguments: Any) -> int:
+        """:func:`bnb_core.optim.compiled.init_group`; torch's compiler runs methods of optimizers with this name."""
+        return init_group(self, *arguments)
+
+    def prepare(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
+        """Have the state of these parameters where it belongs."""
+        if not self.initialized or (self.is_paged and os.getpid() != self._process):
+            self.to_gpu()
+            self.initialized = True
+        self._init_states(indices)
+
+    @_uncompiled
+    @torch.no_grad()
+    def _eager_step(self, closure: Callable[[], Any] | None) -> Any:
         capturing = _is_capturing()
         if capturing and not self.capturable:
             raise RuntimeError(_CAPTURED.format(type(self).__name__))
@@ -237,7 +256,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 loss = closure()
         self.check_overrides()
         for group in self.param_groups:
-            self._check_group(group)
+            self.check_group(group)
         indices = [
             (group, p, gindex, pindex)
             for gindex, group in enumerate(self.param_groups)
@@ -246,10 +265,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         ]
         if capturing and not (self.initialized and all("step" in self.state[p] for _, p, _, _ in indices)):
             raise RuntimeError(_UNPREPARED.format(type(self).__name__))
-        if not self.initialized or (self.is_paged and os.getpid() != self._process):
-            self.to_gpu()
-            self.initialized = True
-        self._init_states(indices)
+        self.prepare(indices)
         if type(self).update_step is Optimizer8bit.update_step:
             self._update_together(indices)
             return loss
@@ -291,14 +307,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         else:
             step = first["step"] + 1
         columns = {key: [state[key] for state in states] for key in (*STATE_KEYS, *ABSMAX_KEYS) if key in first}
-        update, record = _primitive_and_record({**first, **columns})
+        update, record = primitive_and_record({**first, **columns})
         g, p = [p.grad for p, _ in members], [p for p, _ in members]
-        update.several(self._settings(config, step, p[0].device), g, p, record, None)
+        update.several(self.settings_of(config, step, p[0].device), g, p, record, None)
         if not self.capturable:
             for state in states:
                 state["step"] = step
 
-    def _settings(self, config: Mapping[str, Any], step: Any, device: torch.device) -> OptimizerStep:
+    def settings_of(self, config: Mapping[str, Any], step: Any, device: torch.device) -> OptimizerStep:
         """The settings of a step of parameters on a device; ``step`` is an int, a tensor or a list of tensors."""
         beta1, beta2, *others = config["betas"]
         alpha, beta3, t_alpha, t_beta3 = 0.0, 0.0, 0.0, 0.0
@@ -367,11 +383,16 @@ class Optimizer8bit(torch.optim.Optimizer):
         assert p.grad is not None
         count = state["step"]
         step = count.add_(1.0) if isinstance(count, Tensor) else count + 1
+        self.make_room(p, state, config)
+        update, record = primitive_and_record(state)
+        update(self.settings_of(config, step, p.device), p.grad, p, record, state.get("unorm_vec"))
+        state["step"] = step
+
+    @staticmethod
+    def make_room(p: Tensor, state: dict[str, Any], config: Mapping[str, Any]) -> None:
+        """For the norm of the update, where that is bounded."""
         if config["max_unorm"] > 0 and "unorm_vec" not in state:
             state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
-        update, record = _primitive_and_record(state)
-        update(self._settings(config, step, p.device), p.grad, p, record, state.get("unorm_vec"))
-        state["step"] = step
 
     def _pages(self, p: Tensor) -> bool:
         return self.is_paged and p.numel() >= SMALLEST_PAGED
@@ -469,7 +490,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 raise ValueError(f"{key}: expected a {kind.__name__.lower()}, got {type(state_dict.get(key)).__name__}")
         groups = checked_groups(state_dict["param_groups"], self.param_groups, self.defaults)
         for group in groups:
-            self._check_group(group)
+            self.check_group(group)
         copied = self._copied if move_to_device else _cloned
         state: defaultdict[Tensor, dict[str, Any]] = defaultdict(ParameterState)
         for p, saved in self._checked_states(state_dict, groups).items():
@@ -521,15 +542,6 @@ class Optimizer8bit(torch.optim.Optimizer):
 
 def _is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _primitive_and_record(state: Mapping[str, Any]) -> tuple[Primitive, OptimizerState8bit | OptimizerState32bit]:
-    """What updates a parameter with this state, and the state as it is taken; lists of tensors for several."""
-    state1, state2 = state["state1"], state.get("state2")
-    if "qmap1" not in state:
-        return primitives.optimizer_update_32bit, OptimizerState32bit(state1, state2)
-    qmaps, absmaxes = (state["qmap1"], state.get("qmap2")), (state["absmax1"], state.get("absmax2"))
-    return primitives.optimizer_update_8bit_blockwise, OptimizerState8bit(state1, state2, *qmaps, *absmaxes)
 
 
 def _cloned(p: Tensor, key: str, value: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Specialization(NamedTuple):
 
 
 def _optimizer(states: str, measures: bool, **constants: Any) -> Specialization:
-    tail = "*fp32 None" if measures else "None *fp32"
+    tail = "*fp32 None None" if measures else "None *fp32 None"
     constants = {"FIRST_STEP": False, "SKIP_ZEROS": False, "BLOCKS": 8, **constants}
     return Specialization("optimizer", "optimizer_kernel", f"{states} {tail} i64 {STEP}", constants)
 
