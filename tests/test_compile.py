@@ -230,3 +230,28 @@ def test_a_compiled_step_refuses_what_an_eager_one_does():
     with pytest.raises(Exception, match="eps: expected a number"):
         torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)()
     assert torch.equal(weight, torch.ones(64))
+
+
+def test_a_training_step_with_a_capturable_optimizer_is_compiled_once():
+    """In two parts, before and after backward(), each of which torch may begin anew once."""
+    torch._dynamo.reset()
+
+    def losses(backend):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)), torch.randn(8, 64)
+        optimizer = build("AdamW8bit", model.parameters(), min_8bit_size=64, capturable=True, lr=torch.tensor(0.01))
+
+        def step():
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        step = step if backend is None else torch.compile(step, backend=backend)
+        return [step().item() for _ in range(6)]
+
+    counter = CompileCounterWithBackend("aot_eager")
+    expected = losses(None)
+    assert losses(counter) == expected
+    assert counter.frame_count <= 4, "compiled anew at later steps"
