@@ -7,11 +7,29 @@
 namespace bnb::BNB_TARGET {
 namespace {
 
-template <class T>
-int32_t absmax_bits(const T* a, int64_t n) {
+inline int32_t absmax_bits(const float* a, int64_t n) {
   I32 largest{};
   for_each_vector(n, [&](int64_t i, auto lanes) { largest = max(largest, bits(abs(load(a + i, lanes)))); });
   return reduce_max(largest);
+}
+// Without their sign, the bits of f16 and bf16 order as their values do.
+template <class T>
+int32_t absmax_bits(const T* a, int64_t n) {
+  constexpr int64_t kHalves = 2 * kLanes;
+  I16 largest{};
+  int64_t i = 0;
+  for (; i + kHalves <= n; i += kHalves) {
+    I16 magnitude;
+    __builtin_memcpy(&magnitude, a + i, sizeof magnitude);
+    magnitude &= 0x7fff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  T all[kHalves + kLanes] = {};
+  __builtin_memcpy(all, &largest, sizeof largest);
+  I32 widened = max(bits(load(all)), bits(load(all + kLanes)));
+  for_each_vector(n - i,
+                  [&](int64_t j, auto lanes) { widened = max(widened, bits(abs(load(a + i + j, lanes)))); });
+  return reduce_max(widened);
 }
 
 // Where a block's codes go: a byte each, or two a byte with the first in the high nibble, where a last byte
@@ -50,32 +68,49 @@ BNB_INLINE void encode_values(const T* a, int64_t n, F32 inverse, const Encode& 
                   [&](int64_t i, auto lanes) { output.put(i, encode(load(a + i, lanes) * inverse), lanes); });
 }
 
-// Quantizes one block and returns its absmax. Inline, so that the compiler sees that no byte that is written
-// changes the encoder.
+// Quantizes one block, of which the bits of the absmax are known, and its inverse. Returns the absmax.
+// Inline, so that the compiler sees that no byte that is written changes the encoder.
 template <class T, class Encode, class Output>
-BNB_INLINE float quantize_block(const T* a, int64_t n, const Encode& encode, const Output& output) {
-  const int32_t largest = absmax_bits(a, n);
+BNB_INLINE float encode_block(const T* a, int64_t n, int32_t largest, float inverse, const Encode& encode,
+                              const Output& output) {
   if (largest < kSmallestNormal || largest >= kInfinity) {
     output.fill(encode.zero, n);
     return largest < kSmallestNormal ? 0.0f : float_from_bits(largest > kInfinity ? kNan : kInfinity);
   }
-  const float absmax = float_from_bits(largest);
-  encode_values(a, n, splat(1.0f / absmax), encode, output);
-  return absmax;
+  encode_values(a, n, splat(inverse), encode, output);
+  return float_from_bits(largest);
+}
+
+template <class T, class Encode, class Output>
+BNB_INLINE float quantize_block(const T* a, int64_t n, const Encode& encode, const Output& output) {
+  const int32_t largest = absmax_bits(a, n);
+  return encode_block(a, n, largest, 1.0f / float_from_bits(largest), encode, output);
 }
 
 // Quantizes A by the encoder with which with_encoder(f) calls f; output_at(i, encode) takes the codes of the
-// block that begins with element i.
+// block that begins with element i. The absmax of some blocks are found before the first is encoded, so that
+// none waits for its own.
 template <class WithEncoder, class OutputAt>
 void quantize_blocks(const Matrix& A, int64_t blocksize, const WithEncoder& with_encoder,
                      const OutputAt& output_at, float* absmax) {
+  constexpr int64_t kAtATime = 8;
   const int64_t n = A.count();
   with_type(A, [&](const auto* a) {
     parallel_for(ceil_div(n, blocksize), grain(blocksize), [&](int64_t begin, int64_t end) {
       with_encoder([&](const auto encode) {
-        for (int64_t b = begin; b < end; b++) {
-          const int64_t first = b * blocksize;
-          absmax[b] = quantize_block(a + first, min(blocksize, n - first), encode, output_at(first, encode));
+        const auto length = [=](int64_t b) { return min(blocksize, n - b * blocksize); };
+        for (int64_t first = begin; first < end; first += kAtATime) {
+          const int64_t last = min(first + kAtATime, end);
+          int32_t largest[kAtATime];
+          float inverse[kAtATime];
+          for (int64_t b = first; b < last; b++)
+            largest[b - first] = absmax_bits(a + b * blocksize, length(b));
+          for (int64_t i = 0; i < last - first; i++) inverse[i] = 1.0f / float_from_bits(largest[i]);
+          for (int64_t b = first; b < last; b++) {
+            const int64_t i = b - first, element = b * blocksize;
+            absmax[b] = encode_block(a + element, length(b), largest[i], inverse[i], encode,
+                                     output_at(element, encode));
+          }
         }
       });
     });
@@ -123,9 +158,14 @@ void dequantize_blockwise(const uint8_t* q, const float* absmax, const float* co
 
 // `packed` starts at the block's first element.
 template <class T>
-void dequantize_4bit_block(const uint8_t* packed, float absmax, const Table<16>& code, int64_t n, T* out) {
+void dequantize_4bit_block(const uint8_t* packed, float absmax, const float* codebook, int64_t n, T* out) {
+  const Table<16> code(codebook);
   const F32 scale = splat(absmax);
   int64_t i = 0;
+  if constexpr (kHasHalfTable && sizeof(T) == sizeof(uint16_t)) {
+    const HalfTable<T> table(codebook, scale);
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) table.look_up(packed + i / 2, out + i);
+  }
   for (; i + kLanes <= n; i += kLanes) store(out + i, code[load_nibbles(packed + i / 2)] * scale);
   if (i == n) return;
   uint8_t tail[kLanes / 2] = {};
@@ -140,15 +180,14 @@ void dequantize_4bit(const Weight4bit& weight, const Matrix& out, Stream) {
   with_type(out, [&](auto* y) {
     advise_huge_pages(y, n * sizeof *y);
     parallel_for(stored.blocks, grain(blocksize, kDecodedShare), [&](int64_t begin, int64_t end) {
-      const Table<16> code(weight.format().codebook);
       float buffer[kScales + kLanes];
       for (int64_t b = begin; b < end;) {
         const int64_t count = min(end - b, kScales);
         const float* const absmax = stored.read(b, count, buffer);
         for (int64_t i = 0; i < count; i++, b++) {
           const int64_t first = b * blocksize;
-          dequantize_4bit_block(weight.packed + first / 2, absmax[i], code, min(blocksize, n - first),
-                                y + first);
+          dequantize_4bit_block(weight.packed + first / 2, absmax[i], weight.format().codebook,
+                                min(blocksize, n - first), y + first);
         }
       }
     });

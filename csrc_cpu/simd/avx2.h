@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kRegisters = 16;
 constexpr int kTableRegisters = 1;  // in which one instruction looks up
+constexpr bool kHasHalfTable = false;
 
 BNB_INLINE F32 splat(float x) { return _mm256_set1_ps(x); }
 BNB_INLINE I32 splat(int32_t x) { return (I32)_mm256_set1_epi32(x); }

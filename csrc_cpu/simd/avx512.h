@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kRegisters = 32;
 constexpr int kTableRegisters = 2;  // in which one instruction looks up
+constexpr bool kHasHalfTable = true;
 
 BNB_INLINE F32 splat(float x) { return _mm512_set1_ps(x); }
 BNB_INLINE I32 splat(int32_t x) { return (I32)_mm512_set1_epi32(x); }
@@ -111,10 +112,29 @@ BNB_INLINE I32 load_nibbles(const uint8_t* p) {
 }
 
 BNB_INLINE void store_nibbles(uint8_t* p, I32 x) {
-  const __m512i pair = (__m512i)x;  // 64 bits: the even lane below the odd one
-  const __m512i packed = _mm512_or_si512(_mm512_slli_epi64(pair, 4), _mm512_srli_epi64(pair, 32));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(packed));
+  const __m128i pairs = _mm_maddubs_epi16(_mm512_cvtepi32_epi8((__m512i)x), _mm_set1_epi16(1 << 8 | 1 << 4));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
 }
+
+// 16 values times a scale, rounded to the 16 bits of T: 32 of them are looked up from the nibbles of 16
+// bytes, the high one first.
+template <class T>
+class HalfTable {
+ public:
+  HalfTable(const float* values, F32 scale) {
+    alignas(32) T rounded[kLanes];
+    store(rounded, load(values) * scale);
+    values_ = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
+  }
+  BNB_INLINE void look_up(const uint8_t* packed, T* out) const {
+    const __m512i byte = _mm512_cvtepu8_epi32(load_128(packed));
+    const __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, values_));
+  }
+
+ private:
+  __m512i values_;  // twice, as five bits of an index count
+};
 
 // A gather waits for whatever its register held, so it has to start from zeros: GCC leaves them out if it
 // knows that every lane is overwritten.

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kRegisters = 16;
 constexpr int kTableRegisters = 0;  // in which one instruction looks up
+constexpr bool kHasHalfTable = false;
 
 BNB_INLINE F32 splat(float x) { return F32{x, x, x, x}; }
 BNB_INLINE I32 splat(int32_t x) { return I32{x, x, x, x}; }

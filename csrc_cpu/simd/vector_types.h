@@ -25,6 +25,10 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// For instruction sets where kHasHalfTable.
+template <class T>
+class HalfTable;
+
 BNB_INLINE I32 bits(F32 x) { return (I32)x; }
 BNB_INLINE F32 from_bits(I32 x) { return (F32)x; }
 
