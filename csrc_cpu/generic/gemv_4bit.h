@@ -200,38 +200,40 @@ void add_chunk(const Products products, const RowReader (&readers)[columns], int
     if constexpr (columns * kVectors <= kRegisters / 2) {
       Vector values[columns][kVectors];
       F32 scales[columns];
-      for (int c = 0; c < columns; c++) {
+      BNB_UNROLL for (int c = 0; c < columns; c++) {
         const auto words = words_of(c);
         for (int i = 0; i < kVectors; i++) values[c][i] = products.values(words.codes(i));
         scales[c] = scales_of(c);
       }
-      for (int r = 0; r < rows; r++) {
+      BNB_UNROLL for (int r = 0; r < rows; r++) {
         F32 partial[columns] = {};
         for (int i = 0; i < kVectors; i++) {
           const Vector x = Products::load(a + r * kGroup + i * kElements);
-          for (int c = 0; c < columns; c++) partial[c] = Products::multiply_add(values[c][i], x, partial[c]);
+          BNB_UNROLL for (int c = 0; c < columns; c++) partial[c] =
+              Products::multiply_add(values[c][i], x, partial[c]);
         }
-        for (int c = 0; c < columns; c++) sums[r][c] = fma(partial[c], scales[c], sums[r][c]);
+        BNB_UNROLL for (int c = 0; c < columns; c++) sums[r][c] = fma(partial[c], scales[c], sums[r][c]);
       }
     } else {
       Vector x[rows][kVectors];
-      for (int r = 0; r < rows; r++) {
+      BNB_UNROLL for (int r = 0; r < rows; r++) {
         for (int i = 0; i < kVectors; i++) x[r][i] = Products::load(a + r * kGroup + i * kElements);
       }
-      for (int c = 0; c < columns; c++) {
+      BNB_UNROLL for (int c = 0; c < columns; c++) {
         const auto words = words_of(c);
         F32 partial[rows] = {};
         for (int i = 0; i < kVectors; i++) {
           const Vector value = products.values(words.codes(i));
-          for (int r = 0; r < rows; r++) partial[r] = Products::multiply_add(value, x[r][i], partial[r]);
+          BNB_UNROLL for (int r = 0; r < rows; r++) partial[r] =
+              Products::multiply_add(value, x[r][i], partial[r]);
         }
         const F32 scale = scales_of(c);
-        for (int r = 0; r < rows; r++) sums[r][c] = fma(partial[r], scale, sums[r][c]);
+        BNB_UNROLL for (int r = 0; r < rows; r++) sums[r][c] = fma(partial[r], scale, sums[r][c]);
       }
     }
   }
-  for (int r = 0; r < rows; r++) {
-    for (int c = 0; c < columns; c++) result[r][c] += sums[r][c];
+  BNB_UNROLL for (int r = 0; r < rows; r++) {
+    BNB_UNROLL for (int c = 0; c < columns; c++) result[r][c] += sums[r][c];
   }
 }
 

@@ -112,6 +112,7 @@ class PermutedTable {
     __builtin_memcpy(padded, values, size * sizeof(float));
     values_ = load(padded);
   }
+  explicit PermutedTable(F32 values) : values_(values) {}
   F32 operator[](I32 i) const { return _mm256_permutevar8x32_ps(values_, (__m256i)i); }
 
  private:
@@ -136,7 +137,7 @@ class Table<4> : public PermutedTable {
 template <>
 class Table<8> : public PermutedTable {
  public:
-  explicit Table(const float* values) : PermutedTable(values, 8) {}
+  explicit Table(const float* values) : PermutedTable(load(values)) {}
 };
 template <>
 class Table<16> {

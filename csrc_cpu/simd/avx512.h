@@ -196,6 +196,7 @@ class PermutedTable {
     __builtin_memcpy(padded, values, size * sizeof(float));
     values_ = load(padded);
   }
+  explicit PermutedTable(F32 values) : values_(values) {}
   F32 operator[](I32 i) const { return _mm512_permutexvar_ps((__m512i)i, values_); }
 
  private:
@@ -225,7 +226,7 @@ class Table<8> : public PermutedTable {
 template <>
 class Table<16> : public PermutedTable {
  public:
-  explicit Table(const float* values) : PermutedTable(values, 16) {}
+  explicit Table(const float* values) : PermutedTable(load(values)) {}
 };
 
 // One multiply-add step of int8 dot products: kInt8Step values widened to 16 bits.

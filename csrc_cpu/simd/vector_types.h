@@ -8,6 +8,12 @@
 #include <cstdint>
 
 #define BNB_INLINE inline __attribute__((always_inline))
+// Before a loop over vectors that are to stay in registers.
+#if defined(__clang__)
+#define BNB_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define BNB_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace bnb::BNB_TARGET {
 namespace {
