@@ -20,19 +20,27 @@ struct StripGemm4bit {
     const auto* a = A.as<const BFloat16>();
     auto* y = static_cast<BFloat16*>(out);
     const auto* b = static_cast<const BFloat16*>(bias);
-    if (few(A)) {
-      const Gemm4bit<BFloat16> gemm{a, A.rows, w, w.format().codebook, {b, y, w.N}};
-      return gemv_4bit<BFloat16Products>(gemm);
-    }
-    for (int64_t row = 0; row < A.rows; row += kMostRows) {
-      const int64_t rows = min(A.rows - row, kMostRows);
-      const RearrangedX x = rearranged(a + row * w.K, rows, w.K, has_spans(w));
-      multiply(x, rows, w, {b, y + row * w.N, w.N});
+    const bool in_strips = w.K % kHalves == 0 && !few(A);
+    const int64_t most = in_strips ? kMostRows : ceil_div(A.rows, passes(A));
+    for (int64_t row = 0; row < A.rows; row += most) {
+      const int64_t rows = min(A.rows - row, most);
+      const Result<BFloat16> result{b, y + row * w.N, w.N};
+      if (in_strips) {
+        multiply(rearranged(a + row * w.K, rows, w.K, has_spans(w)), rows, w, result);
+      } else {
+        gemv_4bit<BFloat16Products>(Gemm4bit<BFloat16>{a + row * w.K, rows, w, w.format().codebook, result});
+      }
     }
   }
 
  private:
-  static bool few(const Matrix& A) { return A.rows <= BFloat16Products::kMostRows; }
+  // Whether passes of a few rows, each of which decodes W, are faster than strips, whose vectors hold 16 rows.
+  static bool few(const Matrix& A) {
+    constexpr int64_t kMostPasses = 3, kFullVector = 15;
+    const bool fills_one = A.rows >= kFullVector && A.rows <= kTileSide;
+    return passes(A) <= kMostPasses && !fills_one;
+  }
+  static int64_t passes(const Matrix& A) { return ceil_div(A.rows, BFloat16Products::kMostRows); }
 
   static void multiply(const RearrangedX& x, int64_t M, const Weight4bit& w, const Result<BFloat16>& result) {
     parallel_for(ceil_div(w.N, kStripRows), grain(kStripRows * w.K, kMultipliedShare / M),
