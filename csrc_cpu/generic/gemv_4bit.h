@@ -84,14 +84,7 @@ class RowReader {
            bytes_left_ >= groups * kGroupBytes + kWordBytes;
   }
 
-  // The words of a group in one view for each of their bytes: a load is cheaper than a shift.
-  struct Words {
-    I32 from_byte[kWordBytes];
-    explicit Words(const uint8_t* p) {
-      for (int i = 0; i < kWordBytes; i++) from_byte[i] = load_words(p + i);
-    }
-    BNB_INLINE I32 codes(int i) const { return from_byte[i / 2] >> (4 * (i % 2)); }
-  };
+  // The words of a group.
   BNB_INLINE Words steady_words(int group) const {
     const uint8_t* p = bytes_ + group * kGroupBytes;
     __builtin_prefetch(p + kPrefetchBytes);
@@ -158,7 +151,7 @@ struct Product {
 // Adds the products of a chunk of some rows of W with a few rows of A. What it sums in is local, and stays in
 // registers as does a group of A, because nothing else is written meanwhile.
 template <bool steady, int rows, int columns>
-void add_chunk(const Table<16> code, const RowReader (&readers)[columns], int groups, const float* a,
+void add_chunk(const NibbleTable code, const RowReader (&readers)[columns], int groups, const float* a,
                int64_t row_length, F32 (&result)[rows][columns]) {
   F32 sums[rows][columns] = {};
   const I32 steady_lanes = readers[0].block_of_lane(0);
@@ -170,9 +163,10 @@ void add_chunk(const Table<16> code, const RowReader (&readers)[columns], int gr
     const int block = readers[0].block(g);
     for (int c = 0; c < columns; c++) {
       const auto words = steady ? readers[c].steady_words(g) : readers[c].words(g);
+      const auto values = code(words);
       F32 partial[rows] = {};
       for (int i = 0; i < kWord; i++) {
-        const F32 value = code[words.codes(i)];
+        const F32 value = values[i];
         for (int r = 0; r < rows; r++) partial[r] = fma(value, x[r][i], partial[r]);
       }
       const F32 scale = steady ? readers[c].scales(block, steady_lanes) : readers[c].scales(g);
@@ -189,7 +183,7 @@ void add_chunk(const Table<16> code, const RowReader (&readers)[columns], int gr
 // memory delivers fastest.
 template <int rows, int columns>
 void gemv(const Product& product, int64_t begin, int64_t end) {
-  const Table<16> code(product.code);
+  const NibbleTable code(product.code);
   const int64_t part = ceil_div(end - begin, columns);
   RowReader readers[columns];
   for (int64_t i = 0; i < part; i++) {

@@ -116,14 +116,21 @@ void dequantize_blockwise(const uint8_t* q, const float* absmax, const float* co
 
 // `packed` starts at the block's first element.
 template <class T>
-void dequantize_4bit_block(const uint8_t* packed, float absmax, const Table<16>& code, int64_t n, T* out) {
+void dequantize_4bit_block(const uint8_t* packed, float absmax, const NibbleTable& code, int64_t n, T* out) {
+  using Span = NibbleTable::Span;
+  constexpr int kSpan = Span::kVectors * kLanes;
   const F32 scale = splat(absmax);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, code[load_nibbles(packed + i / 2)] * scale);
+  for (; i + kSpan <= n; i += kSpan) {
+    const Span span = code.span(packed + i / 2);
+    for (int v = 0; v < Span::kVectors; v++) store(out + i + v * kLanes, span.values[v] * scale);
+  }
   if (i == n) return;
-  uint8_t tail[kLanes / 2] = {};
+  uint8_t tail[kSpan / 2] = {};
   __builtin_memcpy(tail, packed + i / 2, (n - i + 1) / 2);
-  store(out + i, code[load_nibbles(tail)] * scale, static_cast<int>(n - i));
+  const Span span = code.span(tail);
+  for_each_vector(n - i,
+                  [&](int64_t k, auto lanes) { store(out + i + k, span.values[k / kLanes] * scale, lanes); });
 }
 
 void dequantize_4bit(const Weight4bit& weight, const Matrix& out, Stream) {
@@ -133,7 +140,7 @@ void dequantize_4bit(const Weight4bit& weight, const Matrix& out, Stream) {
   with_type(out, [&](auto* y) {
     advise_huge_pages(y, n * sizeof *y);
     parallel_for(stored.blocks, grain(blocksize, kDecodedShare), [&](int64_t begin, int64_t end) {
-      const Table<16> code(weight.format().codebook);
+      const NibbleTable code(weight.format().codebook);
       float buffer[kScales + kLanes];
       for (int64_t b = begin; b < end;) {
         const int64_t count = min(end - b, kScales);

@@ -1,0 +1,54 @@
+// Looks up many codes of 4 bits at once, a vector after the other.
+#pragma once
+
+namespace bnb::BNB_TARGET {
+namespace {
+
+// A vector of words from memory, in one view for each of their bytes: a load is cheaper than a shift.
+struct Words {
+  I32 from_byte[4];
+  explicit Words(const uint8_t* p) {
+    for (int i = 0; i < 4; i++) from_byte[i] = load_words(p + i);
+  }
+  BNB_INLINE I32 nibble(int i) const { return from_byte[i / 2] >> (4 * (i % 2)); }
+};
+
+// A vector of words from different places.
+struct GatheredWords {
+  I32 words;
+  BNB_INLINE I32 nibble(int i) const { return words >> (4 * i); }
+};
+
+// What each of 16 codes stands for.
+class NibbleTable {
+ public:
+  explicit NibbleTable(const float* values) : table(values) {}
+
+  // Element i: what the i-th nibble of every word stands for, the lowest one first.
+  template <class AnyWords>
+  class Values {
+   public:
+    Values(const Table<16>& table, const AnyWords& words) : table_(table), words_(words) {}
+    BNB_INLINE F32 operator[](int i) const { return table_[words_.nibble(i)]; }
+
+   private:
+    const Table<16>& table_;
+    const AnyWords& words_;
+  };
+  template <class AnyWords>
+  BNB_INLINE Values<AnyWords> operator()(const AnyWords& words) const {
+    return {table, words};
+  }
+
+  // Consecutive elements, the first in the high nibble of a byte.
+  struct Span {
+    static constexpr int kVectors = 1;
+    F32 values[kVectors];
+  };
+  BNB_INLINE Span span(const uint8_t* p) const { return {{table[load_nibbles(p)]}}; }
+
+  const Table<16> table;
+};
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET
