@@ -156,10 +156,7 @@ void add_chunk(const NibbleTable code, const RowReader (&readers)[columns], int 
   F32 sums[rows][columns] = {};
   const I32 steady_lanes = readers[0].block_of_lane(0);
   for (int g = 0; g < groups; g++, a += kGroup) {
-    F32 x[rows][kWord];
-    for (int r = 0; r < rows; r++) {
-      for (int i = 0; i < kWord; i++) x[r][i] = load(a + r * row_length + i * kLanes);
-    }
+    const auto x = [&](int r, int i) { return load(a + r * row_length + i * kLanes); };
     const int block = readers[0].block(g);
     for (int c = 0; c < columns; c++) {
       const auto words = steady ? readers[c].steady_words(g) : readers[c].words(g);
@@ -167,7 +164,7 @@ void add_chunk(const NibbleTable code, const RowReader (&readers)[columns], int 
       F32 partial[rows] = {};
       for (int i = 0; i < kWord; i++) {
         const F32 value = values[i];
-        for (int r = 0; r < rows; r++) partial[r] = fma(value, x[r][i], partial[r]);
+        for (int r = 0; r < rows; r++) partial[r] = fma(value, x(r, i), partial[r]);
       }
       const F32 scale = steady ? readers[c].scales(block, steady_lanes) : readers[c].scales(g);
       for (int r = 0; r < rows; r++) sums[r][c] = fma(partial[r], scale, sums[r][c]);
@@ -211,16 +208,15 @@ void gemv(const Product& product, int64_t begin, int64_t end) {
 }
 
 void multiply(const Product& product, int64_t begin, int64_t end) {
-  constexpr int wide = kRegisters / 8;
   switch (product.rows) {
     case 1:
-      return gemv<1, wide>(product, begin, end);
+      return gemv<1, kStreams>(product, begin, end);
     case 2:
-      return gemv<2, wide>(product, begin, end);
+      return gemv<2, kStreams>(product, begin, end);
     case 3:
-      return gemv<3, wide / 2>(product, begin, end);
+      return gemv<3, kStreams / 2>(product, begin, end);
     default:
-      return gemv<4, wide / 2>(product, begin, end);
+      return gemv<4, kStreams / 2>(product, begin, end);
   }
 }
 

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int64_t kMmlaBytes = 8;              // of a row, in one instruction
 constexpr int64_t kMmlaStep = 2 * kMmlaBytes;  // of a row, in one load
-constexpr int kMmlaPairs = 4,
-              kMmlaColumnPairs = 2;  // of rows of A and B: a tile of accumulators in registers
+// Pairs of rows of A and of B: a tile of accumulators in registers, with what it is multiplied from.
+constexpr int kMmlaPairs = 4, kMmlaColumnPairs = 3;
 
 // Rows of A two and two: kMmlaBytes of the one, as many of the other, and so on. Zeros fill the last step,
 // and stand for the last row of an odd number.
@@ -56,17 +56,17 @@ struct MmlaTile {
   // kMmlaStep values of every row, from `k` on in A, and where `values` of a row of B gives them.
   template <class Values>
   BNB_INLINE void add(int64_t k, const Values& values) {
-    int8x16_t first[column_pairs], second[column_pairs];
+    int8x16_t y[2][column_pairs];
     for (int c = 0; c < column_pairs; c++) {
       const int64x2_t even = (int64x2_t)vld1q_s8(values(b[2 * c]));
       const int64x2_t odd = (int64x2_t)vld1q_s8(values(b[2 * c + 1]));
-      first[c] = (int8x16_t)vzip1q_s64(even, odd);
-      second[c] = (int8x16_t)vzip2q_s64(even, odd);
+      y[0][c] = (int8x16_t)vzip1q_s64(even, odd);
+      y[1][c] = (int8x16_t)vzip2q_s64(even, odd);
     }
-    for (int r = 0; r < pairs; r++) {
-      const int8x16_t x = vld1q_s8(a[r] + 2 * k), y = vld1q_s8(a[r] + 2 * k + kMmlaStep);
-      for (int c = 0; c < column_pairs; c++) {
-        sums[r][c] = vmmlaq_s32(vmmlaq_s32(sums[r][c], x, first[c]), y, second[c]);
+    for (int half = 0; half < 2; half++) {
+      for (int r = 0; r < pairs; r++) {
+        const int8x16_t x = vld1q_s8(a[r] + 2 * k + half * kMmlaStep);
+        for (int c = 0; c < column_pairs; c++) sums[r][c] = vmmlaq_s32(sums[r][c], x, y[half][c]);
       }
     }
   }

@@ -156,8 +156,11 @@ struct Words : GatheredWords {
   explicit Words(const uint8_t* p) : GatheredWords{load_words(p)} {}
 };
 
+// Rows of a weight that are decoded side by side. What one of them decodes at once takes 16 registers.
+constexpr int kStreams = 2;
+
 // What each of 16 codes stands for: one instruction looks up a byte of 16 values, so it takes four, and two
-// steps in which their bytes are interleaved.
+// steps in which these bytes come together.
 class NibbleTable {
  public:
   explicit NibbleTable(const float* values) : table(values) {
@@ -178,11 +181,7 @@ class NibbleTable {
    private:
     F32 even_[4], odd_[4];
   };
-  // The first bytes of all words, then the second ones and so on.
-  BNB_INLINE Values operator()(GatheredWords words) const {
-    const uint8x16_t transposed{0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-    return {*this, vqtbl1q_u8((uint8x16_t)words.words, transposed)};
-  }
+  BNB_INLINE Values operator()(GatheredWords words) const { return {*this, (uint8x16_t)words.words}; }
 
   // Consecutive elements, the first in the high nibble of a byte.
   struct Span {
@@ -192,25 +191,28 @@ class NibbleTable {
   BNB_INLINE Span span(const uint8_t* p) const {
     const uint8x8_t bytes = vld1_u8(p);
     const uint8x8_t high = vshr_n_u8(bytes, 4), low = vand_u8(bytes, vdup_n_u8(15));
+    // Elements 0, 4, 8, 12, then 1, 5, 9, 13 and so on.
+    const uint8x16_t order{0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
     Span result;
-    look_up(vcombine_u8(vzip1_u8(high, low), vzip2_u8(high, low)), result.values);
+    look_up(vqtbl1q_u8(vcombine_u8(high, low), order), result.values);
     return result;
   }
 
   const Table<16> table;
 
  private:
-  // The values of 16 codes.
+  // values[i]: what codes i, i + 4, i + 8 and i + 12 stand for.
   BNB_INLINE void look_up(uint8x16_t codes, F32 (&values)[4]) const {
     uint8x16_t byte[4];
     for (int i = 0; i < 4; i++) byte[i] = vqtbl1q_u8(planes_[i], codes);
-    const uint16x8_t lower[] = {(uint16x8_t)vzip1q_u8(byte[0], byte[1]),
-                                (uint16x8_t)vzip2q_u8(byte[0], byte[1])};
-    const uint16x8_t upper[] = {(uint16x8_t)vzip1q_u8(byte[2], byte[3]),
-                                (uint16x8_t)vzip2q_u8(byte[2], byte[3])};
+    uint16x8_t half[2][2];  // for codes 0, 2, ... and for codes 1, 3, ...
     for (int i = 0; i < 2; i++) {
-      values[2 * i] = (F32)vzip1q_u16(lower[i], upper[i]);
-      values[2 * i + 1] = (F32)vzip2q_u16(lower[i], upper[i]);
+      half[0][i] = (uint16x8_t)vtrn1q_u8(byte[2 * i], byte[2 * i + 1]);
+      half[1][i] = (uint16x8_t)vtrn2q_u8(byte[2 * i], byte[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+      values[i] = (F32)vtrn1q_u16(half[i][0], half[i][1]);
+      values[2 + i] = (F32)vtrn2q_u16(half[i][0], half[i][1]);
     }
   }
 

@@ -19,6 +19,9 @@ struct GatheredWords {
   BNB_INLINE I32 nibble(int i) const { return words >> (4 * i); }
 };
 
+// Rows of a weight that are decoded side by side, where sums of few rows of A are kept in registers.
+constexpr int kStreams = kRegisters / 8;
+
 // What each of 16 codes stands for.
 class NibbleTable {
  public:
