@@ -21,8 +21,8 @@ inline void hash_blockwise(const Kernels& k, int d, bool any_bits) {
     for (const int64_t n : kSizes) {
       for (const int64_t blocksize : {32, 256}) {
         Floats A = random_floats(kDTypes[d], 1, n, any_bits), values(kDTypes[d], 1, n);
-        std::vector<uint8_t> q(n);
-        std::vector<float> absmax((n + blocksize - 1) / blocksize);
+        Vector<uint8_t> q(n);
+        Vector<float> absmax((n + blocksize - 1) / blocksize);
         k.quantize_blockwise(A.matrix(), code.data(), blocksize, q.data(), absmax.data(), nullptr);
         k.dequantize_blockwise(q.data(), absmax.data(), code.data(), blocksize, values.matrix(), nullptr);
         hash.add(q);
@@ -37,14 +37,14 @@ inline void hash_blockwise(const Kernels& k, int d, bool any_bits) {
 inline void hash_4bit(const Kernels& k, int d, bool any_bits) {
   Hash hash;
   const auto nested_code = signed_code();
-  const std::vector<float> offset{0.25f};
+  const Vector<float> offset{0.25f};
   for (const Format4bit& format : kFormats) {
     for (const int64_t n : kSizes) {
       for (const int64_t blocksize : {32, 64, 4096}) {
         const int64_t blocks = (n + blocksize - 1) / blocksize;
         Floats A = random_floats(kDTypes[d], 1, n, any_bits), values(kDTypes[d], 1, n);
-        std::vector<uint8_t> packed((n + 1) / 2);
-        std::vector<float> absmax(blocks);
+        Vector<uint8_t> packed((n + 1) / 2);
+        Vector<float> absmax(blocks);
         k.quantize_4bit(A.matrix(), blocksize, format.quant_type, packed.data(), absmax.data(), nullptr);
         hash.add(packed);
         if (any_bits) continue;
@@ -69,9 +69,9 @@ inline void hash_int8_quantization(const Kernels& k, int d, bool any_bits) {
     for (const int64_t K : {1, 7, 64, 515}) {
       for (const float threshold : {0.0f, 12.0f}) {
         Floats A = random_floats(kDTypes[d], M, K, any_bits), values(kDTypes[d], M, K);
-        std::vector<int8_t> rowwise(M * K), columnwise(M * K);
-        std::vector<float> row_stats(M), col_stats(K);
-        std::vector<uint8_t> outliers(K);
+        Vector<int8_t> rowwise(M * K), columnwise(M * K);
+        Vector<float> row_stats(M), col_stats(K);
+        Vector<uint8_t> outliers(K);
         k.int8_vectorwise_quant(A.matrix(), threshold, rowwise.data(), row_stats.data(), outliers.data(),
                                 nullptr);
         k.int8_columnwise_quant(A.matrix(), threshold, columnwise.data(), col_stats.data(), outliers.data(),
@@ -100,7 +100,7 @@ inline void hash_int8_products(const Kernels& k, int d) {
         if (M == 8) a.assign(M * K, -128);
         if (M == 8) b.assign(N * K, -128);
         const Rows<int8_t> A{a.data(), M, K}, B{b.data(), N, K};
-        std::vector<int32_t> C(M * N);
+        Vector<int32_t> C(M * N);
         k.int8_linear_matmul(A, B, C.data(), nullptr);
         hash.add(C);
         const auto row_stats = Random(3).scales(M), col_stats = Random(4).scales(N);
@@ -130,8 +130,8 @@ inline void hash_optimizers(const Kernels& k, int d) {
                          bounded ? 0.2 : 0.0, n == 5000};
       double norms[2];
       Floats p8 = start, p32 = start;
-      std::vector<uint8_t> codes1(2 * n, 127), codes2(n, 0);
-      std::vector<float> absmax1(2 * blocks), absmax2(blocks), state1(2 * n), state2(n);
+      Vector<uint8_t> codes1(2 * n, 127), codes2(n, 0);
+      Vector<float> absmax1(2 * blocks), absmax2(blocks), state1(2 * n), state2(n);
       const Parameter8bit parameter8{g.bytes.data(), p8.bytes.data(), n, codes1.data(), codes2.data(),
                                      absmax1.data(), absmax2.data()};
       const Parameter32bit parameter32{g.bytes.data(), p32.bytes.data(), n, state1.data(), state2.data()};

@@ -67,8 +67,8 @@ class Check {
 
 // A 4-bit weight of random codes, with what it stands for.
 struct RandomWeight {
-  std::vector<uint8_t> packed, codes;
-  std::vector<float> absmax, nested_absmax, nested_code = signed_code(), offset{2.0f};
+  Vector<uint8_t> packed, codes;
+  Vector<float> absmax, nested_absmax, nested_code = signed_code(), offset{2.0f};
   Weight4bit weight;
   std::vector<double> values;
 
