@@ -33,7 +33,8 @@ HIPIFIED = Path("build/hipified")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512_VNNI = [*AVX512, "-mavx512vnni"]
-AMX = [*AVX512_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+AVX512_BF16 = [*AVX512_VNNI, "-mavx512bf16", "-mavx512vbmi", "-mavx512bitalg"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
 NEON = ["-march=armv8-a"]
 NEON_DOTPROD = ["-march=armv8.2-a+dotprod"]
@@ -92,7 +93,8 @@ def cpu_kernels() -> list[KernelExtension]:
     # machine lacks, even in code that runs before the choice.
     target_flags = {"portable": []}
     if platform.machine() in ("x86_64", "AMD64"):
-        target_flags |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512_VNNI, "amx": AMX}
+        target_flags |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512_VNNI}
+        target_flags |= {"avx512_bf16": AVX512_BF16, "amx": AMX}
     if platform.machine() in ("aarch64", "arm64"):
         target_flags |= {"neon": NEON, "neon_dotprod": NEON_DOTPROD, "neon_i8mm": NEON_I8MM}
     targets = {f"csrc_cpu/targets/{target}.cpp": flags for target, flags in target_flags.items()}

@@ -22,6 +22,7 @@ const Isa kIsas[] = {
     {"avx2", has_avx2, &avx2_target},
     {"avx512", has_avx512, &avx512_target},
     {"avx512_vnni", has_avx512_vnni, &avx512_vnni_target},
+    {"avx512_bf16", has_avx512_bf16, &avx512_bf16_target},
     {"amx", has_amx, &amx_target},
 #elif defined(__aarch64__)
     {"neon", always, &neon_target},

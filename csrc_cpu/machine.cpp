@@ -60,9 +60,14 @@ bool has_avx512() {
 
 bool has_avx512_vnni() { return has_avx512() && bits_set(Cpuid(7).ecx, bit_AVX512VNNI); }
 
+bool has_avx512_bf16() {
+  return has_avx512_vnni() && bits_set(Cpuid(7).ecx, bit_AVX512VBMI | bit_AVX512BITALG) &&
+         bits_set(Cpuid(7, 1).eax, kAvx512Bf16);
+}
+
 bool has_amx() {
-  return has_avx512_vnni() && bits_set(Cpuid(7, 1).eax, kAvx512Bf16) && system_saves(kTileState) &&
-         bits_set(Cpuid(7).edx, kTileFeatures) && system_permits_tiles();
+  return has_avx512_bf16() && system_saves(kTileState) && bits_set(Cpuid(7).edx, kTileFeatures) &&
+         system_permits_tiles();
 }
 #elif defined(__aarch64__)
 namespace {

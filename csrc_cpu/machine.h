@@ -9,6 +9,7 @@ namespace bnb {
 bool has_avx2();
 bool has_avx512();
 bool has_avx512_vnni();
+bool has_avx512_bf16();
 bool has_amx();
 #elif defined(__aarch64__)
 bool has_neon_dotprod();

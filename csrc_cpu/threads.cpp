@@ -36,7 +36,7 @@ void* find(void* library, const char* name, Function*& function) {
 
 using Clock = std::chrono::steady_clock;
 
-// How long the calling thread has had a core.
+// For how long the calling thread has had a core.
 std::chrono::nanoseconds thread_time() {
   timespec now{};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
@@ -47,8 +47,30 @@ struct Job {
   int64_t n;
   RangeBody body;
   void* context;
-  std::chrono::nanoseconds own_end;  // of the calling thread's part, as thread_time
+  Clock::time_point start;
+  std::atomic<Clock::rep> waited{0};  // the longest that a thread had no core
 };
+
+// Where other programs have the cores, or a quota is used up, a region ends when its last thread has had a
+// core, some ten milliseconds later. The next calls then do without regions, for as long as was waited, and
+// for twice as long each time that it happens again soon.
+constexpr int kMostRests = 16;
+constexpr auto kLate = std::chrono::milliseconds(1);
+constexpr auto kSoon = std::chrono::seconds(1);
+
+std::atomic<Clock::rep> rests_until{0}, last_late{0};
+std::atomic<int> rests{1};
+
+Clock::rep ticks(Clock::duration duration) { return duration.count(); }
+
+void remember_waiting(Clock::time_point start, Clock::duration waited) {
+  constexpr auto order = std::memory_order_relaxed;
+  const Clock::time_point end = Clock::now();
+  const bool again = ticks(start.time_since_epoch()) - last_late.load(order) < ticks(kSoon);
+  rests.store(again ? std::min(2 * rests.load(order), kMostRests) : 1, order);
+  last_late.store(ticks(end.time_since_epoch()), order);
+  rests_until.store(ticks((end + rests.load(order) * waited).time_since_epoch()), order);
+}
 
 void run_part(void* data) {
   Job& job = *static_cast<Job*>(data);
@@ -58,24 +80,16 @@ void run_part(void* data) {
   const int64_t longer = job.n % threads;
   const int64_t begin = thread * part + std::min(thread, longer);
   const int64_t end = begin + part + (thread < longer);
-  if (begin < end) job.body(job.context, begin, end);
-  if (thread == 0) job.own_end = thread_time();
-}
-
-// Where other programs have the cores, or a quota is used up, a region ends when its last thread has had a
-// core, some ten milliseconds later. The next calls then do without regions, for this many times as long as
-// was waited.
-constexpr int kRest = 20;
-constexpr auto kLate = std::chrono::milliseconds(1);
-
-std::atomic<Clock::rep> rests_until{0};
-
-// Of a region from `start` on, in which the calling thread has worked for `own`.
-void remember_waiting(Clock::time_point start, std::chrono::nanoseconds own) {
-  const Clock::time_point end = Clock::now();
-  const auto waited = end - start - own;
+  if (begin == end) return;
+  if (thread == 0) return job.body(job.context, begin, end);
+  const auto own_start = thread_time();
+  job.body(job.context, begin, end);
+  const auto own = thread_time() - own_start;
+  const Clock::duration waited = Clock::now() - job.start - own;
   if (waited < kLate || waited < own) return;
-  rests_until.store((end + kRest * waited).time_since_epoch().count(), std::memory_order_relaxed);
+  Clock::rep longest = job.waited.load();
+  while (ticks(waited) > longest && !job.waited.compare_exchange_weak(longest, ticks(waited))) {
+  }
 }
 
 }  // namespace
@@ -105,10 +119,10 @@ void parallel_range(int64_t n, int64_t grain, RangeBody body, void* context) {
   const Clock::time_point start = Clock::now();
   if (start.time_since_epoch().count() < rests_until.load(std::memory_order_relaxed))
     return body(context, 0, n);
-  const std::chrono::nanoseconds own_start = thread_time();
-  Job job{n, body, context, own_start};
+  Job job{n, body, context, start};
   openmp.parallel(run_part, &job, static_cast<unsigned>(threads), 0);
-  remember_waiting(start, job.own_end - own_start);
+  const Clock::duration waited(job.waited.load());
+  if (waited.count() > 0) remember_waiting(start, waited);
 }
 
 }  // namespace bnb

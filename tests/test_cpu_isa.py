@@ -33,6 +33,7 @@ def test_the_levels_are_those_of_the_build_in_its_order():
     ("cap", "available", "serves"),
     [
         ("amx", ["portable", "avx2", "avx512"], "avx512"),
+        ("amx", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"], "avx512_bf16"),
         ("avx512_vnni", ["portable", "avx2"], "avx2"),
         ("avx2", ["portable", "avx2", "avx512"], "avx2"),
         ("avx2", ["portable"], "portable"),

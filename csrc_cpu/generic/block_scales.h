@@ -6,9 +6,13 @@
 namespace bnb::BNB_TARGET {
 namespace {
 
-struct StoredScales {
+class StoredScales {
+ public:
+  StoredScales(const BlockScales& scales, int64_t blocks)
+      : scales(scales), blocks(blocks), nested_code_(scales.nested_code) {}
+
   const BlockScales& scales;
-  int64_t blocks;
+  const int64_t blocks;
 
   // The scales of some blocks, with kLanes more floats to read behind them. `buffer` holds count + kLanes.
   const float* read(int64_t block, int64_t count, float* buffer) const {
@@ -24,20 +28,21 @@ struct StoredScales {
   }
 
   void decode(int64_t block, int64_t count, float* out) const {
-    const Table<256> nested_code(scales.nested_code);
     const F32 offset = splat(*scales.offset);
     for (const int64_t end = block + count; block < end;) {
       const int64_t nested_block = block / scales.nested_blocksize;
       const int64_t length = min(end, (nested_block + 1) * scales.nested_blocksize) - block;
       const F32 nested_absmax = splat(scales.nested_absmax[nested_block]);
-      for_each_vector(length, [&](int64_t i, auto lanes) {
-        const I32 code = load(scales.codes + block + i, lanes);
-        store(out + i, nested_code[code] * nested_absmax + offset, lanes);
+      nested_code_.for_each(scales.codes + block, length, [&](int64_t i, auto lanes, F32 values) {
+        store(out + i, values * nested_absmax + offset, lanes);
       });
       block += length;
       out += length;
     }
   }
+
+ private:
+  const ByteTable nested_code_;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward.h"
+#include "quantize.h"
 
 namespace bnb::BNB_TARGET {
 namespace {
@@ -17,27 +18,28 @@ struct NoKernel {
   static void run(const Arguments&...) {}
 };
 
-struct NoTiles {
+struct NoneOfItsOwn {
+  using Encoding = BlockwiseEncoding;
   using Gemm4bit = NoKernel;
   using Backward4bit = NoKernel;
   using Int8 = NoKernel;
 };
 
-template <class Tiles>
+template <class Own>
 Dense gemm_4bit(const Matrix& A, const Weight4bit& weight, const void* bias, void* out, Stream) {
   if (A.rows == 0 || weight.N == 0) return Dense::nothing;
-  if (Tiles::serves(A, weight)) {
-    Tiles::run(A, weight, bias, out);
+  if (Own::serves(A, weight)) {
+    Own::run(A, weight, bias, out);
   } else {
     gemm_4bit_of_code(A, weight, weight.format().codebook, bias, out);
   }
   return Dense::nothing;
 }
 
-template <class Tiles>
+template <class Own>
 Dense gemm_4bit_backward(const Matrix& dY, const Weight4bit& weight, void* dA, Stream) {
-  if (Tiles::serves(dY, weight)) {
-    Tiles::run(dY, weight, dA);
+  if (Own::serves(dY, weight)) {
+    Own::run(dY, weight, dA);
   } else if (dense_is_faster(dY)) {
     return Dense::in_dtype;
   } else {
@@ -52,16 +54,16 @@ Dense int8_linear_backward(const Matrix& dY, const Int8Weight& weight, void* dA,
   return Dense::nothing;
 }
 
-template <class Dot, class Tiles>
+template <class Dot, class Own>
 void int8_linear_matmul(const Rows<int8_t>& A, const Rows<int8_t>& B, int32_t* C, Stream) {
-  if (Tiles::serves(A)) return Tiles::run(A, B, C);
+  if (Own::serves(A)) return Own::run(A, B, C);
   int8_multiply(DotBlock<Dot>{A, B}, A, B, C);
 }
 
-template <class Dot, class Tiles>
+template <class Dot, class Own>
 void int8_mixed_scaled_mm(const Int8Product& product, const Int8Outliers& outliers, const void* bias,
                           const Matrix& out, Stream) {
-  if (Tiles::serves(product.A)) return Tiles::run(product, outliers, bias, out);
+  if (Own::serves(product.A)) return Own::run(product, outliers, bias, out);
   int8_multiply_mixed(DotBlock<Dot>{product.A, product.B}, product, outliers, bias, out);
 }
 

@@ -289,7 +289,7 @@ int zero_code(const float* code) {
 class BlockwiseEncoding {
  public:
   BlockwiseEncoding(const float* code, int64_t n)
-      : code(code), zero(zero_code(code)), thresholds_(code), cells_(code, n >= kLeastForCells) {}
+      : table(code), zero(zero_code(code)), thresholds_(code), cells_(code, n >= kLeastForCells) {}
 
   // Calls f with an encoder.
   template <class F>
@@ -299,7 +299,7 @@ class BlockwiseEncoding {
     f(CellEncoder<false>(cells_, zero));
   }
 
-  const float* const code;
+  const ByteTable table;
   const int zero;
 
  private:

@@ -175,7 +175,7 @@ void gemm_4bit_of_code(const Matrix& A, const Weight4bit& weight, const float* c
   with_type(A.dtype, out, [&](auto* y) {
     using T = Pointee<decltype(y)>;
     const Gemm4bit<T> gemm{A.as<const T>(), A.rows, weight, code, {same_type(bias, y), y, weight.N}};
-    if (gemm.M <= kGemvRows) return gemv_4bit(gemm);
+    if (gemm.M <= FloatProducts::kMostRows) return gemv_4bit<FloatProducts>(gemm);
     multiply_blocks(gemm);
   });
 }

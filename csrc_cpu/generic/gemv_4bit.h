@@ -13,7 +13,6 @@
 namespace bnb::BNB_TARGET {
 namespace {
 
-constexpr int kGemvRows = 4;  // of A, at most
 constexpr int kWordBytes = kWord / 2;
 constexpr int kGroup = kWord * kLanes;  // elements in a vector of words
 constexpr int kChunk = 4096;            // elements of a row whose scales are read at a time
@@ -22,22 +21,50 @@ constexpr int kSmallestBlock = 32;
 constexpr int kMaxScales =
     kChunk / kSmallestBlock + 1 + kLanes;  // of a chunk, and what a vector reads beyond
 
-// A rearranged: vector i of group g holds elements kWord * lane + (i ^ 1) of the group, as the high nibble of
-// a byte comes first. `phase` zeros stand in front, and zeros fill the last group.
-template <class T>
-void rearrange_row(const T* a, int64_t K, int64_t phase, int64_t groups, float* out) {
-  float group[kGroup];
-  for (int64_t g = 0; g < groups; g++, out += kGroup) {
+// How the elements of A and the values of codes are multiplied: a nibble of every word in f32. An instruction
+// set may have a better way for some dtype of A.
+class FloatProducts {
+ public:
+  typedef float Element;  // of A rearranged
+  typedef F32 Vector;
+  static constexpr int kVectors = kWord;  // in a group
+  static constexpr int kMostRows = 4;     // of A, at a time
+  static constexpr int columns(int rows) { return rows <= 2 ? kStreams : kStreams / 2; }
+
+  explicit FloatProducts(const float* code) : code_(code) {}
+  BNB_INLINE auto decode(const Words& words) const { return code_(words); }
+  static BNB_INLINE F32 load(const float* x) { return BNB_TARGET::load(x); }
+  static BNB_INLINE F32 multiply_add(F32 values, F32 x, F32 sums) { return fma(values, x, sums); }
+
+  template <class T>
+  static void read(const T* a, int64_t n, float* group) {
+    for_each_vector(n,
+                    [&](int64_t i, auto lanes) { store(group + i, BNB_TARGET::load(a + i, lanes), lanes); });
+  }
+  // Vector i takes elements kWord * lane + (i ^ 1) of the group, as the high nibble of a byte comes first.
+  static void reorder(const float* group, float* out) {
+    for (int i = 0; i < kWord; i++) {
+      for (int lane = 0; lane < kLanes; lane++) out[i * kLanes + lane] = group[kWord * lane + (i ^ 1)];
+    }
+  }
+
+ private:
+  const NibbleTable code_;
+};
+
+// A row of A rearranged: its groups are `stride` elements apart. `phase` zeros stand in front, and zeros fill
+// the last group.
+template <class Products, class T>
+void rearrange_row(const T* a, int64_t K, int64_t phase, int64_t groups, int64_t stride,
+                   typename Products::Element* out) {
+  typename Products::Element group[kGroup];
+  for (int64_t g = 0; g < groups; g++, out += stride) {
     const int64_t first = max(g * kGroup - phase, 0);
     const int64_t end = min((g + 1) * kGroup - phase, K);
     const int64_t zeros = g == 0 ? phase : 0;
     if (end - first < kGroup) __builtin_memset(group, 0, sizeof group);
-    for_each_vector(end - first, [&](int64_t i, auto lanes) {
-      store(group + zeros + i, load(a + first + i, lanes), lanes);
-    });
-    for (int i = 0; i < kWord; i++) {
-      for (int lane = 0; lane < kLanes; lane++) out[i * kLanes + lane] = group[kWord * lane + (i ^ 1)];
-    }
+    Products::read(a + first, end - first, group + zeros);
+    Products::reorder(group, out);
   }
 }
 
@@ -134,40 +161,68 @@ class RowReader {
 };
 
 // The rows of W that one phase computes with, and where the products go.
+template <class Element>
 struct Product {
   const Weight4bit& w;
   const StoredScales stored;
   const float* code;
   int64_t phase, phases;  // rows phase, phase + phases, ... of W
-  const float* a;         // rearranged, f32[rows, groups * kGroup]
+  const Element* a;       // rearranged, [groups, rows, kGroup]
   int64_t rows, groups;
   float* y;  // f32[rows, N]
 
-  int64_t row_length() const { return groups * kGroup; }
   int64_t weight_rows() const { return ceil_div(w.N - phase, phases); }
   int64_t weight_row(int64_t i) const { return phase + i * phases; }
 };
 
 // Adds the products of a chunk of some rows of W with a few rows of A. What it sums in is local, and stays in
 // registers as does a group of A, because nothing else is written meanwhile.
-template <bool steady, int rows, int columns>
-void add_chunk(const NibbleTable code, const RowReader (&readers)[columns], int groups, const float* a,
-               int64_t row_length, F32 (&result)[rows][columns]) {
+template <bool steady, class Products, int rows, int columns>
+void add_chunk(const Products products, const RowReader (&readers)[columns], int groups,
+               const typename Products::Element* a, F32 (&result)[rows][columns]) {
+  using Vector = typename Products::Vector;
+  constexpr int kVectors = Products::kVectors, kElements = kGroup / kVectors;
   F32 sums[rows][columns] = {};
   const I32 steady_lanes = readers[0].block_of_lane(0);
-  for (int g = 0; g < groups; g++, a += kGroup) {
-    const auto x = [&](int r, int i) { return load(a + r * row_length + i * kLanes); };
+  for (int g = 0; g < groups; g++, a += rows * kGroup) {
     const int block = readers[0].block(g);
-    for (int c = 0; c < columns; c++) {
-      const auto words = steady ? readers[c].steady_words(g) : readers[c].words(g);
-      const auto values = code(words);
-      F32 partial[rows] = {};
-      for (int i = 0; i < kWord; i++) {
-        const F32 value = values[i];
-        for (int r = 0; r < rows; r++) partial[r] = fma(value, x(r, i), partial[r]);
+    const auto words_of = [&](int c) { return steady ? readers[c].steady_words(g) : readers[c].words(g); };
+    const auto scales_of = [&](int c) {
+      return steady ? readers[c].scales(block, steady_lanes) : readers[c].scales(g);
+    };
+    if constexpr (columns * kVectors <= kRegisters / 2) {
+      Vector values[columns][kVectors];
+      F32 scales[columns];
+      for (int c = 0; c < columns; c++) {
+        const auto words = words_of(c);
+        const auto decoded = products.decode(words);
+        for (int i = 0; i < kVectors; i++) values[c][i] = decoded[i];
+        scales[c] = scales_of(c);
       }
-      const F32 scale = steady ? readers[c].scales(block, steady_lanes) : readers[c].scales(g);
-      for (int r = 0; r < rows; r++) sums[r][c] = fma(partial[r], scale, sums[r][c]);
+      for (int r = 0; r < rows; r++) {
+        F32 partial[columns] = {};
+        for (int i = 0; i < kVectors; i++) {
+          const Vector x = Products::load(a + r * kGroup + i * kElements);
+          for (int c = 0; c < columns; c++) partial[c] = Products::multiply_add(values[c][i], x, partial[c]);
+        }
+        for (int c = 0; c < columns; c++) sums[r][c] = fma(partial[c], scales[c], sums[r][c]);
+      }
+    } else {
+      Vector x[rows][kVectors];
+      for (int r = 0; r < rows; r++) {
+        for (int i = 0; i < kVectors; i++) x[r][i] = Products::load(a + r * kGroup + i * kElements);
+      }
+      for (int c = 0; c < columns; c++) {
+        const auto words = words_of(c);
+        const auto decoded = products.decode(words);
+        F32 partial[rows] = {};
+        for (int i = 0; i < kVectors; i++) {
+          const Vector value = decoded[i];
+          for (int r = 0; r < rows; r++) partial[r] = Products::multiply_add(value, x[r][i], partial[r]);
+        }
+        const F32 scale = scales_of(c);
+        for (int r = 0; r < rows; r++) sums[r][c] = fma(partial[r], scale, sums[r][c]);
+      }
     }
   }
   for (int r = 0; r < rows; r++) {
@@ -178,9 +233,10 @@ void add_chunk(const NibbleTable code, const RowReader (&readers)[columns], int 
 // A few rows of A: codes are looked up, multiplied and summed in registers, and a block's scale is applied to
 // its partial sums. Every column reads a part of W of its own from front to back: few long streams are what
 // memory delivers fastest.
-template <int rows, int columns>
-void gemv(const Product& product, int64_t begin, int64_t end) {
-  const NibbleTable code(product.code);
+template <class Products, int rows>
+void gemv(const Product<typename Products::Element>& product, int64_t begin, int64_t end) {
+  constexpr int columns = Products::columns(rows);
+  const Products products(product.code);
   const int64_t part = ceil_div(end - begin, columns);
   RowReader readers[columns];
   for (int64_t i = 0; i < part; i++) {
@@ -196,8 +252,9 @@ void gemv(const Product& product, int64_t begin, int64_t end) {
         reader.open(group, groups);
         steady &= reader.steady(groups, readers[0]);
       }
-      const auto add = steady ? add_chunk<true, rows, columns> : add_chunk<false, rows, columns>;
-      add(code, readers, groups, product.a + group * kGroup, product.row_length(), sums);
+      const auto add =
+          steady ? add_chunk<true, Products, rows, columns> : add_chunk<false, Products, rows, columns>;
+      add(products, readers, groups, product.a + group * rows * kGroup, sums);
     }
     for (int c = 0; c < columns; c++) {
       for (int r = 0; r < rows; r++) {
@@ -207,47 +264,43 @@ void gemv(const Product& product, int64_t begin, int64_t end) {
   }
 }
 
-void multiply(const Product& product, int64_t begin, int64_t end) {
-  switch (product.rows) {
-    case 1:
-      return gemv<1, kStreams>(product, begin, end);
-    case 2:
-      return gemv<2, kStreams>(product, begin, end);
-    case 3:
-      return gemv<3, kStreams / 2>(product, begin, end);
-    default:
-      return gemv<4, kStreams / 2>(product, begin, end);
-  }
+template <class Products, int rows>
+void multiply(const Product<typename Products::Element>& product, int64_t begin, int64_t end) {
+  if (product.rows == rows) return gemv<Products, rows>(product, begin, end);
+  if constexpr (rows > 1) multiply<Products, rows - 1>(product, begin, end);
 }
 
-// y f32[M, N] = a @ w^T for up to kGemvRows rows.
-template <class T>
+// y f32[M, N] = a @ w^T for up to Products::kMostRows rows.
+template <class Products, class T>
 void multiply_rows(const Gemm4bit<T>& gemm, float* y) {
+  using Element = typename Products::Element;
   const Weight4bit& w = gemm.w;
   int64_t phases = 1;
   while (phases * w.K % kWord != 0) phases *= 2;
   const int64_t max_groups = ceil_div(w.K + kWord - 1, kGroup);
-  const Buffer<float> rearranged(gemm.M * max_groups * kGroup);
+  const Buffer<Element> rearranged(gemm.M * max_groups * kGroup);
   for (int64_t phase = 0; phase < min(phases, w.N); phase++) {
     const int64_t zeros = phase * w.K % kWord;
     const int64_t groups = ceil_div(zeros + w.K, kGroup);
     parallel_for(gemm.M, grain(w.K, kDecodedShare), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
-        rearrange_row(gemm.a + r * w.K, w.K, zeros, groups, rearranged.data() + r * groups * kGroup);
+        rearrange_row<Products>(gemm.a + r * w.K, w.K, zeros, groups, gemm.M * kGroup,
+                                rearranged.data() + r * kGroup);
       }
     });
-    const Product product{w,      stored_scales(w), gemm.code, phase, phases, rearranged.data(),
-                          gemm.M, groups,           y};
-    parallel_for(product.weight_rows(), grain(w.K, kMultipliedShare),
-                 [&](int64_t begin, int64_t end) { multiply(product, begin, end); });
+    const Product<Element> product{w,      stored_scales(w), gemm.code, phase, phases, rearranged.data(),
+                                   gemm.M, groups,           y};
+    parallel_for(product.weight_rows(), grain(w.K, kMultipliedShare), [&](int64_t begin, int64_t end) {
+      multiply<Products, Products::kMostRows>(product, begin, end);
+    });
   }
 }
 
-template <class T>
+template <class Products, class T>
 void gemv_4bit(const Gemm4bit<T>& gemm) {
   const int64_t N = gemm.w.N;
   const Buffer<float> y(gemm.M * N);
-  multiply_rows(gemm, y.data());
+  multiply_rows<Products>(gemm, y.data());
   parallel_for(gemm.M, grain(N, kDecodedShare), [&](int64_t begin, int64_t end) {
     gemm.result.finish(y.data() + begin * N, N, {begin, end - begin, 0, N});
   });

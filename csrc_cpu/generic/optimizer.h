@@ -28,7 +28,7 @@ class FloatState {
   template <OptimizerName name>
   class Block {
    public:
-    Block(const FloatState& state, int64_t b) {
+    Block(const FloatState& state, int64_t b, int64_t) {
       for (int s = 0; s < kStates; s++) {
         if (!uses_state(name, s)) continue;
         values_[s] = state.state_[s] + b * kBlock;
@@ -67,7 +67,8 @@ struct RaisedBytes {
   }
 };
 
-// State in 8 bits: decoded when it is read, encoded when the whole block is there.
+// State in 8 bits: decoded a block at a time, and encoded when the whole block is there.
+template <class Encoding>
 class ByteState {
  public:
   ByteState(const Parameter8bit& given, const StateCodebooks& codebooks)
@@ -79,17 +80,20 @@ class ByteState {
   template <OptimizerName name>
   class Block {
    public:
-    Block(const ByteState& state, int64_t b) : state_(state), b_(b) {
+    Block(const ByteState& state, int64_t b, int64_t n) : state_(state), b_(b) {
       for (int s = 0; s < kStates; s++) {
         if (!uses_state(name, s)) continue;
         codes_[s] = state.state_[s] + b * kBlock;
-        scale_[s] = splat(state.absmax_[s][b]);
+        const F32 scale = splat(state.absmax_[s][b]);
+        state.codebook(s).table.for_each(codes_[s], n, [&](int64_t i, auto, F32 values) {
+          __builtin_prefetch(codes_[s] + i + kPrefetched);
+          store(values_[s] + i, values * scale);
+        });
       }
     }
     template <class Lanes>
-    BNB_INLINE F32 get(int s, int64_t i, Lanes lanes) const {
-      __builtin_prefetch(codes_[s] + i + kPrefetched);
-      return Table<256>(state_.codebook(s).code)[load(codes_[s] + i, lanes)] * scale_[s];
+    BNB_INLINE F32 get(int s, int64_t i, Lanes) const {
+      return load(values_[s] + i);
     }
     template <class Lanes>
     BNB_INLINE void set(int s, int64_t i, F32 value, Lanes) {
@@ -98,7 +102,7 @@ class ByteState {
     void close(int64_t n) const {
       for (int s = 0; s < kStates; s++) {
         if (!uses_state(name, s)) continue;
-        const BlockwiseEncoding& codebook = state_.codebook(s);
+        const Encoding& codebook = state_.codebook(s);
         codebook.with_encoder([&](const auto encode) {
           const Bytes codes{codes_[s]};
           float& absmax = state_.absmax_[s][b_];
@@ -115,14 +119,13 @@ class ByteState {
     const ByteState& state_;
     int64_t b_;
     uint8_t* codes_[kStates];
-    F32 scale_[kStates];
     alignas(64) float values_[kStates][kBlock];
   };
 
  private:
-  const BlockwiseEncoding& codebook(int state) const { return state == 2 ? unsigned_ : signed_; }
+  const Encoding& codebook(int state) const { return state == 2 ? unsigned_ : signed_; }
 
-  BlockwiseEncoding signed_, unsigned_;
+  Encoding signed_, unsigned_;
   uint8_t* state_[kStates];
   float* absmax_[kStates];
 };
@@ -182,7 +185,7 @@ struct Parameter {
   // The coefficients are a copy, which no value that is written can change.
   template <OptimizerName name>
   void update(const Coefficients c, float size, int64_t b) const {
-    typename State::template Block<name> block(state, b);
+    typename State::template Block<name> block(state, b, length(b));
     for_each_update<name>(
         c, size, b, block,
         [&](int64_t i, auto lanes, F32 value, F32 update, Mask ignored, const F32(&after)[kStates]) {
@@ -198,7 +201,7 @@ struct Parameter {
   // Adds |p|^2 and |update|^2 of a block, the update before the learning rate.
   template <OptimizerName name>
   void measure(const Coefficients& c, int64_t b, double* sums) const {
-    const typename State::template Block<name> block(state, b);
+    const typename State::template Block<name> block(state, b, length(b));
     alignas(64) float values[kBlock], updates[kBlock];
     for_each_update<name>(c, c.unit, b, block,
                           [&](int64_t i, auto, F32 value, F32 update, Mask ignored, const F32(&)[kStates]) {
@@ -287,9 +290,10 @@ void optimizer_update_32bit(const OptimizerStep& step, const Parameters<Paramete
   optimizer_update<FloatState>(step, parameters, norms);
 }
 
+template <class Encoding>
 void optimizer_update_8bit_blockwise(const OptimizerStep& step, const Parameters<Parameter8bit>& parameters,
                                      const StateCodebooks& codebooks, double* norms, Stream) {
-  optimizer_update<ByteState>(step, parameters, norms, codebooks);
+  optimizer_update<ByteState<Encoding>>(step, parameters, norms, codebooks);
 }
 
 }  // namespace

@@ -42,6 +42,14 @@ struct Nibbles {
   }
 };
 
+// An encoder of other than single vectors has an overload of its own.
+template <class T, class Encode, class Output>
+BNB_INLINE void encode_values(const T* a, int64_t n, F32 inverse, const Encode& encode,
+                              const Output& output) {
+  for_each_vector(n,
+                  [&](int64_t i, auto lanes) { output.put(i, encode(load(a + i, lanes) * inverse), lanes); });
+}
+
 // Quantizes one block and returns its absmax. Inline, so that the compiler sees that no byte that is written
 // changes the encoder.
 template <class T, class Encode, class Output>
@@ -52,9 +60,7 @@ BNB_INLINE float quantize_block(const T* a, int64_t n, const Encode& encode, con
     return largest < kSmallestNormal ? 0.0f : float_from_bits(largest > kInfinity ? kNan : kInfinity);
   }
   const float absmax = float_from_bits(largest);
-  const F32 inverse = splat(1.0f / absmax);
-  for_each_vector(n,
-                  [&](int64_t i, auto lanes) { output.put(i, encode(load(a + i, lanes) * inverse), lanes); });
+  encode_values(a, n, splat(1.0f / absmax), encode, output);
   return absmax;
 }
 
@@ -76,9 +82,10 @@ void quantize_blocks(const Matrix& A, int64_t blocksize, const WithEncoder& with
   });
 }
 
+template <class Encoding>
 void quantize_blockwise(const Matrix& A, const float* code, int64_t blocksize, uint8_t* q, float* absmax,
                         Stream) {
-  const BlockwiseEncoding encoding(code, A.count());
+  const Encoding encoding(code, A.count());
   advise_huge_pages(q, A.count());
   quantize_blocks(
       A, blocksize, [&](const auto& f) { encoding.with_encoder(f); },
@@ -94,9 +101,9 @@ void quantize_4bit(const Matrix& A, int64_t blocksize, QuantType quant_type, uin
 }
 
 template <class T>
-void dequantize_block(const uint8_t* q, float absmax, const Table<256>& code, int64_t n, T* out) {
+void dequantize_block(const uint8_t* q, float absmax, const ByteTable& code, int64_t n, T* out) {
   const F32 scale = splat(absmax);
-  for_each_vector(n, [&](int64_t i, auto lanes) { store(out + i, code[load(q + i, lanes)] * scale, lanes); });
+  code.for_each(q, n, [&](int64_t i, auto lanes, F32 values) { store(out + i, values * scale, lanes); });
 }
 
 void dequantize_blockwise(const uint8_t* q, const float* absmax, const float* code, int64_t blocksize,
@@ -105,7 +112,7 @@ void dequantize_blockwise(const uint8_t* q, const float* absmax, const float* co
   with_type(out, [&](auto* y) {
     advise_huge_pages(y, n * sizeof *y);
     parallel_for(ceil_div(n, blocksize), grain(blocksize, kDecodedShare), [&](int64_t begin, int64_t end) {
-      const Table<256> table(code);
+      const ByteTable table(code);
       for (int64_t b = begin; b < end; b++) {
         const int64_t first = b * blocksize;
         dequantize_block(q + first, absmax[b], table, min(blocksize, n - first), y + first);

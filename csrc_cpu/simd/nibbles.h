@@ -22,24 +22,25 @@ struct GatheredWords {
 // Rows of a weight that are decoded side by side, where sums of few rows of A are kept in registers.
 constexpr int kStreams = kRegisters / 8;
 
+// Element i: what the i-th nibble of every word stands for by a table, the lowest one first.
+template <class AnyTable, class AnyWords>
+class NibbleValues {
+ public:
+  NibbleValues(const AnyTable& table, const AnyWords& words) : table_(table), words_(words) {}
+  BNB_INLINE auto operator[](int i) const { return table_[words_.nibble(i)]; }
+
+ private:
+  const AnyTable& table_;
+  const AnyWords& words_;
+};
+
 // What each of 16 codes stands for.
 class NibbleTable {
  public:
   explicit NibbleTable(const float* values) : table(values) {}
 
-  // Element i: what the i-th nibble of every word stands for, the lowest one first.
   template <class AnyWords>
-  class Values {
-   public:
-    Values(const Table<16>& table, const AnyWords& words) : table_(table), words_(words) {}
-    BNB_INLINE F32 operator[](int i) const { return table_[words_.nibble(i)]; }
-
-   private:
-    const Table<16>& table_;
-    const AnyWords& words_;
-  };
-  template <class AnyWords>
-  BNB_INLINE Values<AnyWords> operator()(const AnyWords& words) const {
+  BNB_INLINE NibbleValues<Table<16>, AnyWords> operator()(const AnyWords& words) const {
     return {table, words};
   }
 

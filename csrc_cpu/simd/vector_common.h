@@ -46,5 +46,22 @@ BNB_INLINE void for_each_vector(int64_t n, Body body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
+#if !defined(BNB_OWN_BYTE_TABLE)
+// Looks bytes up in 256 floats, which may be null if it is not used.
+class ByteTable {
+ public:
+  explicit ByteTable(const float* values) : values_(values) {}
+  // Calls body(i, lanes, values) for the vectors of n bytes.
+  template <class Body>
+  BNB_INLINE void for_each(const uint8_t* codes, int64_t n, const Body& body) const {
+    const Table<256> table(values_);
+    for_each_vector(n, [&](int64_t i, auto lanes) { body(i, lanes, table[load(codes + i, lanes)]); });
+  }
+
+ private:
+  const float* values_;
+};
+#endif
+
 }  // namespace
 }  // namespace bnb::BNB_TARGET

@@ -9,6 +9,7 @@ namespace bnb::amx {
 namespace {
 
 struct Tiles {
+  using Encoding = BlockwiseEncoding;
   using Gemm4bit = TileGemm4bit;
   using Backward4bit = TileBackward4bit;
   using Int8 = TileInt8;

@@ -4,4 +4,4 @@
 #include "../generic/pairs_dot.h"
 #include "../generic/table.h"
 
-const bnb::Target bnb::avx2_target = bnb::avx2::target<bnb::avx2::PairsDot, bnb::avx2::NoTiles>();
+const bnb::Target bnb::avx2_target = bnb::avx2::target<bnb::avx2::PairsDot, bnb::avx2::NoneOfItsOwn>();

@@ -4,4 +4,5 @@
 #include "../generic/pairs_dot.h"
 #include "../generic/table.h"
 
-const bnb::Target bnb::avx512_target = bnb::avx512::target<bnb::avx512::PairsDot, bnb::avx512::NoTiles>();
+const bnb::Target bnb::avx512_target =
+    bnb::avx512::target<bnb::avx512::PairsDot, bnb::avx512::NoneOfItsOwn>();

@@ -5,4 +5,4 @@
 #include "../generic/table.h"
 
 const bnb::Target bnb::avx512_vnni_target =
-    bnb::avx512_vnni::target<bnb::avx512_vnni::VnniDot, bnb::avx512_vnni::NoTiles>();
+    bnb::avx512_vnni::target<bnb::avx512_vnni::VnniDot, bnb::avx512_vnni::NoneOfItsOwn>();

@@ -4,4 +4,4 @@
 #include "../generic/table.h"
 #include "../neon/int8.h"
 
-const bnb::Target bnb::neon_target = bnb::neon::target<bnb::neon::WideningDot, bnb::neon::NoTiles>();
+const bnb::Target bnb::neon_target = bnb::neon::target<bnb::neon::WideningDot, bnb::neon::NoneOfItsOwn>();

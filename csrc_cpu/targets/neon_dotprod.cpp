@@ -5,4 +5,4 @@
 #include "../neon/int8.h"
 
 const bnb::Target bnb::neon_dotprod_target =
-    bnb::neon_dotprod::target<bnb::neon_dotprod::DotprodDot, bnb::neon_dotprod::NoTiles>();
+    bnb::neon_dotprod::target<bnb::neon_dotprod::DotprodDot, bnb::neon_dotprod::NoneOfItsOwn>();

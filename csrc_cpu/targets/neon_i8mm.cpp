@@ -7,7 +7,8 @@
 namespace bnb::neon_i8mm {
 namespace {
 
-struct Tiles {
+struct Mmla {
+  using Encoding = BlockwiseEncoding;
   using Gemm4bit = NoKernel;
   using Backward4bit = NoKernel;
   using Int8 = MmlaInt8;
@@ -17,4 +18,4 @@ struct Tiles {
 }  // namespace bnb::neon_i8mm
 
 const bnb::Target bnb::neon_i8mm_target =
-    bnb::neon_i8mm::target<bnb::neon_i8mm::DotprodDot, bnb::neon_i8mm::Tiles>();
+    bnb::neon_i8mm::target<bnb::neon_i8mm::DotprodDot, bnb::neon_i8mm::Mmla>();

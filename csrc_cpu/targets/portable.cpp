@@ -5,4 +5,4 @@
 #include "../generic/table.h"
 
 const bnb::Target bnb::portable_target =
-    bnb::portable::target<bnb::portable::PairsDot, bnb::portable::NoTiles>();
+    bnb::portable::target<bnb::portable::PairsDot, bnb::portable::NoneOfItsOwn>();

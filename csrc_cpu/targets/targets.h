@@ -17,6 +17,7 @@ extern const Target portable_target;
 extern const Target avx2_target;
 extern const Target avx512_target;
 extern const Target avx512_vnni_target;
+extern const Target avx512_bf16_target;
 extern const Target amx_target;
 #elif defined(__aarch64__)
 extern const Target neon_target;
