@@ -410,7 +410,7 @@ def _check_optimizer(
 
 def _check_step(settings: OptimizerStep) -> None:
     """Each value is looked at quickly first: a step of an optimizer does so for every group of parameters."""
-    name, step, lr, *numbers, max_unorm, skip_zeros = settings
+    name, step, lr, *numbers, max_unorm, skip_zeros, t_alpha, t_beta3, step_tensor, lr_tensor = settings
     check_choice("optimizer_name", name, _OPTIMIZER_NAMES)
     if type(step) is not int or not 1 <= step <= I64_MAX:
         check_whole("step", step, minimum=1)
@@ -423,17 +423,31 @@ def _check_step(settings: OptimizerStep) -> None:
         check_number("lr", _one_number("lr", lr))
     if skip_zeros is not True and skip_zeros is not False:
         check_flag("skip_zeros", skip_zeros)
+    if type(t_alpha) is not float or t_alpha != 0.0:
+        check_number("t_alpha", t_alpha, minimum=0.0)
+    if type(t_beta3) is not float or t_beta3 != 0.0:
+        check_number("t_beta3", t_beta3, minimum=0.0)
+    if step_tensor is not None:
+        _check_number_tensor("step_tensor", step_tensor)
+    if lr_tensor is not None:
+        _check_number_tensor("lr_tensor", lr_tensor)
     if max_unorm > 0 and not OPTIMIZERS[name].takes_max_unorm:
         raise ValueError(f"max_unorm: {name} has no bounded update, expected 0, got {max_unorm}")
 
 
 _OPTIMIZER_NAMES = tuple(OPTIMIZERS)
-_NUMBERS = OptimizerStep._fields[3:-2]
+_NUMBERS = OptimizerStep._fields[3 : OptimizerStep._fields.index("max_unorm")]
 
 
 def _check_numbers(numbers: Sequence[float]) -> None:
     for name, number in zip(_NUMBERS, numbers, strict=True):
         check_number(name, number)
+
+
+def _check_number_tensor(name: str, tensor: Tensor) -> None:
+    """Its value is not looked at: that would wait for the device."""
+    check_dtype(name, tensor, (torch.float64,))
+    check_numel(name, tensor, 1)
 
 
 def _check_absent(name: str, value: object, optimizer_name: str) -> None:

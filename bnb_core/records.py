@@ -67,7 +67,11 @@ class Int8Weight(NamedTuple):
 
 
 class OptimizerStep(NamedTuple):
-    """The settings of one step, schedules applied. Numbers are such that f32 holds; lr may be a tensor of one."""
+    """The settings of one step. Numbers are such that f32 holds; lr may be a tensor of one, which is read by the host.
+
+    A CUDA graph repeats the numbers of its capture. So those that change from step to step may be in the memory of the
+    parameter's device instead, where kernels read them: step_tensor and lr_tensor.
+    """
 
     optimizer_name: str
     """A key of :data:`bnb_core.primitives.OPTIMIZERS`."""
@@ -83,6 +87,14 @@ class OptimizerStep(NamedTuple):
     gnorm_scale: float = 1.0
     max_unorm: float = 0.0
     skip_zeros: bool = False
+    t_alpha: float = 0.0
+    """Steps over which ademamix's alpha rises from 0 to its value; 0 for that value from the start."""
+    t_beta3: float = 0.0
+    """Steps over which ademamix's slow decay rises from beta1 to beta3; 0 for beta3 from the start."""
+    step_tensor: Tensor | None = None
+    """f64, one whole number: counts in place of ``step``."""
+    lr_tensor: Tensor | None = None
+    """f64, one number: counts in place of ``lr``."""
 
 
 class OptimizerState32bit(NamedTuple):
@@ -112,7 +124,8 @@ SCHEMAS: dict[Any, str] = {
     Int8Rows: "Tensor {argument}, Tensor row_stats",
     Int8Weight: "Tensor {argument}, Tensor col_stats",
     OptimizerStep: "str optimizer_name, int step, float lr, float beta1, float beta2, float beta3, float alpha, "
-    "float eps, float weight_decay, float gnorm_scale, float max_unorm, bool skip_zeros",
+    "float eps, float weight_decay, float gnorm_scale, float max_unorm, bool skip_zeros, float t_alpha, float t_beta3, "
+    "Tensor? step_tensor, Tensor? lr_tensor",
     OptimizerState32bit: "Tensor(b!) state1, Tensor(c!)? state2",
     OptimizerState8bit: "Tensor(b!) state1, Tensor(c!)? state2, Tensor qmap1, Tensor? qmap2, Tensor(d!) absmax1, "
     "Tensor(e!)? absmax2",

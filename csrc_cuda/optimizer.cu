@@ -103,6 +103,36 @@ struct Step {
   }
 };
 
+// What is the same for every entry of a parameter, as the host computed it; the size of the update is that
+// without a bound.
+struct Numbers {
+  static constexpr bool in_memory = false;
+
+  Coefficients c;
+  double lr;
+  float size;
+
+  Numbers() = default;
+  explicit BNB_HOST_DEVICE Numbers(const OptimizerStep& s)
+      : c(s), lr(s.lr), size(step_size(lr, 1.0f, c.unit)) {}
+
+  __device__ const Numbers& of(int, Numbers&) const { return *this; }
+};
+
+// The same for each parameter of a launch, in the device's memory: of a step whose count or learning rate is
+// there.
+struct NumbersInMemory {
+  static constexpr bool in_memory = true;
+
+  Numbers* all;
+
+  // Those of the i-th parameter, for all threads of a block after a barrier.
+  __device__ const Numbers& of(int i, Numbers& shared) const {
+    if (threadIdx.x == 0) shared = all[i];
+    return shared;
+  }
+};
+
 // The parameters of a launch, as many as its arguments have room for.
 template <class Stored>
 struct Batch {
@@ -144,23 +174,39 @@ struct Batch {
   }
 };
 
+// The counts of the parameters of a launch, in the device's memory; null: the step has the number.
+template <int most>
+struct Counts {
+  const double* of[most];
+};
+
+// The numbers of each of them.
+template <int most>
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(OptimizerStep step, Counts<most> counts, int count, Numbers* all) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads)
+    all[i] = Numbers(at_hand(step, counts.of[i]));
+}
+
 // `bounded_size` holds the size of the update where a norm bounds it, and is null otherwise.
-template <class P>
+template <class P, class Source>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
-    update_kernel(Coefficients c, float size, const float* bounded_size,
-                  typename P::State::Codebooks codebooks, Batch<typename P::Stored> batch) {
+    update_kernel(Source source, const float* bounded_size, typename P::State::Codebooks codebooks,
+                  Batch<typename P::Stored> batch) {
   __shared__ typename P::Tables tables;
+  __shared__ Numbers shared;
+  const int thread_block = static_cast<int>(blockIdx.x), i = batch.of_block(thread_block);
+  const Numbers& numbers = source.of(i, shared);
   tables.prepare(codebooks);
   __syncthreads();
-  if (bounded_size) size = *bounded_size;
-  const int thread_block = static_cast<int>(blockIdx.x), i = batch.of_block(thread_block);
+  const float size = bounded_size ? *bounded_size : numbers.size;
   const int first = batch.begin(i);
   const int64_t warps = int64_t{batch.ends[i] - first} * kWarps;
   const P parameter(batch.parameters[i]);
   const int64_t blocks = parameter.blocks();
   for (int64_t b = int64_t{thread_block - first} * kWarps + warp(); b < blocks; b += warps) {
     const Block block = parameter.block(b);
-    Step<P> step(c, size, parameter, tables, block);
+    Step<P> step(numbers.c, size, parameter, tables, block);
     step.store(parameter, tables, block);
   }
 }
@@ -193,13 +239,16 @@ __device__ void sum_pair_over_threads(double (&sums)[2]) {
 }
 
 // partial f64[parts, 2] receives |p|^2 and |update|^2 of each part, the update before the learning rate.
-template <class P>
+template <class P, class Source>
 __global__ void __launch_bounds__(kThreads)
-    measure_kernel(Coefficients c, typename P::State::Codebooks codebooks, typename P::Stored stored,
+    measure_kernel(Source source, typename P::State::Codebooks codebooks, typename P::Stored stored,
                    double* partial) {
   __shared__ typename P::Tables tables;
+  __shared__ Numbers shared;
+  const Numbers& numbers = source.of(0, shared);
   tables.prepare(codebooks);
   __syncthreads();
+  const Coefficients c = numbers.c;
   const P parameter(stored);
   const int64_t blocks = parameter.blocks();
   for (int64_t first = blockIdx.x * kPartBlocks; first < blocks; first += gridDim.x * kPartBlocks) {
@@ -222,9 +271,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // norms f64[2] from the partial ones, and the size of the update that they allow.
-__global__ void __launch_bounds__(kThreads)
-    bound_kernel(const double* partial, int64_t parts, double max_unorm, double lr, float unit, double* norms,
-                 float* size) {
+template <class Source>
+__global__ void __launch_bounds__(kThreads) bound_kernel(Source source, const double* partial, int64_t parts,
+                                                         double max_unorm, double* norms, float* size) {
+  __shared__ Numbers shared;
+  const Numbers& numbers = source.of(0, shared);
   double sums[2] = {};
   for (int64_t i = threadIdx.x; i < parts; i += kThreads) {
     for (int k = 0; k < 2; k++) sums[k] += partial[i * 2 + k];
@@ -232,45 +283,63 @@ __global__ void __launch_bounds__(kThreads)
   sum_pair_over_threads(sums);
   if (threadIdx.x != 0) return;
   for (int k = 0; k < 2; k++) norms[k] = sums[k];
-  *size = step_size(lr, trust_ratio(max_unorm, sums), unit);
+  *size = step_size(numbers.lr, trust_ratio(max_unorm, sums), numbers.c.unit);
 }
 
-// How a step is launched.
-template <class State>
+// How a step is launched. Source says where its numbers are.
+template <class State, class Source>
 struct Launcher {
+  using Stored = typename State::Stored;
+  using Batch = bnb::Batch<Stored>;
+
   const char* name;
   const OptimizerStep& step;
+  const Parameters<Stored>& parameters;
   const typename State::Codebooks& codebooks;
+  Source source;
   Stream stream;
-  Coefficients c{step};
   const float* bounded_size = nullptr;  // in the device's memory, where a norm bounds it
 
-  // Takes the norms of a parameter, by which its update is bounded, with scratch memory for so many parts.
+  // Has the numbers of so many parameters in memory, of those with these indices.
+  void prepare(const int64_t* indices, int count) const {
+    if constexpr (Source::in_memory) {
+      Counts<Batch::kMost> counts = {};
+      for (int i = 0; i < count; i++) counts.of[i] = parameters.count_of(indices[i]);
+      launch(name, prepare_kernel<Batch::kMost>, 1, kThreads, stream, 0, step, counts, count, source.all);
+    }
+  }
+
+  // Takes the norms of the parameter, by which its update is bounded, with scratch memory for so many parts.
   template <class P>
-  void measure(const typename P::Stored& parameter, int64_t parts, double* partial, double* norms) {
+  void measure(int64_t parts, double* partial, double* norms) {
+    const int64_t index = 0;
+    prepare(&index, 1);
     float* const size = reinterpret_cast<float*>(partial + 2 * parts);
-    launch(name, measure_kernel<P>, resident_grid(parts, kThreads), kThreads, stream, 0, c, codebooks,
-           parameter, partial);
-    launch(name, bound_kernel, 1, kThreads, stream, 0, partial, parts, step.max_unorm, step.lr, c.unit, norms,
+    launch(name, measure_kernel<P, Source>, resident_grid(parts, kThreads), kThreads, stream, 0, source,
+           codebooks, *parameters.first, partial);
+    launch(name, bound_kernel<Source>, 1, kThreads, stream, 0, source, partial, parts, step.max_unorm, norms,
            size);
     bounded_size = size;
   }
 
   // Updates all parameters that are plain, or all others, as P is.
   template <class P>
-  void update_all(const Parameters<typename P::Stored>& parameters) const {
-    Batch<typename P::Stored> batch = {};
+  void update_all() const {
+    Batch batch = {};
+    int64_t indices[Batch::kMost];
     const auto run = [&] {
       if (batch.count == 0) return;
-      const float size = step_size(step.lr, 1.0f, c.unit);
+      prepare(indices, batch.count);
       const int64_t blocks = batch.share_blocks();
-      launch(name, update_kernel<P>, blocks, kThreads, stream, 0, c, size, bounded_size, codebooks, batch);
+      launch(name, update_kernel<P, Source>, blocks, kThreads, stream, 0, source, bounded_size, codebooks,
+             batch);
       batch.count = 0;
     };
     for (int64_t i = 0; i < parameters.count; i++) {
       const P parameter(parameters.first[i]);
       const bool plain = parameter.aligned && parameter.n % kOptimizerBlock == 0 && !step.skip_zeros;
       if (parameter.n == 0 || plain != P::plain) continue;
+      indices[batch.count] = i;
       batch.parameters[batch.count++] = parameters.first[i];
       if (batch.count == batch.kMost) run();
     }
@@ -278,15 +347,14 @@ struct Launcher {
   }
 };
 
-template <class State>
-void optimizer_update(const char* name, const OptimizerStep& step,
-                      const Parameters<typename State::Stored>& parameters,
-                      const typename State::Codebooks& codebooks, double* norms, Stream stream) {
-  Launcher<State> launcher{name, step, codebooks, stream};
+template <class State, class Source>
+void update(Launcher<State, Source> launcher, double* norms) {
+  const OptimizerStep& step = launcher.step;
+  const auto& parameters = launcher.parameters;
   const bool bounded =
       step.max_unorm > 0 && takes_max_unorm(step.name) && parameters.count > 0 && parameters.first->n > 0;
   const int64_t parts = bounded ? ceil_div(parameters.first->n, kPartBlocks * kOptimizerBlock) : 0;
-  const Workspace workspace(bounded ? 2 * parts * sizeof(double) + sizeof(float) : 0, stream);
+  const Workspace workspace(bounded ? 2 * parts * sizeof(double) + sizeof(float) : 0, launcher.stream);
   with_dtype(parameters.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     with_rule(step.name, [&](auto rule) {
@@ -294,13 +362,27 @@ void optimizer_update(const char* name, const OptimizerStep& step,
       using General = Parameter<rule_name, T, State, false>;
       using Plain = Parameter<rule_name, T, State, true>;
       if constexpr (takes_max_unorm(rule_name)) {
-        if (bounded)
-          launcher.template measure<General>(*parameters.first, parts, workspace.as<double>(), norms);
+        if (bounded) launcher.template measure<General>(parts, workspace.as<double>(), norms);
       }
-      launcher.template update_all<Plain>(parameters);
-      launcher.template update_all<General>(parameters);
+      launcher.template update_all<Plain>();
+      launcher.template update_all<General>();
     });
   });
+}
+
+template <class State>
+void optimizer_update(const char* name, const OptimizerStep& step,
+                      const Parameters<typename State::Stored>& parameters,
+                      const typename State::Codebooks& codebooks, double* norms, Stream stream) {
+  using Batch = bnb::Batch<typename State::Stored>;
+  if (parameters.counts || step.lr_in_memory) {
+    const Workspace numbers(std::min<int64_t>(parameters.count, Batch::kMost) * sizeof(Numbers), stream);
+    const NumbersInMemory source{numbers.as<Numbers>()};
+    update(Launcher<State, NumbersInMemory>{name, step, parameters, codebooks, source, stream}, norms);
+  } else {
+    const Numbers source(step);
+    update(Launcher<State, Numbers>{name, step, parameters, codebooks, source, stream}, norms);
+  }
 }
 
 }  // namespace

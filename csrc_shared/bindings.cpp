@@ -13,34 +13,40 @@ namespace {
 
 using binding::States32bit;
 using binding::States8bit;
+using binding::Step;
 using binding::TensorList;
 
 // Calls update with the parameters of a step, which `parameter` makes from each one's place in the lists.
 template <class Make, class Update>
-void with_parameters(const TensorList& p, const Make& parameter, const Update& update) {
+void with_parameters(const TensorList& p, const TensorList& counts, const Make& parameter,
+                     const Update& update) {
   using Parameter = decltype(parameter(size_t{0}));
   if (p.size() == 1) {
     const Parameter one = parameter(0);
-    return update(Parameters<Parameter>{&one, 1, p.dtype()});
+    const double* const count = counts.at<const double>(0);
+    return update(Parameters<Parameter>{&one, 1, p.dtype(), count ? &count : nullptr});
   }
   std::vector<Parameter> many;
   many.reserve(p.size());
   for (size_t i = 0; i < p.size(); i++) many.push_back(parameter(i));
-  update(Parameters<Parameter>{many.data(), static_cast<int64_t>(many.size()), p.dtype()});
+  std::vector<const double*> counted;
+  for (size_t i = 0; i < counts.size(); i++) counted.push_back(counts.at<const double>(i));
+  update(Parameters<Parameter>{many.data(), static_cast<int64_t>(many.size()), p.dtype(),
+                               counted.empty() ? nullptr : counted.data()});
 }
 
-void optimizer_update_32bit(const OptimizerStep& step, const TensorList& g, const TensorList& p,
+void optimizer_update_32bit(const Step& step, const TensorList& g, const TensorList& p,
                             const States32bit& states, double* norms, Stream stream) {
   const auto parameter = [&](size_t i) {
     return Parameter32bit{g.at<void>(i), p.at<void>(i), p.count(i), states.state1.at<float>(i),
                           states.state2.at<float>(i)};
   };
-  with_parameters(p, parameter, [&](const Parameters<Parameter32bit>& parameters) {
-    kernels().optimizer_update_32bit(step, parameters, norms, stream);
+  with_parameters(p, step.counts, parameter, [&](const Parameters<Parameter32bit>& parameters) {
+    kernels().optimizer_update_32bit(step.settings, parameters, norms, stream);
   });
 }
 
-void optimizer_update_8bit_blockwise(const OptimizerStep& step, const TensorList& g, const TensorList& p,
+void optimizer_update_8bit_blockwise(const Step& step, const TensorList& g, const TensorList& p,
                                      const States8bit& states, double* norms, Stream stream) {
   const auto parameter = [&](size_t i) {
     return Parameter8bit{g.at<void>(i),
@@ -51,8 +57,8 @@ void optimizer_update_8bit_blockwise(const OptimizerStep& step, const TensorList
                          states.absmax1.at<float>(i),
                          states.absmax2.at<float>(i)};
   };
-  with_parameters(p, parameter, [&](const Parameters<Parameter8bit>& parameters) {
-    kernels().optimizer_update_8bit_blockwise(step, parameters, states.codebooks, norms, stream);
+  with_parameters(p, step.counts, parameter, [&](const Parameters<Parameter8bit>& parameters) {
+    kernels().optimizer_update_8bit_blockwise(step.settings, parameters, states.codebooks, norms, stream);
   });
 }
 

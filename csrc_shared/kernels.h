@@ -117,13 +117,16 @@ enum class OptimizerName : int32_t {
 constexpr const char* kOptimizerNames[] = {"adam", "lamb", "ademamix", "momentum",
                                            "lars", "lion", "rmsprop",  "adagrad"};
 
-// The hyperparameters of one optimizer step, schedules already applied (docs/SPEC.md section 5). They stay
-// f64 until they are combined: 1 - beta2 of an f32 beta2 would be off by 5e-5.
+// The hyperparameters of one optimizer step (docs/SPEC.md section 5). They stay f64 until they are combined:
+// 1 - beta2 of an f32 beta2 would be off by 5e-5.
 struct OptimizerStep {
   OptimizerName name;
   int64_t step;  // from 1
   double lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, max_unorm;
   bool skip_zeros;
+  double t_alpha, t_beta3;      // over so many steps alpha and beta3 rise; 0: they do not
+  double log_beta1, log_beta3;  // where beta3 rises; 0 of a beta of 0
+  const double* lr_in_memory;   // that of the device; null: lr counts
 };
 
 // A parameter of a step: its gradient and state, all of n elements, which are updated but for g. State that
@@ -152,7 +155,10 @@ template <class Parameter>
 struct Parameters {
   const Parameter* first;
   int64_t count;
-  DType dtype;  // of g and p
+  DType dtype;                  // of g and p
+  const double* const* counts;  // each one's step, in the device's memory; null: that of the OptimizerStep
+
+  BNB_ALWAYS_INLINE const double* count_of(int64_t i) const { return counts ? counts[i] : nullptr; }
 };
 
 struct Kernels {

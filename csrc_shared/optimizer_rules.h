@@ -6,6 +6,7 @@
 
 #include "host_device.h"
 #include "kernels.h"
+#include "step_numbers.h"
 
 namespace bnb {
 namespace {
@@ -39,14 +40,15 @@ struct Coefficients {
   bool first_step;
   float unit;  // the update is unit * numerator / denominator
 
-  explicit Coefficients(const OptimizerStep& s)
+  Coefficients() = default;
+  explicit BNB_HOST_DEVICE Coefficients(const OptimizerStep& s)
       : gnorm_scale(round(s.gnorm_scale)),
         beta1(round(s.beta1)),
         beta2(round(s.beta2)),
-        beta3(round(s.beta3)),
+        beta3(round(scheduled_beta3(s))),
         rest1(round(1 - s.beta1)),
         rest2(round(1 - s.beta2)),
-        rest3(round(1 - s.beta3)),
+        rest3(round(1 - scheduled_beta3(s))),
         alpha(round(s.alpha)),
         eps(round(s.eps)),
         weight_decay(round(s.weight_decay)),
@@ -55,16 +57,17 @@ struct Coefficients {
         first_step(s.step == 1),
         unit(1.0f) {
     if (is_adam(s.name) || s.name == OptimizerName::ademamix) {
-      alpha = round(s.alpha * correction1(s));
+      alpha = round(scheduled_alpha(s) * correction1(s));
       eps = round(s.eps * correction2(s));
       unit = round(correction2(s) / correction1(s));
     }
   }
 
-  static float round(double x) { return static_cast<float>(x); }
-  static double correction1(const OptimizerStep& s) { return 1 - power(s.beta1, s.step); }
-  static double correction2(const OptimizerStep& s) { return __builtin_sqrt(1 - power(s.beta2, s.step)); }
-  static double power(double beta, int64_t step) { return __builtin_pow(beta, static_cast<double>(step)); }
+  static BNB_HOST_DEVICE float round(double x) { return static_cast<float>(x); }
+  static BNB_HOST_DEVICE double correction1(const OptimizerStep& s) { return 1 - power(s.beta1, s.step); }
+  static BNB_HOST_DEVICE double correction2(const OptimizerStep& s) {
+    return __builtin_sqrt(1 - power(s.beta2, s.step));
+  }
 };
 
 // Moves the state of some entries one step ahead and returns size * numerator / denominator of the update.

@@ -4,8 +4,10 @@
 
 #include <Python.h>
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "dlpack.h"
@@ -147,6 +149,12 @@ class TensorList {
   DType dtype_ = DType::f32;
 };
 
+// The settings of a step; `counts` is empty where its number is among them.
+struct Step {
+  OptimizerStep settings;
+  TensorList counts;
+};
+
 // The tensors of a step: lists of one length, empty for a state that the optimizer does not use.
 struct States32bit {
   TensorList state1, state2;
@@ -231,7 +239,9 @@ inline Weight4bit read_weight_4bit(Fields fields) {
   return weight;
 }
 
-inline OptimizerStep read_optimizer_step(Fields fields) {
+inline double log_or_zero(double beta) { return beta > 0 ? std::log(beta) : 0; }
+
+inline Step read_step(Fields fields) {
   OptimizerStep step{};
   step.name = fields.next<OptimizerName>();
   step.step = fields.next<int64_t>();
@@ -239,14 +249,22 @@ inline OptimizerStep read_optimizer_step(Fields fields) {
                          &step.weight_decay, &step.gnorm_scale, &step.max_unorm})
     *number = fields.next<double>();
   step.skip_zeros = fields.next<bool>();
-  return step;
+  step.t_alpha = fields.next<double>();
+  step.t_beta3 = fields.next<double>();
+  if (step.t_beta3 > 0) {
+    step.log_beta1 = log_or_zero(step.beta1);
+    step.log_beta3 = log_or_zero(step.beta3);
+  }
+  TensorList counts = fields.next<TensorList>();
+  step.lr_in_memory = fields.next<const double*>();
+  return {step, std::move(counts)};
 }
 
 // Braces, so that the fields are read in their order.
 template <class T>
 T read_fields(Fields fields) {
   if constexpr (std::is_same_v<T, Weight4bit>) return read_weight_4bit(fields);
-  if constexpr (std::is_same_v<T, OptimizerStep>) return read_optimizer_step(fields);
+  if constexpr (std::is_same_v<T, Step>) return read_step(fields);
   if constexpr (std::is_same_v<T, Int8Weight>)
     return T{fields.next<Rows<int8_t>>(), fields.next<const float*>()};
   if constexpr (std::is_same_v<T, Int8Product>) {

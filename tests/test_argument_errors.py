@@ -113,7 +113,9 @@ def _int8(rows: int = 4) -> torch.Tensor:
 
 
 def _step(name: str) -> dict[str, Any]:
-    return {key: value for key, value in valid_arguments(name).items() if value is not None}
+    """Without AdEMAMix' schedules, which the functions do not have."""
+    arguments = valid_arguments(name).items()
+    return {key: value for key, value in arguments if value is not None and key not in ("t_alpha", "t_beta3")}
 
 
 def _matmul_state() -> bnb_core.MatmulLtState:

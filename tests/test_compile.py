@@ -148,3 +148,110 @@ def test_a_step_is_no_part_of_a_cuda_graph(monkeypatch):
     with pytest.raises(RuntimeError, match=r"AdamW8bit.step: a CUDA graph would repeat it"):
         optimizer.step()
     assert torch.equal(weight, torch.ones(64)) and not optimizer.state
+
+
+def _trained(name, backend, change=lambda optimizer, step: None, **settings):
+    """The parameters and counts after steps of which only the optimizer's is compiled, and the compilations by step."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    settings = {"lr": torch.tensor(0.01), **settings}
+    optimizer = build(name, model.parameters(), min_8bit_size=64, capturable=True, **settings)
+    counter = CompileCounterWithBackend(backend or "eager")
+    step = (
+        optimizer.step if backend is None else torch.compile(lambda: optimizer.step(), backend=counter, fullgraph=True)
+    )
+    x, compilations = torch.randn(8, 64), []
+    for number in range(6):
+        change(optimizer, number)
+        model(x).square().mean().backward()
+        step()
+        optimizer.zero_grad()
+        compilations.append(counter.frame_count)
+    counts = [state["step"] for state in optimizer.state_dict()["state"].values()]
+    return [p.detach() for p in model.parameters()], counts, compilations
+
+
+def _halve(optimizer, step):
+    optimizer.param_groups[0]["lr"].mul_(0.5)
+
+
+CAPTURABLE = [
+    *(("AdamW8bit", backend) for backend in ("eager", "aot_eager", "inductor")),
+    *(
+        (name, "aot_eager")
+        for name in ("PagedAdam32bit", "LAMB8bit", "AdEMAMix8bit", "Lion8bit", "SGD8bit", "LARS32bit")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "backend"), CAPTURABLE)
+def test_a_capturable_step_is_compiled_whole_and_once(name, backend):
+    """With a learning rate that changes in place."""
+    expected, counts, _ = _trained(name, None, _halve)
+    got, compiled_counts, compilations = _trained(name, backend, _halve)
+    assert all(map(torch.equal, got, expected)) and compiled_counts == counts == [6] * 4
+    assert compilations[0] > 0 and compilations[-1] == compilations[0], "compiled anew at later steps"
+
+
+def test_sgd_without_momentum_is_compiled_whole():
+    expected, counts, _ = _trained("SGD8bit", None, momentum=0)
+    got, compiled_counts, _ = _trained("SGD8bit", "aot_eager", momentum=0)
+    assert all(map(torch.equal, got, expected)) and compiled_counts == counts == [6] * 4
+
+
+def _change_group(optimizer, step):
+    optimizer.param_groups[0].update(lr=0.01 / (step + 1), weight_decay=0.1 * (step // 3))
+
+
+def _replace_tensor(optimizer, step):
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.01 / (step + 1))
+
+
+def _override(optimizer, step):
+    first = optimizer.param_groups[0]["params"][0]
+    optim.GlobalOptimManager.get_instance().override_config(first, "lr", 0.1 if step % 2 else torch.tensor(0.2))
+
+
+@pytest.mark.parametrize("change", [_change_group, _replace_tensor, _override])
+def test_a_compiled_step_follows_changed_settings(change):
+    try:
+        (expected, *_), (got, *_) = (_trained("AdamW8bit", backend, change) for backend in (None, "eager"))
+    finally:
+        optim.GlobalOptimManager.get_instance().initialize()
+    assert all(map(torch.equal, got, expected))
+
+
+def test_a_compiled_step_refuses_what_an_eager_one_does():
+    weight = nn.Parameter(torch.ones(64))
+    weight.grad = torch.ones(64)
+    optimizer = optim.AdamW8bit([weight], capturable=True)
+    optimizer.param_groups[0]["eps"] = -1.0
+    with pytest.raises(Exception, match="eps: expected a number"):
+        torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)()
+    assert torch.equal(weight, torch.ones(64))
+
+
+def test_a_training_step_with_a_capturable_optimizer_is_compiled_once():
+    """In two parts, before and after backward(), each of which torch may begin anew once."""
+    torch._dynamo.reset()
+
+    def losses(backend):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)), torch.randn(8, 64)
+        optimizer = build("AdamW8bit", model.parameters(), min_8bit_size=64, capturable=True, lr=torch.tensor(0.01))
+
+        def step():
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        step = step if backend is None else torch.compile(step, backend=backend)
+        return [step().item() for _ in range(6)]
+
+    counter = CompileCounterWithBackend("aot_eager")
+    expected = losses(None)
+    assert losses(counter) == expected
+    assert counter.frame_count <= 4, "compiled anew at later steps"

@@ -23,6 +23,8 @@ from torch import nn
 
 from bnb_core import optim
 from bnb_core.optim import GlobalOptimManager
+from bnb_core.records import OptimizerStep
+from bnb_core.step_numbers import alpha_and_beta3
 
 DEFAULTS = {
     "Adam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0},
@@ -46,7 +48,8 @@ def test_signature(name):
     if name.endswith("bit") and FAMILY[name] in FIXED_BITS:
         names = tuple(key for key in names if key != "optim_bits")
         del expected["optim_bits"]
-    assert tuple(parameters) == names
+    assert tuple(parameters) == (*names, "capturable")
+    assert parameters["capturable"].kind is inspect.Parameter.KEYWORD_ONLY and not parameters["capturable"].default
     assert {key: parameters[key].default for key in expected} == expected
 
 
@@ -62,6 +65,7 @@ GIVEN_OTHERWISE = {"AdEMAMix": {"betas": (0.5, 0.25, 0.75)}, "RMSprop": {"moment
 def test_a_class_of_fixed_bits_takes_the_other_arguments_in_their_places(name):
     values = {**GIVEN, **GIVEN_OTHERWISE.get(FAMILY[name], {})}
     _, *parameters = inspect.signature(getattr(optim, name)).parameters.values()
+    assert parameters.pop().name == "capturable"
     given = {parameter.name: values.get(parameter.name, parameter.default) for parameter in parameters}
     optimizer = getattr(optim, name)([parameter(4, 4)], *given.values())
     bits = 8 if name.endswith("8bit") else 32
@@ -248,8 +252,8 @@ def test_pytorch_lars_agrees_with_lars(backend):
 def test_ademamix_schedules(step):
     from math import exp, log
 
-    optimizer = optim.AdEMAMix([parameter(3)], t_alpha=100, t_beta3=100)
-    alpha, beta3 = optimizer.scheduled(optimizer.get_config(0, 0, optimizer.param_groups[0]), step)
+    settings = OptimizerStep("ademamix", step, 0.1, 0.9, 0.999, 0.9999, alpha=5.0, t_alpha=100.0, t_beta3=100.0)
+    alpha, beta3 = alpha_and_beta3(settings)
     b1, b3, share = 0.9, 0.9999, step / 100
     assert alpha == pytest.approx(min(5.0 * share, 5.0))
     interpolated = exp(log(b1) * log(b3) / ((1 - share) * log(b3) + share * log(b1)))
@@ -257,8 +261,7 @@ def test_ademamix_schedules(step):
 
 
 def test_ademamix_without_fast_average_has_a_schedule():
-    optimizer = optim.AdEMAMix([parameter(3)], betas=(0.0, 0.999, 0.9999), t_beta3=100)
-    _, beta3 = optimizer.scheduled(optimizer.get_config(0, 0, optimizer.param_groups[0]), 50)
+    _, beta3 = alpha_and_beta3(OptimizerStep("ademamix", 50, 0.1, 0.0, 0.999, 0.9999, t_beta3=100.0))
     assert beta3 == pytest.approx(0.9999**2)
 
 

@@ -23,6 +23,7 @@ from bnb_core.records import (
     OptimizerStep,
     Weight4bit,
 )
+from bnb_core.step_numbers import at_hand, scheduled
 
 from ..dequantized import LEAST_TERMS, as_matrix
 from ..reference.int8 import int8_mm_dequant, outlier_weight
@@ -142,6 +143,7 @@ def _int8_linear_backward(operator: Any, dY: Tensor, B: Int8Weight) -> Tensor:
 def _optimizer_update_32bit(
     operator: Any, step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState32bit, unorm_vec: Tensor | None
 ) -> None:
+    step = scheduled(at_hand(step))
     param_norm = torch.where(p.isfinite(), p, 0.0).float().norm().item() if step.max_unorm > 0 else 0.0
     operator(
         step.optimizer_name, g, p, *state, unorm_vec, step.max_unorm, param_norm, step.beta1, step.beta2, step.beta3,
@@ -152,6 +154,7 @@ def _optimizer_update_32bit(
 def _optimizer_update_8bit(
     operator: Any, step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState8bit, unorm_vec: Tensor | None
 ) -> None:
+    step = scheduled(at_hand(step))
     state1, state2, *scales = state
     operator(
         step.optimizer_name, g, p, state1, state2, step.beta1, step.beta2, step.beta3, step.alpha, step.eps,

@@ -7,7 +7,6 @@ state and the update; which form the state is kept in, and how far the update go
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,18 +16,11 @@ from torch import Tensor
 
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE as BLOCKSIZE
 from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep
+from bnb_core.step_numbers import at_hand, corrections, scheduled
 
 from .quantize import dequantize_blockwise, quantize_blockwise
 
 # Python's floats are f64: each is rounded to f32 once, where it meets a tensor.
-
-
-def _c1(h: OptimizerStep) -> float:
-    return 1.0 - h.beta1**h.step
-
-
-def _c2(h: OptimizerStep) -> float:
-    return math.sqrt(1.0 - h.beta2**h.step)
 
 
 def _decayed(h: OptimizerStep, p: Tensor) -> Tensor:
@@ -46,14 +38,16 @@ class Result(NamedTuple):
 def _adam(h: OptimizerStep, g: Tensor, p: Tensor, m: Tensor, v: Tensor) -> Result:
     m = h.beta1 * m + (1 - h.beta1) * g
     v = h.beta2 * v + (1 - h.beta2) * g * g
-    return Result(_decayed(h, p), _c2(h) / _c1(h) * m / (v.sqrt() + h.eps * _c2(h)), (m, v))
+    c1, c2 = corrections(h)
+    return Result(_decayed(h, p), c2 / c1 * m / (v.sqrt() + h.eps * c2), (m, v))
 
 
 def _ademamix(h: OptimizerStep, g: Tensor, p: Tensor, moments: Tensor, v: Tensor) -> Result:
     fast = h.beta1 * moments[0] + (1 - h.beta1) * g
     slow = h.beta3 * moments[1] + (1 - h.beta3) * g
     v = h.beta2 * v + (1 - h.beta2) * g * g
-    update = _c2(h) / _c1(h) * (fast + h.alpha * _c1(h) * slow) / (v.sqrt() + h.eps * _c2(h))
+    c1, c2 = corrections(h)
+    update = c2 / c1 * (fast + h.alpha * c1 * slow) / (v.sqrt() + h.eps * c2)
     return Result(_decayed(h, p), update, (torch.stack([fast, slow]), v))
 
 
@@ -130,6 +124,7 @@ def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 def _stepped(h: OptimizerStep, g: Tensor, p: Tensor, states: tuple[Tensor, ...], unorm_vec: Tensor | None) -> Result:
     """The new parameter and state in f32."""
+    h = scheduled(at_hand(h))
     g, p = h.gnorm_scale * g.float(), p.float()
     result = RULES[h.optimizer_name].function(h, g, p, *states)
     if h.skip_zeros:

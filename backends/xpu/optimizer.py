@@ -6,7 +6,6 @@ Parameters are updated in blocks of 256, all of it computed in f32. What an opti
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,11 @@ from torch import Tensor
 
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE
 from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep
+from bnb_core.step_numbers import corrections, scheduled
 
 from .encode import INFINITY_BITS, MAGNITUDE_BITS, count_below, is_usable, midpoints_of, scaled_blocks
 from .launch import TILE, launch
+from .step_numbers import ALPHA, BETA3, DECAY, EPS, IS_FIRST, REST3, SIZE, UNIT, numbers_in_memory
 
 BLOCKSIZE = tl.constexpr(OPTIMIZER_BLOCKSIZE)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -31,7 +32,7 @@ RULES = {"lamb": "adam", "lars": "momentum"}
 @triton.jit
 def advance(
     RULE: tl.constexpr,
-    FIRST_STEP: tl.constexpr,
+    is_first,
     size,
     g,
     p,
@@ -61,7 +62,7 @@ def advance(
         v = beta2 * v + rest2 * g * g
         update = tl.div_rn(size * (m + alpha * slow), tl.sqrt_rn(v) + eps)
     elif RULE == "momentum":
-        m = g if FIRST_STEP else beta1 * m + g
+        m = tl.where(is_first, g, beta1 * m + g)
         update = size * m
     elif RULE == "lion":
         direction = beta1 * m + rest1 * g
@@ -130,6 +131,7 @@ def optimizer_kernel(
     absmax2,
     sums,
     ratio,
+    numbers,
     n,
     size,
     gnorm_scale,
@@ -150,7 +152,8 @@ def optimizer_kernel(
 ):
     """Step a tile of p and its states; or, given sums, only measure p and the update.
 
-    ratio: f32[1] that size is multiplied by. qmap and absmax: None where state is f32. FIRST_STEP: of momentum.
+    ratio: f32[1] that size is multiplied by. numbers: as step_numbers.py has them, in place of their arguments.
+    qmap and absmax: None where state is f32. FIRST_STEP: of momentum.
     """
     TILE: tl.constexpr = BLOCKS * BLOCKSIZE
     HAS_SLOW: tl.constexpr = RULE == "ademamix"
@@ -171,10 +174,19 @@ def optimizer_kernel(
     m = read_state(state1, qmap1, absmax1, first, index, left)
     slow = read_state(state_slow, qmap1, absmax_slow, first, index, left) if HAS_SLOW else m
     v = read_state(state2, qmap2, absmax2, first, index, left) if HAS_SECOND else m
+    is_first = FIRST_STEP
+    if numbers is not None:
+        size = tl.load(numbers + (SIZE if sums is None else UNIT))
+        alpha = tl.load(numbers + ALPHA)
+        eps = tl.load(numbers + EPS)
+        beta3 = tl.load(numbers + BETA3)
+        rest3 = tl.load(numbers + REST3)
+        decay = tl.load(numbers + DECAY)
+        is_first = tl.load(numbers + IS_FIRST) != 0
     if ratio is not None:
         size = size * tl.load(ratio)
     update, new_m, new_slow, new_v = advance(
-        RULE, FIRST_STEP, size, gradient, before, m, slow, v, beta1, beta2, beta3, rest1, rest2, rest3, alpha, eps,
+        RULE, is_first, size, gradient, before, m, slow, v, beta1, beta2, beta3, rest1, rest2, rest3, alpha, eps,
         weight_decay,
     )  # fmt: skip
     if SKIP_ZEROS:
@@ -237,7 +249,7 @@ def _coefficients(rule: str, h: OptimizerStep) -> tuple[float, dict[str, float]]
     """The factor of an update beside lr, and what is the same for every entry, each rounded to f32 once."""
     unit, alpha, eps = 1.0, h.alpha, h.eps
     if rule in ("adam", "ademamix"):
-        c1, c2 = 1 - h.beta1**h.step, math.sqrt(1 - h.beta2**h.step)
+        c1, c2 = corrections(h)
         unit, alpha, eps = c2 / c1, alpha * c1, eps * c2
     exact = {
         "gnorm_scale": h.gnorm_scale,
@@ -255,9 +267,13 @@ def _coefficients(rule: str, h: OptimizerStep) -> tuple[float, dict[str, float]]
     return unit, {name: _f32(value) for name, value in exact.items()}
 
 
-def _update(h: OptimizerStep, tensors: tuple[Tensor | None, ...], n: int, unorm_vec: Tensor | None) -> None:
-    """``tensors``: g, p, and the fields of an OptimizerState8bit, those that f32 state lacks None."""
+def _update(h: OptimizerStep, p: Tensor, others: tuple[Tensor | None, ...], unorm_vec: Tensor | None) -> None:
+    """``others``: g and the fields of an OptimizerState8bit, those that f32 state lacks None."""
+    (g, *state), n = others, p.numel()
+    tensors = (g, p, *state)
     rule = RULES.get(h.optimizer_name, h.optimizer_name)
+    numbers = numbers_in_memory(rule, h, p.device)
+    h = scheduled(h)
     unit, scalars = _coefficients(rule, h)
     programs = triton.cdiv(n, TILE)
     constants: dict[str, Any] = {
@@ -272,18 +288,18 @@ def _update(h: OptimizerStep, tensors: tuple[Tensor | None, ...], n: int, unorm_
         assert unorm_vec is not None
         sums = torch.empty(4 * programs, dtype=torch.float32, device=unorm_vec.device)
         ratio = torch.empty(1, dtype=torch.float32, device=unorm_vec.device)
-        launch(optimizer_kernel, programs, *tensors, sums, None, n, _f32(unit), **constants)
+        launch(optimizer_kernel, programs, *tensors, sums, None, numbers, n, _f32(unit), **constants)
         launch(trust_ratio_kernel, 1, sums, ratio, unorm_vec, programs, _f32(h.max_unorm), TILE=1024)
-    launch(optimizer_kernel, programs, *tensors, None, ratio, n, _f32(h.lr * unit), **constants)
+    launch(optimizer_kernel, programs, *tensors, None, ratio, numbers, n, _f32(h.lr * unit), **constants)
 
 
 def optimizer_update_32bit(
     step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState32bit, unorm_vec: Tensor | None
 ) -> None:
-    _update(step, (g, p, *state, None, None, None, None), p.numel(), unorm_vec)
+    _update(step, p, (g, *state, None, None, None, None), unorm_vec)
 
 
 def optimizer_update_8bit_blockwise(
     step: OptimizerStep, g: Tensor, p: Tensor, state: OptimizerState8bit, unorm_vec: Tensor | None
 ) -> None:
-    _update(step, (g, p, *state), p.numel(), unorm_vec)
+    _update(step, p, (g, *state), unorm_vec)

@@ -166,11 +166,23 @@ class Moments(NamedTuple):
     update: F64
 
 
+def _scheduled(h: OptimizerStep) -> tuple[float, float]:
+    """AdEMAMix' alpha and beta3 at a step."""
+    alpha, beta3 = h.alpha, h.beta3
+    if h.t_alpha:
+        alpha = min(h.alpha * h.step / h.t_alpha, h.alpha)
+    if h.t_beta3:
+        share, first, last = h.step / h.t_beta3, np.log(h.beta1), np.log(h.beta3)
+        beta3 = min(np.exp(first * last / ((1 - share) * last + share * first)), h.beta3)
+    return alpha, beta3
+
+
 def optimizer_step(h: OptimizerStep, g: F64, p: F64, state1: F64, state2: F64 | None) -> Moments:
     """One step in f64. ``update`` is what the learning rate multiplies."""
     name = h.optimizer_name
     g = g * h.gnorm_scale
     c1, c2 = 1 - h.beta1**h.step, np.sqrt(1 - h.beta2**h.step)
+    alpha, beta3 = _scheduled(h)
     start, kept, decay = p, g == 0, 1 - h.lr * h.weight_decay
     new1, new2 = state1, state2
     if name in ("adam", "lamb"):
@@ -180,9 +192,9 @@ def optimizer_step(h: OptimizerStep, g: F64, p: F64, state1: F64, state2: F64 | 
         update = c2 / c1 * new1 / (np.sqrt(new2) + h.eps * c2)
     elif name == "ademamix":
         p = p * decay
-        new1 = np.stack([h.beta1 * state1[0] + (1 - h.beta1) * g, h.beta3 * state1[1] + (1 - h.beta3) * g])
+        new1 = np.stack([h.beta1 * state1[0] + (1 - h.beta1) * g, beta3 * state1[1] + (1 - beta3) * g])
         new2 = h.beta2 * state2 + (1 - h.beta2) * g * g  # type: ignore[operator]
-        update = (new1[0] / c1 + h.alpha * new1[1]) / (np.sqrt(new2) / c2 + h.eps)
+        update = (new1[0] / c1 + alpha * new1[1]) / (np.sqrt(new2) / c2 + h.eps)
     elif name in ("momentum", "lars"):
         g = g + h.weight_decay * p
         new1 = g if h.step == 1 else h.beta1 * state1 + g

@@ -33,10 +33,14 @@ class Adagrad(Optimizer1State):
         optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
+        *,
+        capturable: bool = False,
     ) -> None:
         check_only("lr_decay", lr_decay, 0)
         check_only("initial_accumulator_value", initial_accumulator_value, 0)
-        super().__init__("adagrad", params, lr, (0.0, 0.0), eps, weight_decay, optim_bits, args, min_8bit_size)
+        super().__init__(
+            "adagrad", params, lr, (0.0, 0.0), eps, weight_decay, optim_bits, args, min_8bit_size, capturable=capturable
+        )
 
 
 class Adagrad8bit(Adagrad):
@@ -55,10 +59,21 @@ class Adagrad8bit(Adagrad):
         optim_bits: int = 8,
         args: Any = None,
         min_8bit_size: int = 4096,
+        *,
+        capturable: bool = False,
     ) -> None:
         check_only("optim_bits", optim_bits, 8)
         super().__init__(
-            params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, optim_bits, args, min_8bit_size
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            optim_bits,
+            args,
+            min_8bit_size,
+            capturable=capturable,
         )
 
 

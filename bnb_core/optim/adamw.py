@@ -34,10 +34,22 @@ class AdamW(Optimizer2State):
         args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
+        *,
+        capturable: bool = False,
     ) -> None:
         check_only("amsgrad", amsgrad, False)
         super().__init__(
-            "adam", params, lr, betas, eps, weight_decay, optim_bits, args, min_8bit_size, is_paged=is_paged
+            "adam",
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            is_paged=is_paged,
+            capturable=capturable,
         )
 
 

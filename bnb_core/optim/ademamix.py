@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bnb_core.optim.hyperparameters import check_hyperparameters
 from bnb_core.optim.optimizer import Optimizer2State
-from bnb_core.optim.schedule import alpha_and_beta3
+from bnb_core.records import OptimizerStep
+from bnb_core.step_numbers import alpha_and_beta3
 
 
 class AdEMAMix(Optimizer2State):
@@ -41,10 +42,12 @@ class AdEMAMix(Optimizer2State):
         optim_bits: int = 32,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
+        *,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             "ademamix", params, lr, betas, eps, weight_decay, optim_bits, None, min_8bit_size,
-            is_paged=is_paged, alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3,
+            is_paged=is_paged, alpha=alpha, t_alpha=t_alpha, t_beta3=t_beta3, capturable=capturable,
         )  # fmt: skip
 
 
@@ -63,10 +66,12 @@ class AdEMAMixOfFixedBits(AdEMAMix):
         weight_decay: float = 1e-2,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
+        *,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay,
-            min_8bit_size=min_8bit_size, is_paged=is_paged,
+            min_8bit_size=min_8bit_size, is_paged=is_paged, capturable=capturable,
         )  # fmt: skip
 
 
@@ -151,8 +156,12 @@ class _ReferenceAdEMAMix(torch.optim.Optimizer):
             state["m1_m2"] = torch.zeros((2, *p.shape), dtype=dtype, device=p.device)
             state["nu"] = torch.zeros(p.shape, dtype=dtype, device=p.device)
         (m1, m2), nu, g = state["m1_m2"], state["nu"], gradient.to(dtype)
-        beta1, beta2, _ = group["betas"]
-        alpha, beta3 = alpha_and_beta3(group, group["step"])
+        beta1, beta2, beta3 = group["betas"]
+        step = OptimizerStep(
+            "ademamix", group["step"], group["lr"], beta1, beta2, beta3, group["alpha"],
+            t_alpha=group["t_alpha"] or 0.0, t_beta3=group["t_beta3"] or 0.0,
+        )  # fmt: skip
+        alpha, beta3 = alpha_and_beta3(step)
         m1.mul_(beta1).add_(g, alpha=1 - beta1)
         m2.mul_(beta3).add_(g, alpha=1 - beta3)
         nu.mul_(beta2).addcmul_(g, g, value=1 - beta2)

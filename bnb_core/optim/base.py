@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from bnb_core import functional, primitives
+from bnb_core import functional
+from bnb_core.checks import check_flag
 from bnb_core.optim.checkpoint import (
     QUANT_STATE_KEY,
     STATE_KEYS,
@@ -21,21 +23,25 @@ from bnb_core.optim.checkpoint import (
     checked_state,
     grouped,
 )
-from bnb_core.optim.hyperparameters import check_hyperparameters, check_only
+from bnb_core.optim.compiled import compiled_step, init_group, primitive_and_record
+from bnb_core.optim.hyperparameters import check_hyperparameters, check_lr_tensor, check_only
 from bnb_core.optim.manager import GlobalOptimManager
 from bnb_core.optim.per_element import expected_per_element, in_blocks, is_flattened, per_element
 from bnb_core.paged import GlobalPageManager
-from bnb_core.primitive import Primitive
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
-from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep
+from bnb_core.records import OptimizerStep
 
 # Below this many elements a state is not worth a file (or an allocation in managed memory) of its own.
 SMALLEST_PAGED = 100_000
 ABSMAX_KEYS = ("absmax1", "absmax2")
 
 _CAPTURED = (
-    "{}.step: a CUDA graph would repeat it with the step count and the learning rate of its capture; capture forward "
-    "and backward, and call step() after each replay"
+    "{}.step: a CUDA graph would repeat it with the step count and the learning rate of its capture; make the "
+    "optimizer with capturable=True, or capture forward and backward only and call step() after each replay"
+)
+_UNPREPARED = (
+    "{}.step: a CUDA graph would make the state anew at each replay; call step() once before the capture, with a "
+    "gradient for each parameter that has one in it"
 )
 
 
@@ -77,6 +83,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         min_8bit_size: smaller parameters keep 32-bit state.
         max_unorm: an update's norm is at most this multiple of its parameter's norm; 0 for no limit.
         skip_zeros: leave entries whose gradient is zero, and their state, untouched.
+        capturable: :meth:`step` waits for no device, may be captured in a CUDA graph and compiled. The count of a
+            parameter's steps is an f64 tensor on its device, which f64 holds exactly as far as a saved state may count;
+            ``lr`` may be a tensor of one number there, which may change between replays. Its value is not checked.
 
     Raises:
         ValueError: a setting out of its range, or one that the optimizer cannot honour.
@@ -85,6 +94,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     optimizer_name: str
     state_bits: int | None = None
     always_paged = False
+    capturable = False
     non_castable_tensor_keys = TENSOR_KEYS
     _overrides: dict[int, dict[str, Any]]
     _overrides_version: int | None
@@ -101,7 +111,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         min_8bit_size: int = 4096,
         max_unorm: float = 0.0,
         skip_zeros: bool = False,
+        *,
+        capturable: bool = False,
     ) -> None:
+        check_flag("capturable", capturable)
+        self.capturable = bool(capturable)
         settings = {
             "optim_bits": optim_bits,
             "min_8bit_size": min_8bit_size,
@@ -159,14 +173,17 @@ class Optimizer8bit(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
+            self.check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
         self.initialized = False
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        check_hyperparameters({**vars(self.args), **group})
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        config = {**vars(self.args), **group}
+        if self.capturable and isinstance(config.get("lr"), Tensor):
+            check_lr_tensor(config.pop("lr"))
+        check_hyperparameters(config)
         self._check_for_rule(group)
 
     def _check_for_rule(self, config: Mapping[str, Any]) -> None:
@@ -199,20 +216,39 @@ class Optimizer8bit(torch.optim.Optimizer):
             config.update(self._overrides.get(id(params[pindex]), {}))
         return config
 
-    @_uncompiled
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Every setting is checked and every state made before the first parameter is updated. A function that
-        torch.compile compiles is left for it: its number is another at each call, and its kernels are no torch code.
+        torch.compile compiles is left for it, unless ``capturable``: then it is part of what is compiled, a call of an
+        operator for each parameter, and the checks are made while it is compiled.
 
         Raises:
             ValueError: a gradient is sparse, or a setting is out of its range; nothing has changed then.
             OSError, RuntimeError: there is no memory for a state; nothing has changed then.
-            RuntimeError: a CUDA graph is being captured, which would repeat this very step.
+            RuntimeError: a CUDA graph is being captured, which would repeat this very step; or it would make the state
+                anew at each replay, as no step has made it before.
         """
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if self.capturable and is_compiling() and type(self).update_step is Optimizer8bit.update_step:
+            return compiled_step(self, closure)
+        return self._eager_step(closure)
+
+    def _init_group(self, *arguments: Any) -> int:
+        """:func:`bnb_core.optim.compiled.init_group`; torch's compiler runs methods of optimizers with this name."""
+        return init_group(self, *arguments)
+
+    def prepare(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
+        """Have the state of these parameters where it belongs."""
+        if not self.initialized or (self.is_paged and os.getpid() != self._process):
+            self.to_gpu()
+            self.initialized = True
+        self._init_states(indices)
+
+    @_uncompiled
+    @torch.no_grad()
+    def _eager_step(self, closure: Callable[[], Any] | None) -> Any:
+        capturing = _is_capturing()
+        if capturing and not self.capturable:
             raise RuntimeError(_CAPTURED.format(type(self).__name__))
         loss = None
         if closure is not None:
@@ -220,17 +256,16 @@ class Optimizer8bit(torch.optim.Optimizer):
                 loss = closure()
         self.check_overrides()
         for group in self.param_groups:
-            self._check_group(group)
-        if not self.initialized or (self.is_paged and os.getpid() != self._process):
-            self.to_gpu()
-            self.initialized = True
+            self.check_group(group)
         indices = [
             (group, p, gindex, pindex)
             for gindex, group in enumerate(self.param_groups)
             for pindex, p in enumerate(group["params"])
             if _has_dense_gradient(p)
         ]
-        self._init_states(indices)
+        if capturing and not (self.initialized and all("step" in self.state[p] for _, p, _, _ in indices)):
+            raise RuntimeError(_UNPREPARED.format(type(self).__name__))
+        self.prepare(indices)
         if type(self).update_step is Optimizer8bit.update_step:
             self._update_together(indices)
             return loss
@@ -257,7 +292,8 @@ class Optimizer8bit(torch.optim.Optimizer):
                 self.update_step(group, p, gindex, pindex)
             else:
                 codebooks = id(state.get("qmap1")), id(state.get("qmap2"))
-                key = (settings, state["step"], p.dtype, p.device, state["state1"].dtype, codebooks)
+                count = None if self.capturable else state["step"]
+                key = (settings, count, p.dtype, p.device, state["state1"].dtype, codebooks)
                 together.setdefault(key, []).append((p, state))
         for key, members in together.items():
             self._update_several(members, configs[key[0]])
@@ -265,22 +301,38 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _update_several(self, members: list[tuple[Tensor, dict[str, Any]]], config: Mapping[str, Any]) -> None:
         states = [state for _, state in members]
         first = states[0]
-        step = first["step"] + 1
+        if self.capturable:
+            step = [state["step"] for state in states]
+            torch._foreach_add_(step, 1.0)
+        else:
+            step = first["step"] + 1
         columns = {key: [state[key] for state in states] for key in (*STATE_KEYS, *ABSMAX_KEYS) if key in first}
-        update, record = _primitive_and_record({**first, **columns})
+        update, record = primitive_and_record({**first, **columns})
         g, p = [p.grad for p, _ in members], [p for p, _ in members]
-        update.several(self._settings(config, step), g, p, record, None)
-        for state in states:
-            state["step"] = step
+        update.several(self.settings_of(config, step, p[0].device), g, p, record, None)
+        if not self.capturable:
+            for state in states:
+                state["step"] = step
 
-    def _settings(self, config: Mapping[str, Any], step: int) -> OptimizerStep:
-        beta1, beta2 = config["betas"][:2]
-        alpha, beta3 = self.scheduled(config, step)
-        lr, eps, weight_decay = float(config["lr"]), config["eps"], config["weight_decay"]
+    def settings_of(self, config: Mapping[str, Any], step: Any, device: torch.device) -> OptimizerStep:
+        """The settings of a step of parameters on a device; ``step`` is an int, a tensor or a list of tensors."""
+        beta1, beta2, *others = config["betas"]
+        alpha, beta3, t_alpha, t_beta3 = 0.0, 0.0, 0.0, 0.0
+        if others:
+            alpha, beta3 = config["alpha"], others[0]
+            t_alpha, t_beta3 = config["t_alpha"] or 0.0, config["t_beta3"] or 0.0
+        eps, weight_decay = config["eps"], config["weight_decay"]
         max_unorm, skip_zeros = config["max_unorm"], config["skip_zeros"]
+        lr: Any = config["lr"]
+        lr_tensor, step_tensor = None, None
+        if self.capturable and isinstance(lr, Tensor):
+            lr, lr_tensor = 0.0, lr.detach().to(device, torch.float64)
+        if not isinstance(step, int):
+            step, step_tensor = 1, step
         return OptimizerStep(
-            self.optimizer_name, step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, 1.0, max_unorm, skip_zeros
-        )
+            self.optimizer_name, step, float(lr), beta1, beta2, beta3, alpha, eps, weight_decay, 1.0, max_unorm,
+            skip_zeros, t_alpha, t_beta3, step_tensor, lr_tensor,
+        )  # fmt: skip
 
     def _init_states(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
         """Make the states that are missing, or none."""
@@ -298,7 +350,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         config = self.get_config(gindex, pindex, group)
         quantized = config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"]
         traits = OPTIMIZERS[self.optimizer_name]
-        state: dict[str, Any] = {"step": 0}
+        state: dict[str, Any] = {"step": self.counted(0, p)}
         for number, key in enumerate(STATE_KEYS[: traits.states], start=1):
             stack = (2,) if traits.stacked and key == "state1" else ()
             dtype = torch.uint8 if quantized else torch.float32
@@ -308,6 +360,10 @@ class Optimizer8bit(torch.optim.Optimizer):
                 state[f"qmap{number}"] = self._qmap(key, p.device)
                 state[f"absmax{number}"] = torch.zeros((*stack, blocks), dtype=torch.float32, device=p.device)
         self.state[p].update(state)
+
+    def counted(self, step: int, p: Tensor) -> int | Tensor:
+        """A count of the parameter's steps as its state has it."""
+        return torch.full((), step, dtype=torch.float64, device=p.device) if self.capturable else step
 
     def update_step(self, group: Mapping[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
         """Step one parameter that has its gradient and its state."""
@@ -325,16 +381,18 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _update(self, p: Tensor, state: dict[str, Any], config: Mapping[str, Any]) -> None:
         assert p.grad is not None
-        step = state["step"] + 1
-        if config["max_unorm"] > 0 and "unorm_vec" not in state:
-            state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
-        update, record = _primitive_and_record(state)
-        update(self._settings(config, step), p.grad, p, record, state.get("unorm_vec"))
+        count = state["step"]
+        step = count.add_(1.0) if isinstance(count, Tensor) else count + 1
+        self.make_room(p, state, config)
+        update, record = primitive_and_record(state)
+        update(self.settings_of(config, step, p.device), p.grad, p, record, state.get("unorm_vec"))
         state["step"] = step
 
-    def scheduled(self, config: Mapping[str, Any], step: int) -> tuple[float, float]:
-        """alpha and beta3 of this step, for rules that have them."""
-        return 0.0, 0.0
+    @staticmethod
+    def make_room(p: Tensor, state: dict[str, Any], config: Mapping[str, Any]) -> None:
+        """For the norm of the update, where that is bounded."""
+        if config["max_unorm"] > 0 and "unorm_vec" not in state:
+            state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
 
     def _pages(self, p: Tensor) -> bool:
         return self.is_paged and p.numel() >= SMALLEST_PAGED
@@ -349,7 +407,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         return torch.zeros(shape, dtype=dtype, device=p.device)
 
     def prefetch_state(self, p: Tensor) -> None:
-        """Start to read the parameter's paged state before it is needed."""
+        """Start to read the parameter's paged state before it is needed; no part of a CUDA graph."""
+        if _is_capturing():
+            return
         for key in STATE_KEYS:
             buffer = self.state[p].get(key)
             if getattr(buffer, "is_paged", False):
@@ -386,6 +446,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
         They stand in a dict under ``"__bnb_optimizer_quant_state__"``. The state of parameters that FSDP1 manages has
         the parameter's shape in every tensor instead, with a scale per element, so that FSDP1 can gather and cut it.
+        The count of a parameter's steps is an int, with ``capturable``, too, which waits for the device.
 
         Raises:
             ValueError: FSDP1 manages a parameter whose state has codebooks of its own.
@@ -396,6 +457,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         return state_dict
 
     def _saved(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+        if isinstance(state.get("step"), Tensor):
+            state = {**dict(state.items()), "step": int(state["step"].item())}
         if not is_flattened(p):
             return grouped(state)
         for key in STATE_KEYS:
@@ -427,13 +490,12 @@ class Optimizer8bit(torch.optim.Optimizer):
                 raise ValueError(f"{key}: expected a {kind.__name__.lower()}, got {type(state_dict.get(key)).__name__}")
         groups = checked_groups(state_dict["param_groups"], self.param_groups, self.defaults)
         for group in groups:
-            self._check_group(group)
+            self.check_group(group)
         copied = self._copied if move_to_device else _cloned
         state: defaultdict[Tensor, dict[str, Any]] = defaultdict(ParameterState)
         for p, saved in self._checked_states(state_dict, groups).items():
-            state[p] = ParameterState(
-                {k: copied(p, k, value) if isinstance(value, Tensor) else value for k, value in saved.items()}
-            )
+            tensors = {k: copied(p, k, value) for k, value in saved.items() if isinstance(value, Tensor)}
+            state[p] = ParameterState({**saved, **tensors, "step": self.counted(saved["step"], p)})
         # In one go, so that an interrupt finds the optimizer before or after.
         self.__dict__.update(state=state, param_groups=groups, **self._unprepared())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -467,7 +529,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("optimizer_name", "args", "is_paged")}
+        own = {name: getattr(self, name) for name in ("optimizer_name", "args", "is_paged", "capturable")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -478,13 +540,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             values.update({key: values[key].detach() for key in STATE_KEYS if key in values})
 
 
-def _primitive_and_record(state: Mapping[str, Any]) -> tuple[Primitive, OptimizerState8bit | OptimizerState32bit]:
-    """What updates a parameter with this state, and the state as it is taken; lists of tensors for several."""
-    state1, state2 = state["state1"], state.get("state2")
-    if "qmap1" not in state:
-        return primitives.optimizer_update_32bit, OptimizerState32bit(state1, state2)
-    qmaps, absmaxes = (state["qmap1"], state.get("qmap2")), (state["absmax1"], state.get("absmax2"))
-    return primitives.optimizer_update_8bit_blockwise, OptimizerState8bit(state1, state2, *qmaps, *absmaxes)
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _cloned(p: Tensor, key: str, value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bnb_core.checks import F32_MAX, check_dense, shown
@@ -21,6 +22,16 @@ def _is_learning_rate(value: Any) -> bool:
         return _at_least_zero(value)
     check_dense("lr", value)
     return value.numel() == 1 and not value.is_complex() and _at_least_zero(value.item())
+
+
+def check_lr_tensor(lr: Tensor) -> None:
+    """A learning rate on a device. Its value is not looked at: that would wait for the device.
+
+    Raises:
+        ValueError: the tensor is no dense one of one floating-point number.
+    """
+    if lr.layout is not torch.strided or lr.is_nested or lr.numel() != 1 or not lr.is_floating_point():
+        raise ValueError(f"lr: expected a number, or a tensor of one, got {shown(lr)} of {lr.dtype}, {tuple(lr.shape)}")
 
 
 def _are_betas(value: Any) -> bool:

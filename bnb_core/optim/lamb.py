@@ -39,12 +39,24 @@ class LAMB(Optimizer2State):
         args: Any = None,
         min_8bit_size: int = 4096,
         max_unorm: float = 1.0,
+        *,
+        capturable: bool = False,
     ) -> None:
         check_only("bias_correction", bias_correction, True)
         check_only("amsgrad", amsgrad, False)
         check_only("adam_w_mode", adam_w_mode, True)
         super().__init__(
-            "lamb", params, lr, betas, eps, weight_decay, optim_bits, args, min_8bit_size, max_unorm=max_unorm
+            "lamb",
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            max_unorm=max_unorm,
+            capturable=capturable,
         )
 
 
@@ -64,10 +76,12 @@ class LAMBOfFixedBits(LAMB):
         args: Any = None,
         min_8bit_size: int = 4096,
         max_unorm: float = 1.0,
+        *,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params, lr, bias_correction, betas, eps, weight_decay, amsgrad, adam_w_mode,
-            args=args, min_8bit_size=min_8bit_size, max_unorm=max_unorm,
+            args=args, min_8bit_size=min_8bit_size, max_unorm=max_unorm, capturable=capturable,
         )  # fmt: skip
 
 

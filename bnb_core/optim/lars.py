@@ -38,11 +38,23 @@ class LARS(MomentumOptimizer):
         args: Any = None,
         min_8bit_size: int = 4096,
         max_unorm: float = 0.02,
+        *,
+        capturable: bool = False,
     ) -> None:
         check_only("dampening", dampening, 0)
         check_only("nesterov", nesterov, False)
         super().__init__(
-            "lars", params, lr, (momentum, 0.0), 0.0, weight_decay, optim_bits, args, min_8bit_size, max_unorm=max_unorm
+            "lars",
+            params,
+            lr,
+            (momentum, 0.0),
+            0.0,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            max_unorm=max_unorm,
+            capturable=capturable,
         )
 
 
@@ -60,10 +72,12 @@ class LARSOfFixedBits(LARS):
         args: Any = None,
         min_8bit_size: int = 4096,
         max_unorm: float = 0.02,
+        *,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov,
-            args=args, min_8bit_size=min_8bit_size, max_unorm=max_unorm,
+            args=args, min_8bit_size=min_8bit_size, max_unorm=max_unorm, capturable=capturable,
         )  # fmt: skip
 
 

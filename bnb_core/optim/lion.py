@@ -29,9 +29,21 @@ class Lion(Optimizer1State):
         args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
+        *,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
-            "lion", params, lr, betas, 0.0, weight_decay, optim_bits, args, min_8bit_size, is_paged=is_paged
+            "lion",
+            params,
+            lr,
+            betas,
+            0.0,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            is_paged=is_paged,
+            capturable=capturable,
         )
 
 
@@ -47,8 +59,19 @@ class LionOfFixedBits(Lion):
         args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
+        *,
+        capturable: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, weight_decay, args=args, min_8bit_size=min_8bit_size, is_paged=is_paged)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            weight_decay,
+            args=args,
+            min_8bit_size=min_8bit_size,
+            is_paged=is_paged,
+            capturable=capturable,
+        )
 
 
 class Lion8bit(LionOfFixedBits):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from bnb_core.checks import check_choice
 from bnb_core.optim.base import MockArgs, Optimizer8bit
 from bnb_core.optim.manager import GlobalOptimManager
-from bnb_core.optim.schedule import alpha_and_beta3
 from bnb_core.primitives import OPTIMIZERS
 from bnb_core.utils import sync_gpu
 
@@ -42,11 +41,15 @@ class Optimizer1State(Optimizer8bit):
         max_unorm: float = 0.0,
         skip_zeros: bool = False,
         is_paged: bool = False,
+        *,
+        capturable: bool = False,
     ) -> None:
         self.optimizer_name = _checked_name(optimizer_name, states=1)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         max_unorm, skip_zeros = _without_older_arguments(max_unorm, skip_zeros)
-        super().__init__(params, defaults, optim_bits, is_paged, args, min_8bit_size, max_unorm, skip_zeros)
+        super().__init__(
+            params, defaults, optim_bits, is_paged, args, min_8bit_size, max_unorm, skip_zeros, capturable=capturable
+        )
 
 
 class Optimizer2State(Optimizer8bit):
@@ -74,18 +77,17 @@ class Optimizer2State(Optimizer8bit):
         alpha: float = 0.0,
         t_alpha: int | None = None,
         t_beta3: int | None = None,
+        *,
+        capturable: bool = False,
     ) -> None:
         self.optimizer_name = _checked_name(optimizer_name, states=2)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if OPTIMIZERS[optimizer_name].stacked:
             defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
         max_unorm, skip_zeros = _without_older_arguments(max_unorm, skip_zeros)
-        super().__init__(params, defaults, optim_bits, is_paged, args, min_8bit_size, max_unorm, skip_zeros)
-
-    def scheduled(self, config: Mapping[str, Any], step: int) -> tuple[float, float]:
-        if OPTIMIZERS[self.optimizer_name].stacked:
-            return alpha_and_beta3(config, step)
-        return super().scheduled(config, step)
+        super().__init__(
+            params, defaults, optim_bits, is_paged, args, min_8bit_size, max_unorm, skip_zeros, capturable=capturable
+        )
 
 
 def _checked_name(optimizer_name: str, states: int) -> str:

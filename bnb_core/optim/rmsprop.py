@@ -35,10 +35,23 @@ class RMSprop(Optimizer1State):
         optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
+        *,
+        capturable: bool = False,
     ) -> None:
         check_only("momentum", momentum, 0)
         check_only("centered", centered, False)
-        super().__init__("rmsprop", params, lr, (alpha, 0.0), eps, weight_decay, optim_bits, args, min_8bit_size)
+        super().__init__(
+            "rmsprop",
+            params,
+            lr,
+            (alpha, 0.0),
+            eps,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            capturable=capturable,
+        )
 
 
 class RMSpropOfFixedBits(RMSprop):
@@ -55,9 +68,20 @@ class RMSpropOfFixedBits(RMSprop):
         centered: bool = False,
         args: Any = None,
         min_8bit_size: int = 4096,
+        *,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
-            params, lr, alpha, eps, weight_decay, momentum, centered, args=args, min_8bit_size=min_8bit_size
+            params,
+            lr,
+            alpha,
+            eps,
+            weight_decay,
+            momentum,
+            centered,
+            args=args,
+            min_8bit_size=min_8bit_size,
+            capturable=capturable,
         )
 
 

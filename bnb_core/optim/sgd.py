@@ -22,7 +22,7 @@ class MomentumOptimizer(Optimizer1State):
         if self.keeps_state(self.get_config(gindex, pindex, group)):
             super().init_state(group, p, gindex, pindex)
         else:
-            self.state[p]["step"] = 0
+            self.state[p]["step"] = self.counted(0, p)
 
     def _update_stateless(self, p: Tensor, state: dict[str, Any], config: Mapping[str, Any]) -> None:
         # At its first step the rule takes the gradient for the momentum and does not read the state.
@@ -55,10 +55,23 @@ class SGD(MomentumOptimizer):
         optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
+        *,
+        capturable: bool = False,
     ) -> None:
         check_only("dampening", dampening, 0)
         check_only("nesterov", nesterov, False)
-        super().__init__("momentum", params, lr, (momentum, 0.0), 0.0, weight_decay, optim_bits, args, min_8bit_size)
+        super().__init__(
+            "momentum",
+            params,
+            lr,
+            (momentum, 0.0),
+            0.0,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            capturable=capturable,
+        )
 
 
 class SGDOfFixedBits(SGD):
@@ -74,9 +87,19 @@ class SGDOfFixedBits(SGD):
         nesterov: bool = False,
         args: Any = None,
         min_8bit_size: int = 4096,
+        *,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
-            params, lr, momentum, dampening, weight_decay, nesterov, args=args, min_8bit_size=min_8bit_size
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            args=args,
+            min_8bit_size=min_8bit_size,
+            capturable=capturable,
         )
 
 

@@ -6,7 +6,7 @@
 // bf16 or four i8.
 #pragma once
 
-#include "../avx512_bf16/rearranged.h"
+#include "../avx512_vnni/rearranged.h"
 
 namespace bnb::BNB_TARGET {
 namespace {

@@ -1,8 +1,8 @@
 // 4-bit weights decoded to bf16, 32 at a time.
 #pragma once
 
+#include "../avx512_vnni/rearranged.h"
 #include "../generic/gemm_4bit.h"
-#include "rearranged.h"
 
 namespace bnb::BNB_TARGET {
 namespace {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "decode_pairs.h"
-#include "strips.h"
+#include "dot.h"
 
 namespace bnb::BNB_TARGET {
 namespace {
@@ -58,7 +58,7 @@ class StripColumns {
         sums_(kGroupSpans * ceil_div(M, kStripRows) * kBlockSums) {}
 
   void multiply(int64_t column, int64_t spans) {
-    __builtin_memset(sums_.data(), 0, spans * ceil_div(M_, kStripRows) * kBlockSums * sizeof(float));
+    __builtin_memset(sums_.data(), 0, spans * ceil_div(M_, kStripRows) * kBlockSums * sizeof(uint32_t));
     for (int64_t depth = 0; depth < dy_.depths(); depth++) {
       const int64_t first = depth * kDepthRows;
       const int64_t pairs = ceil_div(min(N_ - first, kDepthRows), 2);
@@ -66,8 +66,8 @@ class StripColumns {
       for (int64_t row = 0; row < M_; row += kStripRows) {
         const int64_t rows = min(M_ - row, kStripRows);
         for (int64_t span = 0; span < spans; span++) {
-          add_strips(dy_.block(row, depth), rows, decoded(span), kSpanColumns, kPartWords, pairs,
-                     sums(span, row));
+          add_strips<PairsOfHalves>(dy_.block(row, depth), rows, decoded(span), kSpanColumns, kPartWords,
+                                    pairs, sums(span, row));
         }
       }
     }
@@ -75,8 +75,8 @@ class StripColumns {
 
   void finish(int64_t row, int64_t span, BFloat16* out) const {
     F32 values[kSpanTiles];
-    const float* const from = sums(span, row) + row % kStripRows * kBlockColumns;
-    for (int s = 0; s < kSpanTiles; s++) values[s] = load(from + s * kTileSide);
+    const uint32_t* const from = sums(span, row) + row % kStripRows * kBlockColumns;
+    for (int s = 0; s < kSpanTiles; s++) values[s] = (F32)_mm512_loadu_si512(from + s * kTileSide);
     finish_span(values, out);
   }
 
@@ -95,7 +95,7 @@ class StripColumns {
   }
 
   uint32_t* decoded(int64_t span) const { return decoded_.data() + span * kSpanWords; }
-  float* sums(int64_t span, int64_t row) const {
+  uint32_t* sums(int64_t span, int64_t row) const {
     return sums_.data() + (span * ceil_div(M_, kStripRows) + row / kStripRows) * kBlockSums;
   }
 
@@ -103,7 +103,7 @@ class StripColumns {
   const int64_t M_, N_;
   const PairDecoder decoder_;
   const Buffer<uint32_t> decoded_;
-  const Buffer<float> sums_;
+  const Buffer<uint32_t> sums_;
 };
 
 struct StripBackward4bit {

@@ -6,6 +6,8 @@
 namespace bnb::BNB_TARGET {
 namespace {
 
+constexpr int64_t kCacheLine = 64;
+
 class StoredScales {
  public:
   StoredScales(const BlockScales& scales, int64_t blocks)
@@ -29,6 +31,8 @@ class StoredScales {
 
   void decode(int64_t block, int64_t count, float* out) const {
     const F32 offset = splat(*scales.offset);
+    const uint8_t* const next = scales.codes + block + count;
+    for (int64_t i = 0; i < count; i += kCacheLine) __builtin_prefetch(next + i);
     for (const int64_t end = block + count; block < end;) {
       const int64_t nested_block = block / scales.nested_blocksize;
       const int64_t length = min(end, (nested_block + 1) * scales.nested_blocksize) - block;

@@ -224,8 +224,17 @@ void int8_tile(const int8_t* const* a, const int8_t* B, int64_t apart, int64_t K
       for (int c = 0; c < columns; c++) sums[r][c] = Dot::add(sums[r][c], x, values[c]);
     }
   });
+  int32_t reduced[rows][columns];
+  if constexpr (rows * columns == kLanes) {
+    const I32 all = reduce_adds(reinterpret_cast<const I32(&)[kLanes]>(sums));
+    __builtin_memcpy(reduced, &all, sizeof reduced);
+  } else {
+    for (int r = 0; r < rows; r++) {
+      for (int c = 0; c < columns; c++) reduced[r][c] = reduce_add(sums[r][c]);
+    }
+  }
   for (int r = 0; r < rows; r++) {
-    for (int c = 0; c < columns; c++) C[r * stride + c * apart] = reduce_add(sums[r][c]) - excess[r];
+    for (int c = 0; c < columns; c++) C[r * stride + c * apart] = reduced[r][c] - excess[r];
   }
 }
 

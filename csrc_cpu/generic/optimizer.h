@@ -241,22 +241,24 @@ constexpr int64_t kLarge = 1 << 16;
 constexpr int64_t kLeastElements = 1 << 13;
 
 // Small parameters in one parallel region, each by one thread; large ones in turn, each by all threads.
+//
+// Calls body(parameter, its number).
 template <class Given, class Body>
 void for_each_parameter(const Parameters<Given>& parameters, const Body& body) {
-  const Buffer<const Given*> small(parameters.count);
+  const Buffer<int64_t> small(parameters.count);
   int64_t count = 0, elements = 0;
   for (int64_t i = 0; i < parameters.count; i++) {
     const Given& given = parameters.first[i];
     if (given.n >= kLarge) {
-      body(given);
+      body(given, i);
     } else {
-      small.data()[count++] = &given;
+      small.data()[count++] = i;
       elements += given.n;
     }
   }
   const int64_t least = elements > 0 ? ceil_div(kLeastElements * count, elements) : count;
   parallel_for(count, least, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) body(*small.data()[i]);
+    for (int64_t i = begin; i < end; i++) body(parameters.first[small.data()[i]], small.data()[i]);
   });
 }
 
@@ -264,8 +266,11 @@ void for_each_parameter(const Parameters<Given>& parameters, const Body& body) {
 template <class State, class Given, class... Codebooks>
 void optimizer_update(const OptimizerStep& step, const Parameters<Given>& parameters, double* norms,
                       const Codebooks&... codebooks) {
-  const Coefficients c(step);
-  for_each_parameter(parameters, [&](const Given& given) {
+  const Coefficients shared(step);
+  const bool in_memory = parameters.counts || step.lr_in_memory;
+  for_each_parameter(parameters, [&](const Given& given, int64_t i) {
+    const OptimizerStep own = at_hand(step, parameters.count_of(i));
+    const Coefficients c = in_memory ? Coefficients(own) : shared;
     const State state(given, codebooks...);
     with_type(parameters.dtype, given.p, [&](auto* p) {
       const Parameter<Pointee<decltype(p)>, State> parameter{same_type(given.g, p), p, given.n, state};
@@ -276,7 +281,7 @@ void optimizer_update(const OptimizerStep& step, const Parameters<Given>& parame
           measure<name>(parameter, c, norms);
           s = trust_ratio(step.max_unorm, norms);
         }
-        const float size = step_size(step.lr, s, c.unit);
+        const float size = step_size(own.lr, s, c.unit);
         parallel_for(parameter.blocks(), grain(kBlock), [&](int64_t begin, int64_t end) {
           for (int64_t b = begin; b < end; b++) parameter.template update<name>(c, size, b);
         });

@@ -42,6 +42,25 @@ BNB_INLINE I32 max(I32 a, I32 b) { return (I32)_mm512_max_epi32((__m512i)a, (__m
 
 BNB_INLINE float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
 BNB_INLINE int32_t reduce_add(I32 x) { return _mm512_reduce_add_epi32((__m512i)x); }
+// The sum of each of 16 vectors: halves of two are added at a time.
+BNB_INLINE I32 reduce_adds(const I32 (&x)[16]) {
+  __m512i sums[16];
+  for (int i = 0; i < 16; i++) sums[i] = (__m512i)x[i];
+  for (int i = 0; i < 8; i++) {
+    sums[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[2 * i], sums[2 * i + 1]),
+                               _mm512_unpackhi_epi32(sums[2 * i], sums[2 * i + 1]));
+  }
+  for (int i = 0; i < 4; i++) {
+    sums[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(sums[2 * i], sums[2 * i + 1]),
+                               _mm512_unpackhi_epi64(sums[2 * i], sums[2 * i + 1]));
+  }
+  for (int i = 0; i < 2; i++) {
+    sums[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(sums[2 * i], sums[2 * i + 1], 0x88),
+                               _mm512_shuffle_i32x4(sums[2 * i], sums[2 * i + 1], 0xdd));
+  }
+  return (I32)_mm512_add_epi32(_mm512_shuffle_i32x4(sums[0], sums[1], 0x88),
+                               _mm512_shuffle_i32x4(sums[0], sums[1], 0xdd));
+}
 BNB_INLINE int32_t reduce_max(I32 x) { return _mm512_reduce_max_epi32((__m512i)x); }
 BNB_INLINE bool any(Mask m) { return m != 0; }
 

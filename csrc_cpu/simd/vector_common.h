@@ -46,6 +46,15 @@ BNB_INLINE void for_each_vector(int64_t n, Body body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
+#if BNB_VECTOR_BYTES < 64
+// The sum of each of kLanes vectors.
+BNB_INLINE I32 reduce_adds(const I32 (&x)[kLanes]) {
+  I32 sums;
+  for (int i = 0; i < kLanes; i++) sums[i] = reduce_add(x[i]);
+  return sums;
+}
+#endif
+
 #if !defined(BNB_OWN_BYTE_TABLE)
 // Looks bytes up in 256 floats, which may be null if it is not used.
 class ByteTable {

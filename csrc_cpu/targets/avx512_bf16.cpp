@@ -14,7 +14,7 @@ struct Permutations {
   using Encoding = RankEncoding;
   using Gemm4bit = StripGemm4bit;
   using Backward4bit = StripBackward4bit;
-  using Int8 = NoKernel;
+  using Int8 = StripInt8;
 };
 
 }  // namespace

@@ -126,8 +126,8 @@ inline void hash_optimizers(const Kernels& k, int d) {
     for (int name = 0; name <= static_cast<int>(OptimizerName::adagrad); name++) {
       const auto optimizer = static_cast<OptimizerName>(name);
       const bool bounded = optimizer == OptimizerName::lamb || optimizer == OptimizerName::lars;
-      OptimizerStep step{optimizer,           1,        0.01, 0.9, 0.999, 0.9999, 5.0, 1e-8, 0.01, 0.5,
-                         bounded ? 0.2 : 0.0, n == 5000};
+      OptimizerStep step{optimizer,           1,         0.01, 0.9, 0.999, 0.9999, 5.0,    1e-8, 0.01, 0.5,
+                         bounded ? 0.2 : 0.0, n == 5000, 0,    0,   0,     0,      nullptr};
       double norms[2];
       Floats p8 = start, p32 = start;
       Vector<uint8_t> codes1(2 * n, 127), codes2(n, 0);
@@ -136,9 +136,10 @@ inline void hash_optimizers(const Kernels& k, int d) {
                                      absmax1.data(), absmax2.data()};
       const Parameter32bit parameter32{g.bytes.data(), p32.bytes.data(), n, state1.data(), state2.data()};
       for (step.step = 1; step.step <= 3; step.step++) {
-        k.optimizer_update_8bit_blockwise(step, {&parameter8, 1, kDTypes[d]}, {code1.data(), code2.data()},
-                                          bounded ? norms : nullptr, nullptr);
-        k.optimizer_update_32bit(step, {&parameter32, 1, kDTypes[d]}, bounded ? norms : nullptr, nullptr);
+        k.optimizer_update_8bit_blockwise(step, {&parameter8, 1, kDTypes[d], nullptr},
+                                          {code1.data(), code2.data()}, bounded ? norms : nullptr, nullptr);
+        k.optimizer_update_32bit(step, {&parameter32, 1, kDTypes[d], nullptr}, bounded ? norms : nullptr,
+                                 nullptr);
       }
       bytes.add(p8.bytes);
       for (const auto& codes : {codes1, codes2}) bytes.add(codes);

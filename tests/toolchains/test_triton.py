@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from importlib import import_module
@@ -45,8 +46,8 @@ class Specialization(NamedTuple):
     multiplies_and_adds: bool = False
 
 
-def _optimizer(states: str, measures: bool, **constants: Any) -> Specialization:
-    tail = "*fp32 None" if measures else "None *fp32"
+def _optimizer(states: str, measures: bool, numbers: str = "None", **constants: Any) -> Specialization:
+    tail = f"*fp32 None {numbers}" if measures else f"None *fp32 {numbers}"
     constants = {"FIRST_STEP": False, "SKIP_ZEROS": False, "BLOCKS": 8, **constants}
     return Specialization("optimizer", "optimizer_kernel", f"{states} {tail} i64 {STEP}", constants)
 
@@ -69,6 +70,11 @@ def _dequantize_4bit(types: str) -> Specialization:
     return Specialization("quantize", "dequantize_4bit_kernel", types, constants)
 
 
+STEP_NUMBERS = {
+    **{"RULE": "ademamix", "BETA1": 0.9, "BETA2": 0.999, "BETA3_AT_LAST": 0.9999, "ALPHA_AT_LAST": 5.0},
+    **{"EPS_ITSELF": 1e-8, "WEIGHT_DECAY": 0.1, "T_ALPHA": 10.0, "T_BETA3": 10.0},
+    **{"LOG_BETA1": math.log(0.9), "LOG_BETA3": math.log(0.9999)},
+}
 LINES = {"LINES": int8_quantize.ROWS, "LENGTH": int8_quantize.ENTRIES // int8_quantize.ROWS}
 SPECIALIZATIONS = {
     "quantize_blockwise": Specialization(
@@ -127,6 +133,9 @@ SPECIALIZATIONS = {
     "rmsprop 8-bit": _optimizer(ONE_STATE_8BIT, False, RULE="rmsprop"),
     **{f"{rule} 32-bit": _optimizer(STATE_32BIT, False, RULE=rule) for rule in ("momentum", "lion", "adagrad")},
     "norms of adam": _optimizer(STATE_8BIT, True, RULE="adam"),
+    "ademamix by numbers in memory": _optimizer(STATE_8BIT, False, "*fp32", RULE="ademamix"),
+    "momentum by numbers in memory": _optimizer(STATE_32BIT, False, "*fp32", RULE="momentum"),
+    "step numbers": Specialization("step_numbers", "step_numbers_kernel", "*fp64 *fp64 *fp32", STEP_NUMBERS),
     "touch": Specialization("launch", "touch_kernel", "*fp32", {}),
     "trust ratio": Specialization("optimizer", "trust_ratio_kernel", "*fp32 *fp32 *fp32 i32 fp32", {"TILE": 1024}),
 }

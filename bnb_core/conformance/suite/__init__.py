@@ -15,10 +15,11 @@ from bnb_core.conformance.suite import (
     optimizer,
     properties,
     quantize,
+    step_in_memory,
     threads,
 )
 
-_FILES = (quantize, gemm_4bit, int8, optimizer, nonfinite, errors, api, properties, threads, large)
+_FILES = (quantize, gemm_4bit, int8, optimizer, step_in_memory, nonfinite, errors, api, properties, threads, large)
 
 
 @cache

@@ -44,6 +44,8 @@ OPTIONS: dict[str, dict[str, float]] = {
     "scaled gradient": {"gnorm_scale": 0.3},
     "bounded update": {"max_unorm": 0.02},
     "skipped zeros": {"skip_zeros": True},
+    "schedules": {"t_alpha": 7, "t_beta3": 9},
+    "schedules that end": {"t_alpha": 3, "t_beta3": 4},
     "all": {"weight_decay": 0.1, "gnorm_scale": 0.3, "max_unorm": 0.02, "skip_zeros": True},
 }
 
@@ -110,7 +112,7 @@ def _f64(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.double().numpy()
 
 
-def _unorm(sample: Sample) -> Tensor | None:
+def unorm_of(sample: Sample) -> Tensor | None:
     return torch.zeros(1) if sample.step.max_unorm > 0 else None
 
 
@@ -142,7 +144,7 @@ def _check_32bit(context: Context, sample: Sample) -> None:
     generator = context.generator(sample.name)
     (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
     state = OptimizerState32bit(state1, state2)
-    after = context.update(primitives.optimizer_update_32bit, sample.step, g, p, state, _unorm(sample))
+    after = context.update(primitives.optimizer_update_32bit, sample.step, g, p, state, unorm_of(sample))
     expected = oracle.optimizer_step(sample.step, _f64(g), _f64(p), _f64(state1), _f64(state2))
     _check_parameter(sample, after["p"], g, p, expected)
     within("state1", _f64(after["state1"]), expected.state1, _state1_bound(sample, _f64(g), _f64(p), expected.state1))
@@ -238,7 +240,7 @@ def _check_8bit(context: Context, sample: Sample) -> None:
     (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
     first, second = _quantized(sample.optimizer, state1, state2)
     state = _state_8bit(first, second)
-    after: Any = context.update(primitives.optimizer_update_8bit_blockwise, sample.step, g, p, state, _unorm(sample))
+    after: Any = context.update(primitives.optimizer_update_8bit_blockwise, sample.step, g, p, state, unorm_of(sample))
     values2 = None if second is None else second.values
     expected = oracle.optimizer_step(sample.step, _f64(g), _f64(p), first.values, values2)
     _check_parameter(sample, after["p"], g, p, expected)
@@ -249,7 +251,7 @@ def _check_8bit(context: Context, sample: Sample) -> None:
         _check_state("state2", second, after["state2"], after["absmax2"], expected.state2)  # type: ignore[arg-type]
 
 
-def _call(sample: Sample, bits: int, generator: torch.Generator) -> tuple[Any, ...]:
+def call_of(sample: Sample, bits: int, generator: torch.Generator) -> tuple[Any, ...]:
     """The arguments of a step without a bound, with state of so many bits."""
     (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
     state = OptimizerState32bit(state1, state2)
@@ -259,7 +261,7 @@ def _call(sample: Sample, bits: int, generator: torch.Generator) -> tuple[Any, .
 def _contained(context: Context, optimizer: str, bits: int, bad: float) -> None:
     """A gradient entry that is not finite touches its own parameter entry and its own state block, nothing else."""
     sample = Sample(optimizer, torch.float32, "many blocks")
-    step, g, *others = _call(sample, bits, context.generator(f"contained,{optimizer}"))
+    step, g, *others = call_of(sample, bits, context.generator(f"contained,{optimizer}"))
     place = 3 * OPTIMIZER_BLOCKSIZE + 17
     spoilt = g.clone()
     spoilt.view(-1)[place] = bad
@@ -282,7 +284,7 @@ def _several(context: Context, optimizer: str, dtype: torch.dtype, bits: int, la
     """One call for parameters of all shapes gives the bits of a call for each."""
     primitive = PRIMITIVES[bits]
     samples = [Sample(optimizer, dtype, shape) for shape in (*SHAPES, "many blocks")]
-    calls = [_call(sample, bits, context.generator(f"several,{sample.name}")) for sample in samples]
+    calls = [call_of(sample, bits, context.generator(f"several,{sample.name}")) for sample in samples]
 
     def copies() -> list[tuple[Any, ...]]:
         laid_out = [map_tensors(lambda t: LAYOUTS[layout](t) if t.dim() > 1 else t, call) for call in calls]
@@ -291,7 +293,7 @@ def _several(context: Context, optimizer: str, dtype: torch.dtype, bits: int, la
     for_each, together = copies(), copies()
     for call in for_each:
         primitive(*call)
-    primitive.several(*_in_one(primitive, together))
+    primitive.several(*in_one(primitive, together))
     for sample, one, other in zip(samples, for_each, together, strict=True):
         got = named(primitive, other)
         for name, expected in named(primitive, one).items():
@@ -299,12 +301,16 @@ def _several(context: Context, optimizer: str, dtype: torch.dtype, bits: int, la
                 same_bits(f"{name} of {sample.shape}", got[name], expected)
 
 
-def _in_one(primitive: Primitive, calls: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """The arguments of several calls as those of one: lists of all tensors but the codebooks."""
+SHARED = ("qmap1", "qmap2", "lr_tensor")
+"""What parameters that are updated in one call have in common."""
+
+
+def in_one(primitive: Primitive, calls: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The arguments of several calls as those of one: lists of all tensors that differ."""
     columns = zip(primitive.names, *map(flat, calls), strict=True)
     return primitive.structured(
         [
-            list(column) if isinstance(column[0], Tensor) and not name.startswith("qmap") else column[0]
+            list(column) if isinstance(column[0], Tensor) and name not in SHARED else column[0]
             for name, *column in columns
         ]
     )
@@ -314,6 +320,8 @@ def _samples() -> Iterator[Sample]:
     for optimizer in OPTIMIZERS:
         for dtype in DTYPES:
             for option in OPTIONS:
+                if option.startswith("schedules") and not OPTIMIZERS[optimizer].stacked:
+                    continue
                 yield Sample(optimizer, dtype, option=option, gradient="some zero")
             for shape in SHAPES:
                 yield Sample(optimizer, dtype, shape)
