@@ -22,6 +22,10 @@ from csrc_cuda import toolchain as cuda
 from csrc_hip import toolchain as hip
 from csrc_shared.environment import listed
 
+# A Python for several architectures would have each source compiled for all of them, by flags of one.
+if sys.platform == "darwin":
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
+
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 HIPIFIED = Path("build/hipified")
@@ -32,6 +36,9 @@ AVX512_VNNI = [*AVX512, "-mavx512vnni"]
 AVX512_BF16 = [*AVX512_VNNI, "-mavx512bf16", "-mavx512vbmi", "-mavx512bitalg"]
 AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
+NEON = ["-march=armv8-a"]
+NEON_DOTPROD = ["-march=armv8.2-a+dotprod"]
+NEON_I8MM = ["-march=armv8.2-a+dotprod+i8mm"]
 
 Command = Callable[[list[str], str], list[str]]
 """The command that compiles a source, without its own flags, from the host compiler's command and the source."""
@@ -88,6 +95,8 @@ def cpu_kernels() -> list[KernelExtension]:
     if platform.machine() in ("x86_64", "AMD64"):
         target_flags |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512_VNNI}
         target_flags |= {"avx512_bf16": AVX512_BF16, "amx": AMX}
+    if platform.machine() in ("aarch64", "arm64"):
+        target_flags |= {"neon": NEON, "neon_dotprod": NEON_DOTPROD, "neon_i8mm": NEON_I8MM}
     targets = {f"csrc_cpu/targets/{target}.cpp": flags for target, flags in target_flags.items()}
     source_flags = {**bindings("_kernels"), **sources("csrc_cpu/*.cpp"), **targets}
     return [KernelExtension("bnb_core.backends.cpu._kernels", source_flags, ["csrc_shared", "csrc_cpu"])]

@@ -24,6 +24,10 @@ const Isa kIsas[] = {
     {"avx512_vnni", has_avx512_vnni, &avx512_vnni_target},
     {"avx512_bf16", has_avx512_bf16, &avx512_bf16_target},
     {"amx", has_amx, &amx_target},
+#elif defined(__aarch64__)
+    {"neon", always, &neon_target},
+    {"neon_dotprod", has_neon_dotprod, &neon_dotprod_target},
+    {"neon_i8mm", has_neon_i8mm, &neon_i8mm_target},
 #endif
 };
 

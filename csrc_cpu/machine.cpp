@@ -4,6 +4,10 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace bnb {
@@ -65,6 +69,31 @@ bool has_amx() {
   return has_avx512_bf16() && system_saves(kTileState) && bits_set(Cpuid(7).edx, kTileFeatures) &&
          system_permits_tiles();
 }
+#elif defined(__aarch64__)
+namespace {
+
+// Whether the machine has an extension, by its name in the architecture. Elsewhere than on Linux and macOS
+// nothing is asked, and none used.
+#if defined(__APPLE__)
+bool has_feature(const char* sysctl_name) {
+  int32_t value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(sysctl_name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_dotprod() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_feature("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__linux__)
+bool has_dotprod() { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }
+bool has_i8mm() { return (getauxval(AT_HWCAP2) >> 13 & 1) != 0; }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
+
+}  // namespace
+
+bool has_neon_dotprod() { return has_dotprod(); }
+bool has_neon_i8mm() { return has_dotprod() && has_i8mm(); }
 #endif
 
 bool multiplies(DType dtype) {
@@ -72,6 +101,10 @@ bool multiplies(DType dtype) {
   static const bool bf16 = has_avx512() && bits_set(Cpuid(7, 1).eax, kAvx512Bf16);
   static const bool f16 = has_avx512() && bits_set(Cpuid(7).edx, kAvx512Fp16);
   return dtype == DType::bf16 ? bf16 : dtype == DType::f16 && f16;
+#elif defined(__aarch64__)
+  // What torch multiplies these with there, and in which order it adds up, is not known for every machine.
+  static_cast<void>(dtype);
+  return false;
 #else
   return dtype != DType::f32;
 #endif

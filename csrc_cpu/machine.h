@@ -11,6 +11,9 @@ bool has_avx512();
 bool has_avx512_vnni();
 bool has_avx512_bf16();
 bool has_amx();
+#elif defined(__aarch64__)
+bool has_neon_dotprod();
+bool has_neon_i8mm();
 #endif
 
 // Whether the machine multiplies in this half precision, and torch's matmul with it, at more than the rate of

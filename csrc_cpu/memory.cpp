@@ -9,12 +9,6 @@
 #endif
 
 namespace bnb {
-namespace {
-
-constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kLeastAdvised = 2 * kHugePage;
-
-}  // namespace
 
 void* allocate(size_t bytes) {
   void* memory = std::aligned_alloc(64, (bytes + 64) / 64 * 64);
@@ -27,6 +21,8 @@ void deallocate(void* memory) { std::free(memory); }
 
 void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kHugePage = size_t{1} << 21;
+  constexpr size_t kLeastAdvised = 2 * kHugePage;
   if (bytes < kLeastAdvised) return;
   const auto begin = reinterpret_cast<uintptr_t>(memory);
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;

@@ -38,6 +38,9 @@ def test_the_levels_are_those_of_the_build_in_its_order():
         ("avx2", ["portable", "avx2", "avx512"], "avx2"),
         ("avx2", ["portable"], "portable"),
         ("portable", ["portable", "avx2"], "portable"),
+        ("neon_dotprod", ["portable", "neon", "neon_dotprod", "neon_i8mm"], "neon_dotprod"),
+        ("neon_i8mm", ["portable", "neon"], "neon"),
+        ("neon", ["portable", "avx2"], "portable"),
     ],
 )
 def test_a_cap_means_the_best_level_up_to_it(cap, available, serves):

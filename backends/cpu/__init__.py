@@ -16,8 +16,12 @@ from ..native import NativeKernels, kernels_of, module_file
 from .kernels import CpuKernels
 
 ISA_VARIABLE = "BNB_CPU_ISA"
-LEVELS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
-"""The instruction sets of csrc_cpu on all machines, ascending."""
+LEVELS = (
+    "portable",
+    *("neon", "neon_dotprod", "neon_i8mm"),
+    *("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"),
+)
+"""The instruction sets of csrc_cpu on all machines, ascending on each."""
 
 
 def _load_kernels(cap: str | None) -> ModuleType:

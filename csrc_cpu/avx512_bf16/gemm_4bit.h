@@ -34,7 +34,8 @@ struct StripGemm4bit {
   }
 
  private:
-  // Whether passes of a few rows, each of which decodes W, are faster than strips, whose vectors hold 16 rows.
+  // Whether passes of a few rows, each of which decodes W, are faster than strips, whose vectors hold 16
+  // rows.
   static bool few(const Matrix& A) {
     constexpr int64_t kMostPasses = 3, kFullVector = 15;
     const bool fills_one = A.rows >= kFullVector && A.rows <= kTileSide;

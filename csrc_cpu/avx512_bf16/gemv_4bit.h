@@ -13,11 +13,12 @@ class BFloat16Products {
   typedef __m512i Vector;
   static constexpr int kVectors = kSpanParts;
   static constexpr int kMostRows = 8;
-  static constexpr int columns(int rows) { return rows <= 2 ? 4 : rows <= 8 ? 2 : 1; }
+  static constexpr int columns(int rows) { return rows <= 2 ? 4 : 2; }
   static_assert(kGroup == kSpan, "a group is reordered as a span");
 
   explicit BFloat16Products(const float* code) : code_(scaled_codebook(BNB_TARGET::load(code), 1.0f)) {}
-  BNB_INLINE __m512i values(I32 codes) const { return _mm512_permutexvar_epi16((__m512i)codes, code_); }
+  BNB_INLINE __m512i operator[](I32 codes) const { return _mm512_permutexvar_epi16((__m512i)codes, code_); }
+  BNB_INLINE NibbleValues<BFloat16Products, Words> decode(const Words& words) const { return {*this, words}; }
   static BNB_INLINE __m512i load(const BFloat16* x) { return _mm512_loadu_si512(x); }
   static BNB_INLINE F32 multiply_add(__m512i values, __m512i x, F32 sums) {
     return _mm512_dpbf16_ps(sums, (__m512bh)values, (__m512bh)x);

@@ -41,9 +41,12 @@ class Weight4bitDecoder {
       const int64_t first = (part.row + i) * w_.K + part.column;
       __builtin_prefetch(w_.packed + (first + kRowsAhead * w_.K) / 2);
       if (plain) {
-        for (int v = 0; v < kTileVectors; v++) {
-          const int64_t place = first + v * kLanes;
-          store(tile + v * kLanes, values(load_nibbles(w_.packed + place / 2), place));
+        for (int v = 0; v < kTileVectors; v += NibbleTable::Span::kVectors) {
+          const auto span = code_.span(w_.packed + (first + v * kLanes) / 2);
+          for (int i = 0; i < NibbleTable::Span::kVectors; i++) {
+            const int64_t column = (v + i) * kLanes;
+            store(tile + column, span.values[i] * scale(first + column));
+          }
         }
       } else {
         decode_span(first, part.columns, tile);
@@ -64,9 +67,8 @@ class Weight4bitDecoder {
   }
 
   // Of codes that begin at an element.
-  BNB_INLINE F32 values(I32 codes, int64_t element) const {
-    return code_[codes] * splat(scales_[element >> shift_]);
-  }
+  BNB_INLINE F32 values(I32 codes, int64_t element) const { return code_.table[codes] * scale(element); }
+  BNB_INLINE F32 scale(int64_t element) const { return splat(scales_[element >> shift_]); }
 
   // Those of the last byte are followed by zeros.
   BNB_INLINE I32 codes(int64_t byte) const {
@@ -79,7 +81,7 @@ class Weight4bitDecoder {
   const Weight4bit& w_;
   const float* const scales_;
   const int shift_;
-  const Table<16> code_;
+  const NibbleTable code_;
 };
 
 class Int8Decoder {

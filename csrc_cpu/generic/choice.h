@@ -57,14 +57,14 @@ Dense int8_linear_backward(const Matrix& dY, const Int8Weight& weight, void* dA,
 template <class Dot, class Own>
 void int8_linear_matmul(const Rows<int8_t>& A, const Rows<int8_t>& B, int32_t* C, Stream) {
   if (Own::serves(A)) return Own::run(A, B, C);
-  int8_multiply<Dot>(A, B, C);
+  int8_multiply(DotBlock<Dot>{A, B}, A, B, C);
 }
 
 template <class Dot, class Own>
 void int8_mixed_scaled_mm(const Int8Product& product, const Int8Outliers& outliers, const void* bias,
                           const Matrix& out, Stream) {
   if (Own::serves(product.A)) return Own::run(product, outliers, bias, out);
-  int8_multiply_mixed<Dot>(product, outliers, bias, out);
+  int8_multiply_mixed(DotBlock<Dot>{product.A, product.B}, product, outliers, bias, out);
 }
 
 }  // namespace

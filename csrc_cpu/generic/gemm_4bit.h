@@ -45,9 +45,10 @@ class TileDecoder {
   // A word lies in one block.
   BNB_INLINE void decode_aligned(int64_t k, int v, float* out) const {
     const int64_t first = first_ * w_.K + k;
-    const I32 words = gather_words(w_.packed + first / 2, start_[v] >> 1);
+    const GatheredWords words{gather_words(w_.packed + first / 2, start_[v] >> 1)};
     const F32 scale = scales_of(first, start_[v]);
-    for (int i = 0; i < kWord; i++) store(out + i * kTileColumns, code_[words >> (4 * (i ^ 1))] * scale);
+    const auto values = code_(words);
+    for (int i = 0; i < kWord; i++) store(out + i * kTileColumns, values[i ^ 1] * scale);
   }
 
   void decode_unaligned(int64_t k, int valid, int v, float* out) const {
@@ -58,7 +59,7 @@ class TileDecoder {
         const int64_t element = first + start_[v][lane] + i;
         codes[lane] = w_.packed[element / 2] >> (element % 2 ? 0 : 4);
       }
-      store(out + i * kTileColumns, code_[codes] * scales_of(first + i, start_[v]));
+      store(out + i * kTileColumns, code_.table[codes] * scales_of(first + i, start_[v]));
     }
   }
 
@@ -71,7 +72,7 @@ class TileDecoder {
   const Weight4bit& w_;
   const RowScales scales_;
   int64_t first_;
-  Table<16> code_;
+  NibbleTable code_;
   bool words_aligned_;
   I32 start_[kTileVectors];  // of each row, in elements from the first one's
 };

@@ -29,10 +29,10 @@ class FloatProducts {
   typedef F32 Vector;
   static constexpr int kVectors = kWord;  // in a group
   static constexpr int kMostRows = 4;     // of A, at a time
-  static constexpr int columns(int rows) { return rows <= 2 ? kRegisters / 8 : kRegisters / 16; }
+  static constexpr int columns(int rows) { return rows <= 2 ? kStreams : kStreams / 2; }
 
   explicit FloatProducts(const float* code) : code_(code) {}
-  BNB_INLINE F32 values(I32 codes) const { return code_[codes]; }
+  BNB_INLINE auto decode(const Words& words) const { return code_(words); }
   static BNB_INLINE F32 load(const float* x) { return BNB_TARGET::load(x); }
   static BNB_INLINE F32 multiply_add(F32 values, F32 x, F32 sums) { return fma(values, x, sums); }
 
@@ -49,7 +49,7 @@ class FloatProducts {
   }
 
  private:
-  const Table<16> code_;
+  const NibbleTable code_;
 };
 
 // A row of A rearranged: its groups are `stride` elements apart. `phase` zeros stand in front, and zeros fill
@@ -111,14 +111,7 @@ class RowReader {
            bytes_left_ >= groups * kGroupBytes + kWordBytes;
   }
 
-  // The words of a group in one view for each of their bytes: a load is cheaper than a shift.
-  struct Words {
-    I32 from_byte[kWordBytes];
-    explicit Words(const uint8_t* p) {
-      for (int i = 0; i < kWordBytes; i++) from_byte[i] = load_words(p + i);
-    }
-    BNB_INLINE I32 codes(int i) const { return from_byte[i / 2] >> (4 * (i % 2)); }
-  };
+  // The words of a group.
   BNB_INLINE Words steady_words(int group) const {
     const uint8_t* p = bytes_ + group * kGroupBytes;
     __builtin_prefetch(p + kPrefetchBytes);
@@ -202,7 +195,8 @@ void add_chunk(const Products products, const RowReader (&readers)[columns], int
       F32 scales[columns];
       BNB_UNROLL for (int c = 0; c < columns; c++) {
         const auto words = words_of(c);
-        for (int i = 0; i < kVectors; i++) values[c][i] = products.values(words.codes(i));
+        const auto decoded = products.decode(words);
+        for (int i = 0; i < kVectors; i++) values[c][i] = decoded[i];
         scales[c] = scales_of(c);
       }
       BNB_UNROLL for (int r = 0; r < rows; r++) {
@@ -221,9 +215,10 @@ void add_chunk(const Products products, const RowReader (&readers)[columns], int
       }
       BNB_UNROLL for (int c = 0; c < columns; c++) {
         const auto words = words_of(c);
+        const auto decoded = products.decode(words);
         F32 partial[rows] = {};
         for (int i = 0; i < kVectors; i++) {
-          const Vector value = products.values(words.codes(i));
+          const Vector value = decoded[i];
           BNB_UNROLL for (int r = 0; r < rows; r++) partial[r] =
               Products::multiply_add(value, x[r][i], partial[r]);
         }

@@ -181,17 +181,9 @@ constexpr int kInt8Rows = kRegisters == 32 ? 4 : 2;  // of a tile of accumulator
 constexpr int kInt8Columns = kRegisters == 32 ? 4 : 3;
 constexpr int64_t kInt8PrefetchBytes = 2048;
 
-// How a step of dot products is taken: 16-bit products of widened values. Another instruction may want its
-// right operand raised by kOffset; the product of the offset and the left operand's sum is then taken off
-// again.
-struct PairsDot {
-  typedef I16 Vector;
-  static constexpr int kStep = kInt8Step;
-  static constexpr int32_t kOffset = 0;
-  static BNB_INLINE Vector left(const int8_t* p) { return load_int8(p); }
-  static BNB_INLINE Vector right(const int8_t* p) { return load_int8(p); }
-  static BNB_INLINE I32 add(I32 sums, Vector a, Vector b) { return sums + multiply_add_pairs(a, b); }
-};
+// How a step of dot products is taken is a class of its own, Dot below: generic/pairs_dot.h, or one with
+// instructions for it. An instruction may want its right operand raised by kOffset; the product of the offset
+// and the left operand's sum is then taken off again.
 
 // Calls step(load_left, load_right) for every step of a row, the last one padded with zeros. load_right also
 // fetches what is `ahead` bytes further, unless that is 0.
@@ -357,22 +349,31 @@ void with_int8_result(const Int8Product& product, const Int8Outliers& outliers, 
   });
 }
 
+// Parts of A @ B^T by dot products.
 template <class Dot>
-void int8_multiply(const Rows<int8_t>& A, const Rows<int8_t>& B, int32_t* C) {
-  for_each_int8_block(A, B, [&](Rectangle part) {
-    int8_block<Dot>(A, B, part, C + part.row * B.rows + part.column, B.rows);
-  });
+struct DotBlock {
+  const Rows<int8_t>&A, &B;
+  void operator()(Rectangle part, int32_t* C, int64_t stride) const {
+    int8_block<Dot>(A, B, part, C, stride);
+  }
+};
+
+// `block` multiplies a part of A @ B^T, into a C whose rows are a stride apart.
+template <class Block>
+void int8_multiply(const Block& block, const Rows<int8_t>& A, const Rows<int8_t>& B, int32_t* C) {
+  for_each_int8_block(A, B,
+                      [&](Rectangle part) { block(part, C + part.row * B.rows + part.column, B.rows); });
 }
 
-template <class Dot>
-void int8_multiply_mixed(const Int8Product& product, const Int8Outliers& outliers, const void* bias,
-                         const Matrix& out) {
+template <class Block>
+void int8_multiply_mixed(const Block& block, const Int8Product& product, const Int8Outliers& outliers,
+                         const void* bias, const Matrix& out) {
   const ColumnList list(outliers.columns, product.A.columns);
   with_int8_result(product, outliers, bias, out, [&](const auto& result, const auto* X) {
     const auto multiply = [&](const auto& apart) {
       for_each_int8_block(product.A, product.B, [&](Rectangle part) {
         int32_t C[kInt8BlockRows * kInt8BlockColumns];
-        int8_block<Dot>(product.A, product.B, part, C, kInt8BlockColumns);
+        block(part, C, kInt8BlockColumns);
         result.finish(C, kInt8BlockColumns, part, apart);
       });
     };

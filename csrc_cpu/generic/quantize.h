@@ -156,22 +156,37 @@ void dequantize_blockwise(const uint8_t* q, const float* absmax, const float* co
   });
 }
 
-// `packed` starts at the block's first element.
-template <class T>
-void dequantize_4bit_block(const uint8_t* packed, float absmax, const float* codebook, int64_t n, T* out) {
-  const Table<16> code(codebook);
-  const F32 scale = splat(absmax);
-  int64_t i = 0;
-  if constexpr (kHasHalfTable && sizeof(T) == sizeof(uint16_t)) {
-    const HalfTable<T> table(codebook, scale);
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes) table.look_up(packed + i / 2, out + i);
+class BlockDecoder4bit {
+ public:
+  explicit BlockDecoder4bit(const float* codebook) : codebook_(codebook), table_(codebook) {}
+
+  // `packed` starts at the block's first element.
+  template <class T>
+  void decode(const uint8_t* packed, float absmax, int64_t n, T* out) const {
+    using Span = NibbleTable::Span;
+    constexpr int kSpan = Span::kVectors * kLanes;
+    const F32 scale = splat(absmax);
+    int64_t i = 0;
+    if constexpr (kHasHalfTable && sizeof(T) == sizeof(uint16_t)) {
+      const HalfTable<T> halves(codebook_, scale);
+      for (; i + 2 * kLanes <= n; i += 2 * kLanes) halves.look_up(packed + i / 2, out + i);
+    }
+    for (; i + kSpan <= n; i += kSpan) {
+      const Span span = table_.span(packed + i / 2);
+      for (int v = 0; v < Span::kVectors; v++) store(out + i + v * kLanes, span.values[v] * scale);
+    }
+    if (i == n) return;
+    uint8_t tail[kSpan / 2] = {};
+    __builtin_memcpy(tail, packed + i / 2, (n - i + 1) / 2);
+    const Span span = table_.span(tail);
+    for_each_vector(
+        n - i, [&](int64_t k, auto lanes) { store(out + i + k, span.values[k / kLanes] * scale, lanes); });
   }
-  for (; i + kLanes <= n; i += kLanes) store(out + i, code[load_nibbles(packed + i / 2)] * scale);
-  if (i == n) return;
-  uint8_t tail[kLanes / 2] = {};
-  __builtin_memcpy(tail, packed + i / 2, (n - i + 1) / 2);
-  store(out + i, code[load_nibbles(tail)] * scale, static_cast<int>(n - i));
-}
+
+ private:
+  const float* const codebook_;
+  const NibbleTable table_;
+};
 
 void dequantize_4bit(const Weight4bit& weight, const Matrix& out, Stream) {
   constexpr int64_t kScales = 256;  // decoded at a time
@@ -180,14 +195,14 @@ void dequantize_4bit(const Weight4bit& weight, const Matrix& out, Stream) {
   with_type(out, [&](auto* y) {
     advise_huge_pages(y, n * sizeof *y);
     parallel_for(stored.blocks, grain(blocksize, kDecodedShare), [&](int64_t begin, int64_t end) {
+      const BlockDecoder4bit decoder(weight.format().codebook);
       float buffer[kScales + kLanes];
       for (int64_t b = begin; b < end;) {
         const int64_t count = min(end - b, kScales);
         const float* const absmax = stored.read(b, count, buffer);
         for (int64_t i = 0; i < count; i++, b++) {
           const int64_t first = b * blocksize;
-          dequantize_4bit_block(weight.packed + first / 2, absmax[i], weight.format().codebook,
-                                min(blocksize, n - first), y + first);
+          decoder.decode(weight.packed + first / 2, absmax[i], min(blocksize, n - first), y + first);
         }
       }
     });

@@ -157,4 +157,5 @@ BNB_INLINE I32 multiply_add_pairs(I16 a, I16 b) { return (I32)_mm256_madd_epi16(
 }  // namespace
 }  // namespace bnb::BNB_TARGET
 
+#include "nibbles.h"
 #include "vector_common.h"

@@ -116,4 +116,5 @@ BNB_INLINE I32 multiply_add_pairs(I16 a, I16 b) {
 }  // namespace
 }  // namespace bnb::BNB_TARGET
 
+#include "nibbles.h"
 #include "vector_common.h"

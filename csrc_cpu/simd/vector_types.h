@@ -1,5 +1,5 @@
 // Vectors of 32-bit lanes as the compiler's own vector types: + - * / & | ^ << >> come with them. What
-// differs between instruction sets stands in portable.h, avx2.h and avx512.h, which include this one.
+// differs between instruction sets stands in portable.h, avx2.h, avx512.h and neon.h, which include this one.
 //
 // Everything here has internal linkage, and so must everything that a target includes: a function shared
 // between translation units could be the copy compiled for the wrong machine.

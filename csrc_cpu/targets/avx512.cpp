@@ -1,6 +1,7 @@
 #define BNB_TARGET avx512
 #include "../simd/avx512.h"
 
+#include "../generic/pairs_dot.h"
 #include "../generic/table.h"
 
 const bnb::Target bnb::avx512_target =

@@ -19,6 +19,10 @@ extern const Target avx512_target;
 extern const Target avx512_vnni_target;
 extern const Target avx512_bf16_target;
 extern const Target amx_target;
+#elif defined(__aarch64__)
+extern const Target neon_target;
+extern const Target neon_dotprod_target;
+extern const Target neon_i8mm_target;
 #endif
 
 }  // namespace bnb

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +21,14 @@ from bnb_core.records import OptimizerState8bit, OptimizerStep, Weight4bit
 
 EXAMPLES = 20
 
-quiet = settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True)
+# However slow the machine is, an emulated one included.
+quiet = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 sizes = st.integers(1, 3000)
 seeds = st.integers(0, 2**31)
 blocksizes = st.sampled_from(BLOCKSIZES)
