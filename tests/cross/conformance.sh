@@ -21,11 +21,8 @@ site=$folder/site
 
 if [ ! -e "$root/usr/bin/python3" ]; then
   apt=$folder/apt
-  mkdir -p "$apt"/{lists/partial,archives/partial,parts} "$root"
+  mkdir -p "$apt"/{lists/partial,archives/partial} "$root"
   touch "$apt/status"
-  . /etc/os-release
-  echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $VERSION_CODENAME main" \
-    > "$apt/sources.list"
   cat > "$apt/apt.conf" <<EOF
 APT::Architecture "arm64";
 APT::Architectures { "arm64"; };
@@ -33,8 +30,6 @@ APT::Sandbox::User "root";
 Dir::State::lists "$apt/lists";
 Dir::State::status "$apt/status";
 Dir::Cache "$apt";
-Dir::Etc::sourcelist "$apt/sources.list";
-Dir::Etc::sourceparts "$apt/parts";
 EOF
   export APT_CONFIG=$apt/apt.conf
   apt-get update -qq
