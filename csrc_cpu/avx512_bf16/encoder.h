@@ -155,6 +155,9 @@ class RankEncoding {
         table(general_.table),
         zero(general_.zero) {}
 
+  RankEncoding(const RankEncoding&) = delete;
+  RankEncoding& operator=(const RankEncoding&) = delete;
+
   template <class F>
   void with_encoder(const F& f) const {
     if (!usable_) return general_.with_encoder(f);
@@ -174,7 +177,7 @@ class RankEncoding {
     negatives_ = 0;
     while (negatives_ < kThresholds && thresholds[negatives_] < 0) negatives_++;
     if (!ranks_.fill(thresholds + negatives_, kThresholds - negatives_)) return false;
-    if (!ranks_.hold_for(thresholds + negatives_ - 1, negatives_)) return false;
+    if (negatives_ > 0 && !ranks_.hold_for(&thresholds[negatives_ - 1], negatives_)) return false;
     ranks_.add(negatives_);
     return true;
   }
