@@ -116,6 +116,7 @@ struct Numbers {
   explicit BNB_HOST_DEVICE Numbers(const OptimizerStep& s)
       : c(s), lr(s.lr), size(step_size(lr, 1.0f, c.unit)) {}
 
+  float size_at_launch() const { return size; }
   __device__ const Numbers& of(int, Numbers&) const { return *this; }
 };
 
@@ -126,6 +127,7 @@ struct NumbersInMemory {
 
   Numbers* all;
 
+  float size_at_launch() const { return 0; }
   // Those of the i-th parameter, for all threads of a block after a barrier.
   __device__ const Numbers& of(int i, Numbers& shared) const {
     if (threadIdx.x == 0) shared = all[i];
@@ -188,18 +190,21 @@ __global__ void __launch_bounds__(kThreads)
     all[i] = Numbers(at_hand(step, counts.of[i]));
 }
 
-// `bounded_size` holds the size of the update where a norm bounds it, and is null otherwise.
+// The size of the update is `size`, or in memory with the numbers; `bounded_size` holds it where a norm
+// bounds it, and is null otherwise. Chosen between here and the numbers, it would lie in scratch memory on
+// AMD's GPUs.
 template <class P, class Source>
 __global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
-    update_kernel(Source source, const float* bounded_size, typename P::State::Codebooks codebooks,
-                  Batch<typename P::Stored> batch) {
+    update_kernel(Source source, float size, const float* bounded_size,
+                  typename P::State::Codebooks codebooks, Batch<typename P::Stored> batch) {
   __shared__ typename P::Tables tables;
   __shared__ Numbers shared;
   const int thread_block = static_cast<int>(blockIdx.x), i = batch.of_block(thread_block);
   const Numbers& numbers = source.of(i, shared);
   tables.prepare(codebooks);
   __syncthreads();
-  const float size = bounded_size ? *bounded_size : numbers.size;
+  if constexpr (Source::in_memory) size = numbers.size;
+  if (bounded_size) size = *bounded_size;
   const int first = batch.begin(i);
   const int64_t warps = int64_t{batch.ends[i] - first} * kWarps;
   const P parameter(batch.parameters[i]);
@@ -331,8 +336,8 @@ struct Launcher {
       if (batch.count == 0) return;
       prepare(indices, batch.count);
       const int64_t blocks = batch.share_blocks();
-      launch(name, update_kernel<P, Source>, blocks, kThreads, stream, 0, source, bounded_size, codebooks,
-             batch);
+      launch(name, update_kernel<P, Source>, blocks, kThreads, stream, 0, source, source.size_at_launch(),
+             bounded_size, codebooks, batch);
       batch.count = 0;
     };
     for (int64_t i = 0; i < parameters.count; i++) {
