@@ -9,7 +9,6 @@ namespace bnb::BNB_TARGET {
 namespace {
 
 constexpr int64_t kLeastTileRows = 3;         // below, products straight from the codes are faster
-constexpr int64_t kMostTileRows = 1024;       // of A that are rearranged at a time
 constexpr int64_t kFewTileRows = kPanelRows;  // whose sums stay in tiles while a panel of W is decoded
 
 void finish_tiles(const Result<BFloat16>& result, Rectangle part, const uint32_t* sums) {
@@ -92,9 +91,9 @@ struct TileGemm4bit {
   static void run(const Matrix& A, const Weight4bit& w, const void* bias, void* out) {
     const auto* a = A.as<const BFloat16>();
     auto* y = static_cast<BFloat16*>(out);
-    for (int64_t row = 0; row < A.rows; row += kMostTileRows) {
+    for (int64_t row = 0; row < A.rows; row += kMostRearrangedRows) {
       const Result<BFloat16> result{static_cast<const BFloat16*>(bias), y + row * w.N, w.N};
-      gemm_4bit_tiles(a + row * w.K, min(A.rows - row, kMostTileRows), w, result);
+      gemm_4bit_tiles(a + row * w.K, min(A.rows - row, kMostRearrangedRows), w, result);
     }
   }
 };

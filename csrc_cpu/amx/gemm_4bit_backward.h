@@ -8,7 +8,6 @@
 namespace bnb::BNB_TARGET {
 namespace {
 
-constexpr int64_t kGroupSpans = 4;  // share what is read of dY, and two cache lines of a row
 constexpr int64_t kGroupColumns = kGroupSpans * kSpanColumns;
 constexpr int64_t kStepRows = BFloat16Dot::kStep;  // of W
 constexpr int64_t kDepthSteps = 8;                 // so many of two tiles of W and two of dY stay in L1
@@ -136,38 +135,20 @@ class ColumnGroup {
   const Buffer<uint8_t> decoded_, sums_;
 };
 
-void backward_tiles(const BFloat16* dY, int64_t M, const Weight4bit& w, const float* scales, BFloat16* dA) {
-  const TiledRows dy(dY, M, w.N);
-  parallel_for(ceil_div(w.K, kGroupColumns), 1, [&](int64_t begin, int64_t end) {
-    const TileSession session;
-    ColumnGroup group(dy, w, scales);
-    for (int64_t column = begin * kGroupColumns; column < min(end * kGroupColumns, w.K);
-         column += kGroupColumns) {
-      const int64_t spans = min(w.K - column, kGroupColumns) / kSpanColumns;
-      group.multiply(column, spans);
-      for (int64_t row = 0; row < M; row++) {
-        for (int64_t span = 0; span < spans; span++) {
-          group.finish(row, span, dA + row * w.K + column + span * kSpanColumns);
-        }
+struct TileBackward4bit : PairsBackward4bit<TileBackward4bit> {
+  static void multiply(const BFloat16* dY, int64_t M, const Weight4bit& w, const float* scales,
+                       BFloat16* dA) {
+    const TiledRows dy(dY, M, w.N);
+    parallel_for(ceil_div(w.K, kGroupColumns), 1, [&](int64_t begin, int64_t end) {
+      const TileSession session;
+      ColumnGroup group(dy, w, scales);
+      for (int64_t column = begin * kGroupColumns; column < min(end * kGroupColumns, w.K);
+           column += kGroupColumns) {
+        const int64_t spans = min(w.K - column, kGroupColumns) / kSpanColumns;
+        group.multiply(column, spans);
+        finish(group, M, spans, w.K, dA + column);
       }
-    }
-  });
-}
-
-struct TileBackward4bit {
-  static bool serves(const Matrix& dY, const Weight4bit& w) {
-    return dY.dtype == DType::bf16 && w.N >= kLeastTerms && w.K % kSpanColumns == 0 &&
-           w.blocksize >= kSpanColumns;
-  }
-
-  static void run(const Matrix& dY, const Weight4bit& w, void* dA) {
-    const Buffer<float> buffer(w.scales.absmax ? 0 : w.blocks() + kLanes);
-    const float* const scales = all_scales(w, buffer.data());
-    const auto* y = dY.as<const BFloat16>();
-    auto* a = static_cast<BFloat16*>(dA);
-    for (int64_t row = 0; row < dY.rows; row += kMostTileRows) {
-      backward_tiles(y + row * w.N, min(dY.rows - row, kMostTileRows), w, scales, a + row * w.K);
-    }
+    });
   }
 };
 

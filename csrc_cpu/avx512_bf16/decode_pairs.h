@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kSpanColumns = 64;                      // of W, decoded at a time; they lie in one block
 constexpr int kSpanTiles = kSpanColumns / kTileSide;  // vector s holds columns 4 * lane + (s ^ 1)
+constexpr int64_t kGroupSpans = 4;  // share what is read of dY, and two cache lines of a row
 
 // Decodes spans of two rows of W at a time: element (row, column) becomes half `row` of word column / 4.
 class PairDecoder {
@@ -72,6 +73,37 @@ BNB_INLINE void finish_span(const F32 (&sums)[kSpanTiles], BFloat16* out) {
   _mm512_storeu_si512(out, _mm512_permutex2var_epi64(low, front, high));
   _mm512_storeu_si512(out + kSpanColumns / 2, _mm512_permutex2var_epi64(low, back, high));
 }
+
+// A gradient by decoded pairs, for a Kernel whose multiply(dY, M, w, scales, dA) takes up to
+// kMostRearrangedRows rows.
+template <class Kernel>
+struct PairsBackward4bit {
+  static bool serves(const Matrix& dY, const Weight4bit& w) {
+    return dY.dtype == DType::bf16 && w.N >= kLeastTerms && w.K % kSpanColumns == 0 &&
+           w.blocksize >= kSpanColumns;
+  }
+
+  static void run(const Matrix& dY, const Weight4bit& w, void* dA) {
+    const Buffer<float> buffer(w.scales.absmax ? 0 : w.blocks() + kLanes);
+    const float* const scales = all_scales(w, buffer.data());
+    const auto* y = dY.as<const BFloat16>();
+    auto* a = static_cast<BFloat16*>(dA);
+    for (int64_t row = 0; row < dY.rows; row += kMostRearrangedRows) {
+      const int64_t rows = min(dY.rows - row, kMostRearrangedRows);
+      Kernel::multiply(y + row * w.N, rows, w, scales, a + row * w.K);
+    }
+  }
+
+  // Finishes some spans of all M rows by group.finish(row, span, out).
+  template <class Group>
+  static void finish(const Group& group, int64_t M, int64_t spans, int64_t K, BFloat16* dA) {
+    for (int64_t row = 0; row < M; row++) {
+      for (int64_t span = 0; span < spans; span++) {
+        group.finish(row, span, dA + row * K + span * kSpanColumns);
+      }
+    }
+  }
+};
 
 }  // namespace
 }  // namespace bnb::BNB_TARGET

@@ -8,8 +8,6 @@
 namespace bnb::BNB_TARGET {
 namespace {
 
-constexpr int64_t kMostRows = 1024;  // of A that are rearranged at a time
-
 struct StripGemm4bit {
   // f16 and f32 would lose bits in bf16.
   static bool serves(const Matrix& A, const Weight4bit& w) {
@@ -21,7 +19,7 @@ struct StripGemm4bit {
     auto* y = static_cast<BFloat16*>(out);
     const auto* b = static_cast<const BFloat16*>(bias);
     const bool in_strips = w.K % kHalves == 0 && !few(A);
-    const int64_t most = in_strips ? kMostRows : ceil_div(A.rows, passes(A));
+    const int64_t most = in_strips ? kMostRearrangedRows : ceil_div(A.rows, passes(A));
     for (int64_t row = 0; row < A.rows; row += most) {
       const int64_t rows = min(A.rows - row, most);
       const Result<BFloat16> result{b, y + row * w.N, w.N};

@@ -8,8 +8,6 @@
 namespace bnb::BNB_TARGET {
 namespace {
 
-constexpr int64_t kGroupSpans = 4;  // share what is read of dY, and two cache lines of a row
-constexpr int64_t kMostBackwardRows = 1024;
 constexpr int64_t kDepthRows = 2 * kStripDepth;  // of W
 
 // dY in the order of the strips: for every kStripRows rows, for every kStripDepth words, the words of these
@@ -106,23 +104,7 @@ class StripColumns {
   const Buffer<uint32_t> sums_;
 };
 
-struct StripBackward4bit {
-  static bool serves(const Matrix& dY, const Weight4bit& w) {
-    return dY.dtype == DType::bf16 && w.N >= kLeastTerms && w.K % kSpanColumns == 0 &&
-           w.blocksize >= kSpanColumns;
-  }
-
-  static void run(const Matrix& dY, const Weight4bit& w, void* dA) {
-    const Buffer<float> buffer(w.scales.absmax ? 0 : w.blocks() + kLanes);
-    const float* const scales = all_scales(w, buffer.data());
-    const auto* y = dY.as<const BFloat16>();
-    auto* a = static_cast<BFloat16*>(dA);
-    for (int64_t row = 0; row < dY.rows; row += kMostBackwardRows) {
-      multiply(y + row * w.N, min(dY.rows - row, kMostBackwardRows), w, scales, a + row * w.K);
-    }
-  }
-
- private:
+struct StripBackward4bit : PairsBackward4bit<StripBackward4bit> {
   static void multiply(const BFloat16* dY, int64_t M, const Weight4bit& w, const float* scales,
                        BFloat16* dA) {
     const StripRows dy(dY, M, w.N);
@@ -132,11 +114,7 @@ struct StripBackward4bit {
       for (int64_t first = begin; first < end; first += kGroupSpans) {
         const int64_t spans = min(end - first, kGroupSpans);
         columns.multiply(first * kSpanColumns, spans);
-        for (int64_t row = 0; row < M; row++) {
-          for (int64_t span = 0; span < spans; span++) {
-            columns.finish(row, span, dA + row * w.K + (first + span) * kSpanColumns);
-          }
-        }
+        finish(columns, M, spans, w.K, dA + first * kSpanColumns);
       }
     });
   }

@@ -54,7 +54,6 @@ class StripInt8 {
 
  private:
   static constexpr int64_t kBytesInVector = 64;
-  static constexpr int64_t kMostRows = 1024;  // of A that are rearranged at a time
   static constexpr int kRaise = 128;
 
   static RearrangedX raised(const int8_t* a, int64_t rows, int64_t K) {
@@ -72,8 +71,8 @@ class StripInt8 {
   template <class Finish>
   static void multiply(const Rows<int8_t>& A, const Rows<int8_t>& B, const Finish& finish) {
     const int64_t K = A.columns, N = B.rows;
-    for (int64_t row = 0; row < A.rows; row += kMostRows) {
-      const int64_t M = min(A.rows - row, kMostRows);
+    for (int64_t row = 0; row < A.rows; row += kMostRearrangedRows) {
+      const int64_t M = min(A.rows - row, kMostRearrangedRows);
       const RearrangedX x = raised(A.data + row * K, M, K);
       parallel_for(ceil_div(N, kStripRows), grain(kStripRows * M * K / 8), [&](int64_t begin, int64_t end) {
         const StripPanel<FoursOfBytes> panel(x, M);

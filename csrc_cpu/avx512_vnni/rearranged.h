@@ -11,7 +11,8 @@ namespace {
 constexpr int kTileRowBytes = 64;
 constexpr int kTileSide = 16;  // rows of a tile; words in one
 constexpr int kTileWords = kTileSide * kTileSide;
-constexpr int kPanelRows = 2 * kTileSide;  // rows are padded to a multiple of these
+constexpr int kPanelRows = 2 * kTileSide;      // rows are padded to a multiple of these
+constexpr int64_t kMostRearrangedRows = 1024;  // of X, at a time
 
 // out[j][i] = in[i][j] for 16 x 16 words, `rows` of them given and zeros for the others.
 void transpose_words(const uint32_t* in, int64_t in_stride, int rows, uint32_t* out, int64_t out_stride) {
