@@ -94,9 +94,18 @@ BNB_INLINE I32 gather_words(const uint8_t* p, I32 offsets) {
   return (I32)_mm256_i32gather_epi32(reinterpret_cast<const int*>(p), (__m256i)offsets, 1);
 }
 
-// Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
+BNB_INLINE F32 permute(F32 values, I32 i) { return _mm256_permutevar8x32_ps(values, (__m256i)i); }
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET
+
+#include "small_tables.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
 template <int size>
-class Table {
+class Table<size, false> {
  public:
   explicit Table(const float* values) : values_(values) {}
   F32 operator[](I32 i) const { return look_up(values_, i); }
@@ -105,42 +114,8 @@ class Table {
   const float* values_;
 };
 
-class PermutedTable {
- public:
-  explicit PermutedTable(const float* values, int size) {
-    float padded[8] = {};
-    __builtin_memcpy(padded, values, size * sizeof(float));
-    values_ = load(padded);
-  }
-  explicit PermutedTable(F32 values) : values_(values) {}
-  F32 operator[](I32 i) const { return _mm256_permutevar8x32_ps(values_, (__m256i)i); }
-
- private:
-  F32 values_;
-};
-
 template <>
-class Table<1> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(values, 1) {}
-};
-template <>
-class Table<2> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(values, 2) {}
-};
-template <>
-class Table<4> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(values, 4) {}
-};
-template <>
-class Table<8> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(load(values)) {}
-};
-template <>
-class Table<16> {
+class Table<16, false> {
  public:
   explicit Table(const float* values) : low_(values), high_(values + 8) {}
   F32 operator[](I32 i) const { return _mm256_blendv_ps(low_[i], high_[i], from_bits(i << 28)); }

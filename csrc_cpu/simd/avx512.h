@@ -154,9 +154,18 @@ BNB_INLINE I32 look_up(const int32_t* values, I32 i) { return gather<4>(values, 
 // Words at any bytes.
 BNB_INLINE I32 gather_words(const uint8_t* p, I32 offsets) { return gather<1>(p, offsets); }
 
-// Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
+BNB_INLINE F32 permute(F32 values, I32 i) { return _mm512_permutexvar_ps((__m512i)i, values); }
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET
+
+#include "small_tables.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
 template <int size>
-class Table {
+class Table<size, false> {
  public:
   explicit Table(const float* values) : low_(values), high_(values + size / 2) {}
   F32 operator[](I32 i) const {
@@ -169,7 +178,7 @@ class Table {
 };
 
 template <>
-class Table<256> {
+class Table<256, false> {
  public:
   explicit Table(const float* values) : values_(values) {}
   F32 operator[](I32 i) const { return look_up(values_, i); }
@@ -179,7 +188,7 @@ class Table<256> {
 };
 
 template <>
-class Table<32> {
+class Table<32, false> {
  public:
   Table() = default;
   explicit Table(const float* values) : low_(load(values)), high_(load(values + 16)) {}
@@ -187,46 +196,6 @@ class Table<32> {
 
  private:
   F32 low_, high_;
-};
-
-class PermutedTable {
- public:
-  PermutedTable(const float* values, int size) {
-    float padded[16] = {};
-    __builtin_memcpy(padded, values, size * sizeof(float));
-    values_ = load(padded);
-  }
-  explicit PermutedTable(F32 values) : values_(values) {}
-  F32 operator[](I32 i) const { return _mm512_permutexvar_ps((__m512i)i, values_); }
-
- private:
-  F32 values_;
-};
-
-template <>
-class Table<1> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(values, 1) {}
-};
-template <>
-class Table<2> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(values, 2) {}
-};
-template <>
-class Table<4> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(values, 4) {}
-};
-template <>
-class Table<8> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(values, 8) {}
-};
-template <>
-class Table<16> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(load(values)) {}
 };
 
 // One multiply-add step of int8 dot products: kInt8Step values widened to 16 bits.

@@ -6,6 +6,8 @@
 #define BNB_VECTOR_BYTES 16
 #include "vector_masks.h"
 
+#include "scalar_lookups.h"
+
 namespace bnb::BNB_TARGET {
 namespace {
 
@@ -68,30 +70,21 @@ BNB_INLINE void store_nibbles(uint8_t* p, I32 x) {
   p[1] = static_cast<uint8_t>(vgetq_lane_u64(packed, 1));
 }
 
-BNB_INLINE F32 look_up(const float* values, I32 i) {
-  return F32{values[i[0]], values[i[1]], values[i[2]], values[i[3]]};
-}
-BNB_INLINE I32 look_up(const int32_t* values, I32 i) {
-  return I32{values[i[0]], values[i[1]], values[i[2]], values[i[3]]};
-}
-
-// Words at any bytes.
-BNB_INLINE I32 gather_words(const uint8_t* p, I32 offsets) {
-  I32 words;
-  for (int i = 0; i < kLanes; i++) {
-    int32_t word;
-    __builtin_memcpy(&word, p + offsets[i], sizeof word);
-    words[i] = word;
-  }
-  return words;
-}
-
 // Where the bytes of lane i of a table of floats are, for an i below 64.
 BNB_INLINE uint8x16_t bytes_of_lanes(I32 i) { return (uint8x16_t)(i * 0x04040404 + 0x03020100); }
 
-// Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
+BNB_INLINE F32 permute(F32 values, I32 i) { return (F32)vqtbl1q_u8((uint8x16_t)values, bytes_of_lanes(i)); }
+
+}  // namespace
+}  // namespace bnb::BNB_TARGET
+
+#include "small_tables.h"
+
+namespace bnb::BNB_TARGET {
+namespace {
+
 template <int size>
-class Table {
+class Table<size, false> {
  public:
   explicit Table(const float* values) : values_(values) {}
   F32 operator[](I32 i) const { return look_up(values_, i); }
@@ -100,36 +93,8 @@ class Table {
   const float* values_;
 };
 
-class PermutedTable {
- public:
-  PermutedTable(const float* values, int size) {
-    float padded[4] = {};
-    __builtin_memcpy(padded, values, size * sizeof(float));
-    values_ = load_bytes(padded);
-  }
-  F32 operator[](I32 i) const { return (F32)vqtbl1q_u8(values_, bytes_of_lanes(i)); }
-
- private:
-  uint8x16_t values_;
-};
-
 template <>
-class Table<1> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(values, 1) {}
-};
-template <>
-class Table<2> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(values, 2) {}
-};
-template <>
-class Table<4> : public PermutedTable {
- public:
-  explicit Table(const float* values) : PermutedTable(values, 4) {}
-};
-template <>
-class Table<8> {
+class Table<8, false> {
  public:
   explicit Table(const float* values) : values_{{load_bytes(values), load_bytes(values + 4)}} {}
   F32 operator[](I32 i) const { return (F32)vqtbl2q_u8(values_, bytes_of_lanes(i)); }
@@ -138,7 +103,7 @@ class Table<8> {
   uint8x16x2_t values_;
 };
 template <>
-class Table<16> {
+class Table<16, false> {
  public:
   explicit Table(const float* values)
       : values_{

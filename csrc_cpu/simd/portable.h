@@ -4,6 +4,8 @@
 #define BNB_VECTOR_BYTES 16
 #include "vector_masks.h"
 
+#include "scalar_lookups.h"
+
 namespace bnb::BNB_TARGET {
 namespace {
 
@@ -71,24 +73,6 @@ BNB_INLINE I32 load_nibbles(const uint8_t* p) { return I32{p[0] >> 4, p[0] & 15,
 BNB_INLINE void store_nibbles(uint8_t* p, I32 x) {
   p[0] = static_cast<uint8_t>(x[0] << 4 | x[1]);
   p[1] = static_cast<uint8_t>(x[2] << 4 | x[3]);
-}
-
-BNB_INLINE F32 look_up(const float* values, I32 i) {
-  return F32{values[i[0]], values[i[1]], values[i[2]], values[i[3]]};
-}
-BNB_INLINE I32 look_up(const int32_t* values, I32 i) {
-  return I32{values[i[0]], values[i[1]], values[i[2]], values[i[3]]};
-}
-
-// Words at any bytes.
-BNB_INLINE I32 gather_words(const uint8_t* p, I32 offsets) {
-  I32 words;
-  for (int i = 0; i < kLanes; i++) {
-    int32_t word;
-    __builtin_memcpy(&word, p + offsets[i], sizeof word);
-    words[i] = word;
-  }
-  return words;
 }
 
 // Looks lanes up in `size` floats, a power of two; an index counts modulo 16 where size is 16.
