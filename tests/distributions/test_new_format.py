@@ -79,15 +79,18 @@ def test_the_suite_holds_a_new_format_to_the_contract(package, backend):
 def test_layers_and_checkpoints_take_it(package):
     code = """
 import torch, bnb_core
-layer = bnb_core.nn.Linear4bit(64, 32, quant_type="even4", compute_dtype=torch.float32)
+torch.manual_seed(0)
+options = dict(quant_type="even4", compute_dtype=torch.float32, compress_statistics=False)
+layer = bnb_core.nn.Linear4bit(64, 32, **options)
 weight = layer.weight.data.clone()
 layer.to("cpu")
-again = bnb_core.nn.Linear4bit(64, 32, quant_type="even4", compute_dtype=torch.float32)
+again = bnb_core.nn.Linear4bit(64, 32, **options)
 again.load_state_dict(layer.state_dict())
 x = torch.randn(3, 64)
 assert torch.equal(layer(x), again(x))
 error = (bnb_core.functional.dequantize_4bit(layer.weight, layer.weight.quant_state) - weight).abs().max()
-assert error <= weight.abs().max() / 8, error
+farthest = weight.abs().max() / 8  # of the least weight from the least code, and a rounding to f32
+assert error <= farthest * 1.000001, error
 """
     environment = {**os.environ, "PYTHONPATH": str(package)}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=package, check=True, timeout=300)
