@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnb_core.checks import refuse_offsets
 from bnb_core.primitive import made_readable
 from bnb_core.records import (
     Int8Rows,
@@ -66,6 +67,14 @@ class NativeKernels:
 
     def gemm_4bit_backward(self, dY: Tensor, B: Weight4bit, out: Tensor) -> int:
         return self.module.gemm_4bit_backward(dY, B, out, self.stream(dY.device))
+
+    def grouped_gemm_4bit(self, A: Tensor, B: Weight4bit, offsets: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if not self.module.grouped_gemm_4bit(A, B, offsets, bias, out, self.stream(A.device)):
+            refuse_offsets(offsets, A.shape[0])
+
+    def grouped_gemm_4bit_backward(self, dY: Tensor, B: Weight4bit, offsets: Tensor, out: Tensor) -> None:
+        if not self.module.grouped_gemm_4bit_backward(dY, B, offsets, out, self.stream(dY.device)):
+            refuse_offsets(offsets, dY.shape[0])
 
     def int8_vectorwise_quant(self, A: Tensor, threshold: float, out: Outputs) -> None:
         self.module.int8_vectorwise_quant(A, threshold, *out, self.stream(A.device))
@@ -163,6 +172,8 @@ FILLING = (
     "dequantize_4bit",
     "gemm_4bit",
     "gemm_4bit_backward",
+    "grouped_gemm_4bit",
+    "grouped_gemm_4bit_backward",
     "int8_vectorwise_quant",
     "int8_double_quant",
     "int8_vectorwise_dequant",

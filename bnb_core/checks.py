@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from reprlib import Repr
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -104,6 +104,11 @@ def check_any_blocksize(blocksize: object, name: str = "blocksize") -> None:
 def check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in accepted:
         raise ValueError(f"{name}: expected one of {_names(accepted)}, got {shown(value)}")
+
+
+def refuse_offsets(offsets: Tensor, rows: int) -> NoReturn:
+    """Raise ValueError for offsets of groups that a kernel has refused."""
+    raise ValueError(f"offsets: expected numbers that ascend from 0 to the {rows} rows, got {shown(offsets.tolist())}")
 
 
 def check_code(name: str, code: Tensor) -> None:

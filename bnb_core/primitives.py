@@ -234,6 +234,62 @@ def gemm_4bit_backward(dY: Tensor, B: Weight4bit) -> Out:
     return Out((*dY.shape[:-1], K), dY.dtype)
 
 
+def _check_stack(weight: Weight4bit, offsets: Tensor) -> tuple[int, int, int]:
+    """(E, N, K) of a stack of packed weights, none of whose blocks reaches into the next."""
+    check_sizes("shape", weight.shape)
+    if len(weight.shape) != 3 or weight.shape[0] == 0:
+        raise ValueError(f"shape: expected (E, N, K) with E of 1 or more, got {tuple(weight.shape)}")
+    _check_weight("B", weight)
+    E, N, K = weight.shape
+    if N * K % weight.blocksize != 0:
+        raise ValueError(
+            f"blocksize: expected one that divides the {N * K} elements of a weight of shape {(N, K)}, "
+            f"got {weight.blocksize}"
+        )
+    check_dtype("offsets", offsets, (torch.int32,))
+    check_shape("offsets", offsets, (E + 1,))
+    return E, N, K
+
+
+@primitive("(Tensor A, Weight4bit B, Tensor offsets, Tensor? bias) -> Tensor", differentiable=True)
+def grouped_gemm_4bit(A: Tensor, B: Weight4bit, offsets: Tensor, bias: Tensor | None) -> Out:
+    """:data:`gemm_4bit` with a weight for each of several groups of rows, as the experts of a mixture have them.
+
+    Args:
+        A: [T, K], f32, f16 or bf16: the rows of group 0, then those of group 1, and so on.
+        B: the weights, stacked: [E, N, K]. The block size divides N * K, so that no block reaches into two weights.
+        offsets: i32[E + 1], ascending from 0 to T: group e has rows offsets[e] to offsets[e + 1]. The host reads them
+            only where they are in its memory; elsewhere rows that no group has are left unwritten.
+        bias: [E, N] in A's dtype, or None.
+
+    Returns:
+        [T, N] in A's dtype.
+    """
+    check_float("A", A)
+    E, N, K = _check_stack(B, offsets)
+    check_dimensions("A", A, 2)
+    _check_columns("A", A, K, B.shape)
+    if bias is not None:
+        check_dtype("bias", bias, (A.dtype,))
+        check_shape("bias", bias, (E, N))
+    return Out((A.shape[0], N), A.dtype)
+
+
+@primitive("(Tensor dY, Weight4bit B, Tensor offsets) -> Tensor", differentiable=True)
+def grouped_gemm_4bit_backward(dY: Tensor, B: Weight4bit, offsets: Tensor) -> Out:
+    """The gradient of :data:`grouped_gemm_4bit`'s A: ``dY[m] @ dequantized(B[e])`` for each row m of a group e.
+
+    Args:
+        dY: [T, N], f32, f16 or bf16.
+        B, offsets: as there.
+    """
+    check_float("dY", dY)
+    _, N, K = _check_stack(B, offsets)
+    check_dimensions("dY", dY, 2)
+    _check_columns("dY", dY, N, B.shape)
+    return Out((dY.shape[0], K), dY.dtype)
+
+
 def _check_rows(name: str, A: Tensor) -> tuple[int, int]:
     """(rows, columns) of a tensor of at least one dimension, read as a stack of rows."""
     if A.dim() == 0:

@@ -8,6 +8,7 @@ namespace bnb {
 // out[M, N] = A[M, K] @ W[N, K]^T + bias[N]; bias may be null.
 template <class T>
 struct Gemm4bit {
+  using Element = T;
   const T* A;
   WeightView weight;
   const T* bias;

@@ -24,6 +24,10 @@ bool takes_wgmma(const Matrix& A, const Weight4bit& weight);
 // Up to how many rows of A gemm_4bit gives it such products.
 int64_t set_wgmma_rows(int64_t rows);
 
+// grouped_gemm_4bit.cu
+extern Function<decltype(Kernels::grouped_gemm_4bit)> grouped_gemm_4bit;
+extern Function<decltype(Kernels::grouped_gemm_4bit_backward)> grouped_gemm_4bit_backward;
+
 // int8_quantize.cu
 extern Function<decltype(Kernels::int8_vectorwise_quant)> int8_vectorwise_quant;
 extern Function<decltype(Kernels::int8_columnwise_quant)> int8_columnwise_quant;

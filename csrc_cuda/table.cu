@@ -11,6 +11,8 @@ const Kernels& kernels() {
       gpu::dequantize_4bit,
       gpu::gemm_4bit,
       gpu::gemm_4bit_backward,
+      gpu::grouped_gemm_4bit,
+      gpu::grouped_gemm_4bit_backward,
       gpu::int8_vectorwise_quant,
       gpu::int8_columnwise_quant,
       gpu::int8_vectorwise_dequant,

@@ -49,6 +49,33 @@ __device__ inline void multiply_tiles(const Tile& x, const Tile& w, int row, int
 constexpr int kFilled =
     kTile * kTileDepth / kTileThreads;  // neighbours along the depth that a thread fills in
 
+// A tile of the result, over `depth` entries; every thread of the block calls it.
+//
+// fill(at, x, w) sets the tiles for the entries from `at` on; store(row, column, sum) takes an entry.
+template <class Fill, class Store>
+__device__ inline void multiply_tile(int64_t depth, const Fill& fill, const Store& store) {
+  __shared__ Tile x_tile, w_tile;
+  const int row = row_of_thread(), column = column_of_thread();
+  ThreadSums sums = {};
+  for (int64_t at = 0; at < depth; at += kTileDepth) {
+    __syncthreads();
+    fill(at, x_tile, w_tile);
+    __syncthreads();
+    multiply_tiles(x_tile, w_tile, row, column, sums);
+  }
+#pragma unroll
+  for (int r = 0; r < kThreadTile; r++) {
+#pragma unroll
+    for (int c = 0; c < kThreadTile; c++) store(row + r, column + c, sums[r][c]);
+  }
+}
+
+// Where this thread fills a tile: a row, and kFilled neighbours along the depth.
+__device__ inline int filled_row() { return static_cast<int>(threadIdx.x) / (kTileDepth / kFilled); }
+__device__ inline int filled_depth() {
+  return static_cast<int>(threadIdx.x) % (kTileDepth / kFilled) * kFilled;
+}
+
 // The result [M, N] of X[M, depth] and W[N, depth], tile by tile; every thread of the block calls it.
 //
 // fill(m, n, at, x, w) sets what there is of the kFilled entries from `at` on of X's row m and W's row n,
@@ -56,32 +83,19 @@ constexpr int kFilled =
 template <class Fill, class Store>
 __device__ inline void multiply_by_tiles(int64_t M, int64_t N, int64_t depth, const Fill& fill,
                                          const Store& store) {
-  __shared__ Tile x_tile, w_tile;
   const int64_t column_blocks = ceil_div(N, kTile), blocks = column_blocks * ceil_div(M, kTile);
-  const int thread = static_cast<int>(threadIdx.x);
-  const int filled_row = thread / (kTileDepth / kFilled),
-            filled_at = thread % (kTileDepth / kFilled) * kFilled;
-  const int row = row_of_thread(), column = column_of_thread();
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const int64_t first_m = block / column_blocks * kTile, first_n = block % column_blocks * kTile;
-    ThreadSums sums = {};
-    for (int64_t at = 0; at < depth; at += kTileDepth) {
-      __syncthreads();
+    const auto fill_tiles = [&](int64_t at, Tile& x_tile, Tile& w_tile) {
       float x[kFilled] = {}, w[kFilled] = {};
-      fill(first_m + filled_row, first_n + filled_row, at + filled_at, x, w);
-      store_row(x_tile, filled_row, filled_at, x);
-      store_row(w_tile, filled_row, filled_at, w);
-      __syncthreads();
-      multiply_tiles(x_tile, w_tile, row, column, sums);
-    }
-#pragma unroll
-    for (int r = 0; r < kThreadTile; r++) {
-#pragma unroll
-      for (int c = 0; c < kThreadTile; c++) {
-        const int64_t m = first_m + row + r, n = first_n + column + c;
-        if (m < M && n < N) store(m, n, sums[r][c]);
-      }
-    }
+      fill(first_m + filled_row(), first_n + filled_row(), at + filled_depth(), x, w);
+      store_row(x_tile, filled_row(), filled_depth(), x);
+      store_row(w_tile, filled_row(), filled_depth(), w);
+    };
+    multiply_tile(depth, fill_tiles, [&](int row, int column, float sum) {
+      const int64_t m = first_m + row, n = first_n + column;
+      if (m < M && n < N) store(m, n, sum);
+    });
   }
 }
 

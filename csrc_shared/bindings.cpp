@@ -74,6 +74,8 @@ PYBIND11_MODULE(BNB_MODULE_NAME, m) {
   bnb::bind<&Kernels::dequantize_4bit>(m, "dequantize_4bit");
   bnb::bind<&Kernels::gemm_4bit>(m, "gemm_4bit");
   bnb::bind<&Kernels::gemm_4bit_backward>(m, "gemm_4bit_backward");
+  bnb::bind<&Kernels::grouped_gemm_4bit>(m, "grouped_gemm_4bit");
+  bnb::bind<&Kernels::grouped_gemm_4bit_backward>(m, "grouped_gemm_4bit_backward");
   bnb::bind<&Kernels::int8_vectorwise_quant>(m, "int8_vectorwise_quant");
   bnb::bind<&Kernels::int8_columnwise_quant>(m, "int8_columnwise_quant");
   bnb::bind<&Kernels::int8_vectorwise_dequant>(m, "int8_vectorwise_dequant");

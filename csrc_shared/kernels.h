@@ -49,10 +49,23 @@ struct BlockScales {
   const float* nested_code;    // f32[256]
   const float* offset;         // f32[1]
   int64_t nested_blocksize;
+  int64_t first_block;  // what codes[0] counts as where b / nested_blocksize is taken
+
+  // Those from some block on.
+  BNB_ALWAYS_INLINE BlockScales from(int64_t block) const {
+    BlockScales result = *this;
+    if (absmax) {
+      result.absmax += block;
+    } else {
+      result.codes += block;
+      result.first_block += block;
+    }
+    return result;
+  }
 };
 
 BNB_ALWAYS_INLINE BlockScales f32_scales(const float* absmax) {
-  return {absmax, nullptr, nullptr, nullptr, nullptr, 0};
+  return {absmax, nullptr, nullptr, nullptr, nullptr, 0, 0};
 }
 
 // A 4-bit weight [N, K] as the checkpoint stores it. Blocks run over the flat weight: element (n, k) lies in
@@ -69,6 +82,23 @@ struct Weight4bit {
   BNB_ALWAYS_INLINE int64_t blocks() const { return (count() + blocksize - 1) >> block_shift(); }
   BNB_ALWAYS_INLINE int block_shift() const { return __builtin_ctzll(static_cast<uint64_t>(blocksize)); }
   BNB_ALWAYS_INLINE const Format4bit& format() const { return format_of(quant_type); }
+
+  // Some of its rows, of which the first begins with a block.
+  BNB_ALWAYS_INLINE Weight4bit rows(int64_t first, int64_t count) const {
+    const int64_t element = first * K;
+    return {packed + element / 2, count, K, scales.from(element >> block_shift()), blocksize, quant_type};
+  }
+};
+
+// The rows of a matrix that are multiplied with each of several weights of one shape, stacked as [E * N, K]:
+// weight e has rows offsets[e] to offsets[e + 1], which ascend from 0. No block of a weight reaches into the
+// next.
+struct Groups {
+  const int32_t* offsets;  // i32[E + 1], in the device's memory
+  int64_t count;           // E
+
+  BNB_ALWAYS_INLINE int64_t begin(int64_t e) const { return offsets[e]; }
+  BNB_ALWAYS_INLINE int64_t rows(int64_t e) const { return offsets[e + 1] - offsets[e]; }
 };
 
 // An int8 weight [N, K] with a scale for each row: W[n, k] = codes[n, k] * (scales[n] / 127).
@@ -178,6 +208,14 @@ struct Kernels {
   Dense (*gemm_4bit)(const Matrix& A, const Weight4bit& weight, const void* bias, void* out, Stream stream);
   // Its gradient: dA[M, K] = dY[M, N] @ weight, in dY's dtype.
   Dense (*gemm_4bit_backward)(const Matrix& dY, const Weight4bit& weight, void* dA, Stream stream);
+
+  // The same for each of several weights: out[m] = A[m] @ weights[e]^T + bias[e] for the rows m of e, and
+  // dA[m] = dY[m] @ weights[e]. False, and nothing is written, where the offsets can be looked at and are
+  // none.
+  bool (*grouped_gemm_4bit)(const Matrix& A, const Weight4bit& weights, const Groups& groups,
+                            const void* bias, void* out, Stream stream);
+  bool (*grouped_gemm_4bit_backward)(const Matrix& dY, const Weight4bit& weights, const Groups& groups,
+                                     void* dA, Stream stream);
 
   // q i8[M, K], row_stats f32[M]; outlier_columns u8[K] (1: outlier) is not touched when threshold is 0.
   void (*int8_vectorwise_quant)(const Matrix& A, float threshold, int8_t* q, float* row_stats,

@@ -296,6 +296,9 @@ T from_python(PyObject* object) {
   } else if constexpr (std::is_same_v<T, Rows<int8_t>>) {
     const TensorView view(object);
     return {static_cast<const int8_t*>(view.address()), view.rows(), view.columns()};
+  } else if constexpr (std::is_same_v<T, Groups>) {
+    const TensorView view(object);
+    return {static_cast<const int32_t*>(view.address()), view.count() - 1};
   } else if constexpr (std::is_same_v<T, QuantType>) {
     const auto name = [](const Format4bit& format) { return format.name; };
     return static_cast<QuantType>(index_of_name(object, kFormats, "quant_type", name));

@@ -9,7 +9,7 @@ import torch
 
 from bnb_core.registry import Backend
 
-from . import gemm_4bit, int8, optimizer, quantize
+from . import gemm_4bit, grouped, int8, optimizer, quantize
 
 
 def _filling_outputs(definition: Callable[..., Any]) -> Callable[..., None]:
@@ -32,6 +32,8 @@ _RETURNING = (
     quantize.dequantize_4bit,
     gemm_4bit.gemm_4bit,
     gemm_4bit.gemm_4bit_backward,
+    grouped.grouped_gemm_4bit,
+    grouped.grouped_gemm_4bit_backward,
     int8.int8_vectorwise_quant,
     int8.int8_double_quant,
     int8.int8_vectorwise_dequant,

@@ -66,6 +66,71 @@ def add_products(x, values, scales, total, SCALE_PER_ROW: tl.constexpr):
         return dot_exactly(x.to(tl.float32), values * scales, total)
 
 
+@triton.jit
+def decoded_weight(
+    packed, values, row, is_row, first, K, K_IS_EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The values of :func:`weight_codes`, without their scales."""
+    codes = weight_codes(packed, row, is_row, first, K, K_IS_EVEN, ROWS, COLUMNS)
+    return tl.reshape(tl.gather(values, tl.reshape(codes, [ROWS * COLUMNS]), 0), [ROWS, COLUMNS])
+
+
+@triton.jit
+def tile_products(
+    A,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    m,
+    is_m,
+    row,
+    is_row,
+    K,
+    QUANT_TYPE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    K_IS_EVEN: tl.constexpr,
+    SCALE_PER_ROW: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """The sums f32[TILE_M, TILE_N] of rows m of A with rows of the weight, which start at element ``row``.
+
+    With TILE_M 1 by products and a sum in f32, else by tl.dot in A's dtype. SCALE_PER_ROW: no row of a tile of the
+    weight reaches into a second block.
+    """
+    values = values_4bit(QUANT_TYPE)
+    total = tl.zeros([TILE_N, TILE_K] if TILE_M == 1 else [TILE_M, TILE_N], tl.float32)
+    for first in range(0, K, TILE_K):
+        k = first + tl.arange(0, TILE_K)
+        decoded = decoded_weight(packed, values, row, is_row, first, K, K_IS_EVEN, TILE_N, TILE_K)
+        if SCALE_PER_ROW:
+            block, inside = ((row + first) // BLOCKSIZE)[:, None], is_row[:, None]
+        else:
+            block, inside = (row[:, None] + k[None, :]) // BLOCKSIZE, is_row[:, None] & (k < K)[None, :]
+        scales = block_scales(block, inside, absmax, nested_absmax, nested_code, offset, NESTED_BLOCKSIZE)
+        x = tl.load(A + m[:, None] * K + k[None, :], mask=is_m[:, None] & (k < K)[None, :], other=0.0)
+        if TILE_M == 1:
+            total += x.to(tl.float32) * (decoded * scales)
+        else:
+            total = add_products(x, decoded, scales, total, SCALE_PER_ROW)
+    if TILE_M == 1:
+        total = tl.sum(total, axis=1)[None, :]
+    return total
+
+
+@triton.jit
+def store_products(total, bias, first_bias, out, m, is_m, n, N):
+    """out[m, n] = total + bias[first_bias + n]."""
+    if bias is not None:
+        total += tl.load(bias + first_bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    inside = is_m[:, None] & (n < N)[None, :]
+    tl.store(out + m[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_4bit_kernel(
     A,
@@ -88,34 +153,13 @@ def gemm_4bit_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """A tile of the result; with TILE_M 1 by products and a sum in f32, else by tl.dot in A's dtype.
-
-    SCALE_PER_ROW: no row of a tile of the weight reaches into a second block.
-    """
+    """A tile of the result."""
     m, n = tile_of_program(N, TILE_M, TILE_N)
-    row = n * K
-    values = values_4bit(QUANT_TYPE)
-    total = tl.zeros([TILE_N, TILE_K] if TILE_M == 1 else [TILE_M, TILE_N], tl.float32)
-    for first in range(0, K, TILE_K):
-        k = first + tl.arange(0, TILE_K)
-        codes = weight_codes(packed, row, n < N, first, K, K_IS_EVEN, TILE_N, TILE_K)
-        if SCALE_PER_ROW:
-            block, inside = ((row + first) // BLOCKSIZE)[:, None], (n < N)[:, None]
-        else:
-            block, inside = (row[:, None] + k[None, :]) // BLOCKSIZE, (n < N)[:, None] & (k < K)[None, :]
-        scales = block_scales(block, inside, absmax, nested_absmax, nested_code, offset, NESTED_BLOCKSIZE)
-        decoded = tl.reshape(tl.gather(values, tl.reshape(codes, [TILE_N * TILE_K]), 0), [TILE_N, TILE_K])
-        x = tl.load(A + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-        if TILE_M == 1:
-            total += x.to(tl.float32) * (decoded * scales)
-        else:
-            total = add_products(x, decoded, scales, total, SCALE_PER_ROW)
-    if TILE_M == 1:
-        total = tl.sum(total, axis=1)[None, :]
-    if bias is not None:
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    inside_out = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(out + m[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside_out)
+    total = tile_products(
+        *(A, packed, absmax, nested_absmax, nested_code, offset, m, m < M, n * K, n < N, K),
+        *(QUANT_TYPE, BLOCKSIZE, NESTED_BLOCKSIZE, K_IS_EVEN, SCALE_PER_ROW, TILE_M, TILE_N, TILE_K),
+    )
+    store_products(total, bias, 0, out, m, m < M, n, N)
 
 
 def tile(M: int, K: int, dtype: torch.dtype) -> dict[str, int]:

@@ -4,6 +4,7 @@ Products return what they leave to torch's matmul (dequantized.py).
 """
 
 from .gemm_4bit import gemm_4bit, gemm_4bit_backward
+from .grouped_gemm_4bit import grouped_gemm_4bit, grouped_gemm_4bit_backward
 from .int8_matmul import (
     int8_linear_backward,
     int8_linear_matmul,
@@ -20,6 +21,8 @@ __all__ = [
     "dequantize_blockwise",
     "gemm_4bit",
     "gemm_4bit_backward",
+    "grouped_gemm_4bit",
+    "grouped_gemm_4bit_backward",
     "int8_double_quant",
     "int8_linear_backward",
     "int8_linear_matmul",

@@ -25,6 +25,9 @@ from bnb_core.primitive import NAMESPACE, goes_to_dispatcher, plain
 from bnb_core.quant_state import QuantState
 from bnb_core.records import Weight4bit
 
+_TENSORS = 5
+"""Of a Weight4bit, absent ones among them."""
+
 
 def product(A: Tensor, weight: Weight4bit, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """``A @ W^T + bias``; ``out`` receives it, only where no gradient is wanted."""
@@ -48,20 +51,25 @@ def untransposed_product(A: Tensor, weight: Weight4bit) -> Tensor:
     return _UntransposedProduct.apply(A, weight)
 
 
-def keep_weight(ctx: Any, weight: Weight4bit) -> None:
-    """Have ctx keep what the gradient needs."""
+def keep_weight(ctx: Any, weight: Weight4bit, *others: Tensor) -> None:
+    """Have ctx keep what the gradient needs: a weight, and further tensors."""
     remember_choice(ctx)
     ctx.weight = weight
     ctx.is_transformed = transforms()  # a gradient may be taken when they are over, and wrappers dead
-    tensors = weight.tensors()
+    tensors = (*weight.tensors(), *others)
     ctx.save_for_backward(*tensors)
     if ctx.is_transformed:
         ctx.save_for_forward(*tensors)
 
 
+def kept_weight(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`keep_weight` has kept."""
+    saved = living(ctx.saved_tensors) if ctx.is_transformed else ctx.saved_tensors
+    return ctx.weight.with_tensors(saved[:_TENSORS]), *saved[_TENSORS:]
+
+
 def _kept_weight(ctx: Any) -> Weight4bit:
-    saved = ctx.saved_tensors
-    return ctx.weight.with_tensors(living(saved) if ctx.is_transformed else saved)
+    return kept_weight(ctx)[0]
 
 
 @by_the_choice_of_the_forward

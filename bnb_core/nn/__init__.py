@@ -10,6 +10,7 @@ from bnb_core.nn.embedding import (
     EmbeddingNF4,
     StableEmbedding,
 )
+from bnb_core.nn.experts import Experts4bit, GroupedLinear4bit
 from bnb_core.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from bnb_core.nn.linear8bit import Int8Params, Linear8bitLt
 from bnb_core.nn.outlier import OutlierAwareLinear
@@ -21,6 +22,8 @@ __all__ = [
     "Embedding8bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
+    "Experts4bit",
+    "GroupedLinear4bit",
     "Int8Params",
     "Linear4bit",
     "Linear8bitLt",

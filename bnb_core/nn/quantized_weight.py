@@ -36,7 +36,7 @@ class QuantizedWeightMixin(nn.Module):
     _only_checks: bool = False
     """Whether this is a copy of a module that is loaded to find what is malformed (nn/checked_load.py)."""
 
-    def _weight_shape(self) -> tuple[int, int]:
+    def _weight_shape(self) -> tuple[int, ...]:
         """Of the weight's values."""
         raise NotImplementedError
 

@@ -88,12 +88,11 @@ struct TileGemm4bit {
            w.K % BFloat16Dot::kStep == 0;
   }
 
-  static void run(const Matrix& A, const Weight4bit& w, const void* bias, void* out) {
+  static void run(const Matrix& A, const Weight4bit& w, const Destination& destination) {
     const auto* a = A.as<const BFloat16>();
-    auto* y = static_cast<BFloat16*>(out);
     for (int64_t row = 0; row < A.rows; row += kMostRearrangedRows) {
-      const Result<BFloat16> result{static_cast<const BFloat16*>(bias), y + row * w.N, w.N};
-      gemm_4bit_tiles(a + row * w.K, min(A.rows - row, kMostRearrangedRows), w, result);
+      gemm_4bit_tiles(a + row * w.K, min(A.rows - row, kMostRearrangedRows), w,
+                      destination.result<BFloat16>(row));
     }
   }
 };

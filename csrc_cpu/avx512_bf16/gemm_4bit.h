@@ -14,15 +14,13 @@ struct StripGemm4bit {
     return A.dtype == DType::bf16 && w.K >= kLeastTerms && (few(A) || w.K % kHalves == 0);
   }
 
-  static void run(const Matrix& A, const Weight4bit& w, const void* bias, void* out) {
+  static void run(const Matrix& A, const Weight4bit& w, const Destination& destination) {
     const auto* a = A.as<const BFloat16>();
-    auto* y = static_cast<BFloat16*>(out);
-    const auto* b = static_cast<const BFloat16*>(bias);
     const bool in_strips = w.K % kHalves == 0 && !few(A);
     const int64_t most = in_strips ? kMostRearrangedRows : ceil_div(A.rows, passes(A));
     for (int64_t row = 0; row < A.rows; row += most) {
       const int64_t rows = min(A.rows - row, most);
-      const Result<BFloat16> result{b, y + row * w.N, w.N};
+      const Result<BFloat16> result = destination.result<BFloat16>(row);
       if (in_strips) {
         multiply(rearranged(a + row * w.K, rows, w.K, has_spans(w)), rows, w, result);
       } else {

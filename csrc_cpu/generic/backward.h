@@ -103,7 +103,7 @@ class Int8Decoder {
 template <class T, class Decoder>
 void backward_rows(const float* dy, int64_t M, int64_t N, const Decoder& shared_decoder,
                    const Result<T>& dA) {
-  const int64_t K = dA.N;
+  const int64_t K = dA.stride;
   const int64_t across = ceil_div(K, kTileColumns);
   const int64_t block_rows = min(M, kBlockRows);
   const int64_t least = grain(block_rows * kTileColumns * N / 8);

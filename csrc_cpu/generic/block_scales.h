@@ -34,8 +34,9 @@ class StoredScales {
     const uint8_t* const next = scales.codes + block + count;
     for (int64_t i = 0; i < count; i += kCacheLine) __builtin_prefetch(next + i);
     for (const int64_t end = block + count; block < end;) {
-      const int64_t nested_block = block / scales.nested_blocksize;
-      const int64_t length = min(end, (nested_block + 1) * scales.nested_blocksize) - block;
+      const int64_t nested_block = (scales.first_block + block) / scales.nested_blocksize;
+      const int64_t next_nested = (nested_block + 1) * scales.nested_blocksize - scales.first_block;
+      const int64_t length = min(end, next_nested) - block;
       const F32 nested_absmax = splat(scales.nested_absmax[nested_block]);
       nested_code_.for_each(scales.codes + block, length, [&](int64_t i, auto lanes, F32 values) {
         store(out + i, values * nested_absmax + offset, lanes);

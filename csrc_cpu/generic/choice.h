@@ -26,25 +26,33 @@ struct NoneOfItsOwn {
 };
 
 template <class Own>
-Dense gemm_4bit(const Matrix& A, const Weight4bit& weight, const void* bias, void* out, Stream) {
-  if (A.rows == 0 || weight.N == 0) return Dense::nothing;
+void multiply_by_choice(const Matrix& A, const Weight4bit& weight, const Destination& destination) {
   if (Own::serves(A, weight)) {
-    Own::run(A, weight, bias, out);
+    Own::run(A, weight, destination);
   } else {
-    gemm_4bit_of_code(A, weight, weight.format().codebook, bias, out);
+    multiply_4bit(A, weight, weight.format().codebook, destination);
   }
+}
+
+template <class Own>
+void differentiate_by_choice(const Matrix& dY, const Weight4bit& weight, void* dA) {
+  if (Own::serves(dY, weight)) {
+    Own::run(dY, weight, dA);
+  } else {
+    backward_of_4bit(dY, weight, dA);
+  }
+}
+
+template <class Own>
+Dense gemm_4bit(const Matrix& A, const Weight4bit& weight, const void* bias, void* out, Stream) {
+  if (A.rows > 0 && weight.N > 0) multiply_by_choice<Own>(A, weight, {bias, out, weight.N});
   return Dense::nothing;
 }
 
 template <class Own>
 Dense gemm_4bit_backward(const Matrix& dY, const Weight4bit& weight, void* dA, Stream) {
-  if (Own::serves(dY, weight)) {
-    Own::run(dY, weight, dA);
-  } else if (dense_is_faster(dY)) {
-    return Dense::in_dtype;
-  } else {
-    backward_of_4bit(dY, weight, dA);
-  }
+  if (!Own::serves(dY, weight) && dense_is_faster(dY)) return Dense::in_dtype;
+  differentiate_by_choice<Own>(dY, weight, dA);
   return Dense::nothing;
 }
 

@@ -102,18 +102,32 @@ template <class T>
 struct Result {
   const T* bias;  // null: none
   T* out;
-  int64_t N;
+  int64_t stride;  // from row to row of out
 
-  // From sums whose rows are `stride` apart.
-  void finish(const float* sums, int64_t stride, Rectangle part) const {
+  // From sums whose rows are `apart` apart.
+  void finish(const float* sums, int64_t apart, Rectangle part) const {
     const T* const added = bias ? bias + part.column : nullptr;
     for (int64_t r = 0; r < part.rows; r++) {
-      T* const row = out + (part.row + r) * N + part.column;
+      T* const row = out + (part.row + r) * stride + part.column;
       for_each_vector(part.columns, [&](int64_t n, auto lanes) {
-        const F32 sum = load(sums + r * stride + n, lanes);
+        const F32 sum = load(sums + r * apart + n, lanes);
         store(row + n, added ? sum + load(added + n, lanes) : sum, lanes);
       });
     }
+  }
+};
+
+// Where a product goes, and what is added to its rows: out [M, stride] and bias, which may be null, of one
+// dtype.
+struct Destination {
+  const void* bias;
+  void* out;
+  int64_t stride;
+
+  // From some row on.
+  template <class T>
+  Result<T> result(int64_t row) const {
+    return {static_cast<const T*>(bias), static_cast<T*>(out) + row * stride, stride};
   }
 };
 

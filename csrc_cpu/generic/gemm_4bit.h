@@ -170,14 +170,19 @@ void multiply_blocks(const Gemm4bit<T>& gemm) {
   }
 }
 
-void gemm_4bit_of_code(const Matrix& A, const Weight4bit& weight, const float* code, const void* bias,
-                       void* out) {
-  with_type(A.dtype, out, [&](auto* y) {
+void multiply_4bit(const Matrix& A, const Weight4bit& weight, const float* code,
+                   const Destination& destination) {
+  with_type(A.dtype, destination.out, [&](auto* y) {
     using T = Pointee<decltype(y)>;
-    const Gemm4bit<T> gemm{A.as<const T>(), A.rows, weight, code, {same_type(bias, y), y, weight.N}};
+    const Gemm4bit<T> gemm{A.as<const T>(), A.rows, weight, code, destination.result<T>(0)};
     if (gemm.M <= FloatProducts::kMostRows) return gemv_4bit<FloatProducts>(gemm);
     multiply_blocks(gemm);
   });
+}
+
+void gemm_4bit_of_code(const Matrix& A, const Weight4bit& weight, const float* code, const void* bias,
+                       void* out) {
+  multiply_4bit(A, weight, code, {bias, out, weight.N});
 }
 
 }  // namespace

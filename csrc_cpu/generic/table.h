@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../targets/targets.h"
-#include "choice.h"
+#include "grouped.h"
 #include "optimizer.h"
 
 namespace bnb::BNB_TARGET {
@@ -18,6 +18,8 @@ constexpr Target target() {
               dequantize_4bit,
               gemm_4bit<typename Own::Gemm4bit>,
               gemm_4bit_backward<typename Own::Backward4bit>,
+              grouped_gemm_4bit<typename Own::Gemm4bit>,
+              grouped_gemm_4bit_backward<typename Own::Backward4bit>,
               int8_vectorwise_quant,
               int8_columnwise_quant,
               int8_vectorwise_dequant,

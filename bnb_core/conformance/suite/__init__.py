@@ -9,6 +9,7 @@ from bnb_core.conformance.suite import (
     api,
     errors,
     gemm_4bit,
+    grouped,
     int8,
     large,
     nonfinite,
@@ -19,7 +20,20 @@ from bnb_core.conformance.suite import (
     threads,
 )
 
-_FILES = (quantize, gemm_4bit, int8, optimizer, step_in_memory, nonfinite, errors, api, properties, threads, large)
+_FILES = (
+    quantize,
+    gemm_4bit,
+    grouped,
+    int8,
+    optimizer,
+    step_in_memory,
+    nonfinite,
+    errors,
+    api,
+    properties,
+    threads,
+    large,
+)
 
 
 @cache

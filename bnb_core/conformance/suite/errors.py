@@ -47,6 +47,11 @@ def valid_arguments(primitive: str) -> dict[str, Any]:
             forward = valid_arguments("gemm_4bit")
             del forward["A"], forward["bias"]
             return {"dY": torch.ones(M, N), **forward}
+        case "grouped_gemm_4bit" | "grouped_gemm_4bit_backward":
+            E, stack = 3, {"shape": (3, N, K), "B": packed.repeat(3, 1), "absmax": scales.to(torch.uint8).repeat(3)}
+            plain = valid_arguments(primitive.removeprefix("grouped_"))
+            added = {"bias": bias.repeat(E, 1)} if "bias" in plain else {}
+            return {**plain, **stack, **added, "offsets": torch.tensor([0, 1, 1, M], dtype=torch.int32)}
         case "int8_vectorwise_quant" | "int8_double_quant":
             return {"A": A, "threshold": 6.0}
         case "int8_vectorwise_dequant":
@@ -127,6 +132,17 @@ SHAPES = [
     Bad("shape", {"shape": 384}, TypeError),
     Bad("shape", {"shape": None}, TypeError),
 ]
+STACKS = [
+    *BLOCKSIZES,
+    *QUANT_TYPES,
+    *SHAPES,
+    *(Bad("shape", {"shape": shape}) for shape in ((18, 64), (0, 6, 64), (1, 3, 6, 64))),
+    Bad("B", {"shape": (4, 6, 64)}),
+    Bad("blocksize", {"blocksize": 256, "absmax": torch.zeros(5, dtype=torch.uint8)}),
+    Bad("offsets", {"offsets": torch.zeros(3, dtype=torch.int32)}),
+    Bad("offsets", {"offsets": torch.zeros(1, 4, dtype=torch.int32)}),
+    Bad("nested_code", {"nested_code": None}, TypeError),
+]
 THRESHOLDS = [
     *(Bad("threshold", {"threshold": value}) for value in (-1.0, NAN, HUGE, 1e39)),
     *(Bad("threshold", {"threshold": value}, TypeError) for value in (None, "6", torch.tensor(6.0))),
@@ -181,6 +197,14 @@ PARTICULAR: dict[str, list[Bad]] = {
         Bad("offset", {"offset": None}, TypeError),
         Bad("nested_blocksize", {"nested_blocksize": 100}),
     ],
+    "grouped_gemm_4bit": [
+        *STACKS,
+        Bad("A", {"A": torch.ones(64)}),
+        Bad("A", {"A": torch.ones(2, 2, 64)}),
+        Bad("bias", {"bias": torch.zeros(3, 6, dtype=torch.float16)}, TypeError),
+        Bad("bias", {"bias": torch.zeros(6)}),
+    ],
+    "grouped_gemm_4bit_backward": [*STACKS, Bad("dY", {"dY": torch.ones(2, 2, 6)})],
     "int8_vectorwise_quant": [*THRESHOLDS, Bad("A", {"A": torch.ones(())})],
     "int8_double_quant": [*THRESHOLDS, Bad("A", {"A": torch.ones(())})],
     "int8_linear_matmul": [

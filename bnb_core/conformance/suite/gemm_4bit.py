@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,9 +95,12 @@ class Sample:
         return ",".join(self.traits.values())
 
     def weight(self, generator: torch.Generator) -> tuple[Weight4bit, oracle.F64]:
+        """A weight [N, K]."""
+        return self.weight_of(SHAPES[self.shape][1:], generator)
+
+    def weight_of(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Weight4bit, oracle.F64]:
         """Random codes, none of which depends on a quantizer, and their f32 values as f64."""
-        _, N, K = SHAPES[self.shape]
-        n = N * K
+        n = math.prod(shape)
         blocks = primitives.block_count(n, self.blocksize)
         stored_bytes = (n + 1) // 2 + -((n + 1) // 2) % self.quant_storage.itemsize
         packed = torch.randint(0, 256, (stored_bytes,), generator=generator, dtype=torch.uint8)
@@ -114,8 +118,8 @@ class Sample:
             scales = oracle.double_quantized_scales(absmax.numpy(), NESTED_BLOCKSIZE, *arrays)
         values = oracle.dequantize_4bit(packed.numpy(), scales, n, self.blocksize, self.quant_type)
         stored = packed.view(self.quant_storage).unsqueeze(1)
-        weight = Weight4bit(stored, (N, K), absmax, self.blocksize, self.quant_type, *nested)
-        return weight, values.reshape(N, K).astype(np.float64)
+        weight = Weight4bit(stored, shape, absmax, self.blocksize, self.quant_type, *nested)
+        return weight, values.reshape(shape).astype(np.float64)
 
     def added(self, generator: torch.Generator) -> Tensor | None:
         """The bias."""

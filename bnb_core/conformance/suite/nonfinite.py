@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from itertools import product as product_of
 from typing import Any, NamedTuple
 
@@ -141,6 +142,34 @@ def _gemm_4bit_backward(
         *(Touch(name, element, NAN, [mask.any(dim=0)]) for name, element, mask in masks),
     )
     return Call(primitives.gemm_4bit_backward, (dY, weight), touches)
+
+
+GROUPS = (1, 0, 3)
+"""Rows of each group."""
+
+GROUPED_PRODUCTS = [(M, N, K, blocksize) for M, N, K, blocksize in PRODUCTS[:6] if N * K % blocksize == 0]
+
+
+def _grouped(
+    generator: torch.Generator, product: tuple[int, int, int, int], dtype: torch.dtype, nested: bool, backward: bool
+) -> Call:
+    """A weight of a group touches the rows of that group; the one of a group without rows, nothing."""
+    _, N, K, blocksize = product
+    E, rows = len(GROUPS), torch.arange(len(GROUPS)).repeat_interleave(torch.tensor(GROUPS))
+    stack, masks = _weight(E * N, K, blocksize, nested, generator)
+    weights = stack._replace(shape=(E, N, K))
+    columns = N if backward else K
+    A = torch.randn(len(rows), columns, generator=generator).to(dtype)
+    offsets = torch.tensor([0, *accumulate(GROUPS)], dtype=torch.int32)
+    of_group = [(name, element, mask.view(E, N, K).any(dim=1 if backward else 2)) for name, element, mask in masks]
+    touches = (
+        Touch("dY" if backward else "A", columns - 1, INF, [_one((len(rows), 1), 0)]),
+        *(Touch(name, element, NAN, [outputs[rows]]) for name, element, outputs in of_group),
+    )
+    if backward:
+        return Call(primitives.grouped_gemm_4bit_backward, (A, weights, offsets), touches)
+    bias = torch.randn(E, N, generator=generator).to(dtype)
+    return Call(primitives.grouped_gemm_4bit, (A, weights, offsets, bias), touches)
 
 
 def _quantize(generator: torch.Generator, n: int, blocksize: int, dtype: torch.dtype, bits: int) -> Call:
@@ -278,6 +307,10 @@ def _calls() -> Iterator[tuple[str, str, Callable[[torch.Generator], Call], dict
             options: dict[str, Any] = {"product": product, "dtype": dtype, "nested": nested}
             yield "gemm_4bit", name, partial(_gemm_4bit, **options), traits
             yield "gemm_4bit_backward", name, partial(_gemm_4bit_backward, **options), traits
+            if product in GROUPED_PRODUCTS:
+                for backward, suffix in ((False, ""), (True, "_backward")):
+                    grouped = partial(_grouped, **options, backward=backward)
+                    yield f"grouped_gemm_4bit{suffix}", name, grouped, traits
         for n, blocksize in ((1000, 64), (777, 32), (9000, 4096)):
             for bits, suffix in ((8, "blockwise"), (4, "4bit")):
                 sizes: dict[str, Any] = {"n": n, "blocksize": blocksize, "dtype": dtype, "bits": bits}

@@ -16,12 +16,13 @@ from bnb_core import registry
 from bnb_core.conformance.case import Case, Context
 from bnb_core.conformance.compare import same_bits
 from bnb_core.conformance.runner import Skip
-from bnb_core.conformance.suite import gemm_4bit, int8, optimizer, quantize
+from bnb_core.conformance.suite import gemm_4bit, grouped, int8, optimizer, quantize
 from bnb_core.primitive import Primitive
 
 CHOSEN: tuple[tuple[ModuleType, dict[str, tuple[str, ...]]], ...] = (
     (quantize, {"shape": ("more blocks than a nested one",), "dtype": ("float32",)}),
     (gemm_4bit, {"shape": ("4 rows, N and K long", "5 rows", "260 rows, K a multiple of 64")}),
+    (grouped, {"shape": ("more than a thread's share", "130 rows")}),
     (int8, {"shape": ("more than a thread's share",), "dtype": ("float32", "int8"), "outliers": ("3",)}),
     (int8, {"shape": ("5 rows", "260 rows")}),
     (optimizer, {"shape": ("many blocks",), "dtype": ("float32",)}),
@@ -34,7 +35,10 @@ Most shapes are too small for a kernel to wake a second thread. "5 rows" is one 
 PLAIN = {"layout": ("contiguous",), "values": ("normal", "random")}
 """Those of all of them."""
 
-SUMS_OF_PRODUCTS = ("gemm_4bit", "gemm_4bit_backward", "int8_mixed_scaled_mm", "int8_linear_backward")
+SUMS_OF_PRODUCTS = (
+    *("gemm_4bit", "gemm_4bit_backward", "grouped_gemm_4bit", "grouped_gemm_4bit_backward"),
+    *("int8_mixed_scaled_mm", "int8_linear_backward"),
+)
 """What a backend may leave to torch's f32 matmul, whose order of summation is nobody's promise."""
 
 IN_AN_ORDER_OF_THEIR_OWN = ("cpu",)

@@ -1,0 +1,174 @@
+// Products with a 4-bit weight for each group of rows (docs/SPEC.md section 3): any type, any shape, any
+// address, in f32. The host does not know how many rows a group has: there are as many blocks as it could
+// take, and those without a tile end at once.
+#include "gemv_4bit.h"
+#include "groups.h"
+#include "operations.h"
+#include "tiles.h"
+
+namespace bnb {
+namespace {
+
+// out[m] = A[m] @ weights[e]^T + bias[e]; the stacked weights are one weight of E * N rows.
+template <class T>
+struct GroupedGemm4bit {
+  Gemm4bit<T> stacked;
+  Groups groups;
+  int64_t N;
+
+  // Of the row m of group e.
+  __device__ void store(int64_t e, int64_t m, int64_t n, float sum) const {
+    if (stacked.bias) sum += to_float(stacked.bias[e * N + n]);
+    stacked.out[m * N + n] = from_float<T>(sum);
+  }
+};
+
+constexpr int kFewRows = 4;  // that a warp takes at a time
+constexpr int kGemvBlockColumns = kGemvThreads / kWarp * kGemvColumns;
+
+template <class Weights, class T>
+__global__ void __launch_bounds__(kGemvThreads, 4)
+    grouped_gemv_4bit_kernel(GroupedGemm4bit<T> gemm, Codebook4bit codes, int64_t tiles) {
+  __shared__ float shared[kLaneCodebookSize];
+  const LaneCodebook codebook = make_lane_codebook(codes, shared);
+  __syncthreads();
+  const WeightView& weight = gemm.stacked.weight;
+  const bool whole = has_whole_chunks(gemm.stacked);
+  const int64_t column_blocks = ceil_div(gemm.N, kGemvBlockColumns);
+  for (int64_t block = blockIdx.x; block < tiles * column_blocks; block += gridDim.x) {
+    const GroupTile tile = group_tile(gemm.groups, gemm.stacked.M, block / column_blocks, kFewRows);
+    const int64_t n = (block % column_blocks * (kGemvThreads / kWarp) + warp()) * kGemvColumns;
+    if (tile.rows == 0 || n >= gemm.N) continue;
+    const int64_t first = tile.group * gemm.N;
+    gemv_4bit_rows<Weights, kFewRows>(
+        gemm.stacked.A + tile.first * weight.K, static_cast<int>(tile.rows), weight, codebook, first + n,
+        static_cast<int>(min(gemm.N - n, static_cast<int64_t>(kGemvColumns))), whole,
+        [&](int r, int64_t row, float sum) { gemm.store(tile.group, tile.first + r, row - first, sum); });
+  }
+}
+
+template <class Weights, class T>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    grouped_gemm_4bit_tiles_kernel(GroupedGemm4bit<T> gemm, Codebook4bit codes, int64_t tiles) {
+  __shared__ float codebook_values[kLaneCodebookSize];
+  const LaneCodebook codebook = make_lane_codebook(codes, codebook_values);
+  const WeightView& weight = gemm.stacked.weight;
+  const bool whole = has_whole_chunks(gemm.stacked);
+  const int64_t column_blocks = ceil_div(gemm.N, kTile);
+  for (int64_t block = blockIdx.x; block < tiles * column_blocks; block += gridDim.x) {
+    const GroupTile tile = group_tile(gemm.groups, gemm.stacked.M, block / column_blocks, kTile);
+    if (tile.rows == 0) continue;
+    const int64_t first_n = block % column_blocks * kTile;
+    const int64_t row = filled_row(), n = first_n + row;
+    const auto fill = [&](int64_t at, Tile& x_tile, Tile& w_tile) {
+      const int64_t k = at + filled_depth();
+      float x[kChunk] = {}, w[kChunk] = {};
+      if (k < weight.K && row < tile.rows)
+        load_floats(gemm.stacked.A + (tile.first + row) * weight.K + k, whole, weight.K - k, x);
+      if (k < weight.K && n < gemm.N) Weights::decode(weight, codebook, tile.group * gemm.N + n, k, w);
+      store_row(x_tile, filled_row(), filled_depth(), x);
+      store_row(w_tile, filled_row(), filled_depth(), w);
+    };
+    multiply_tile(weight.K, fill, [&](int m, int column, float sum) {
+      if (m < tile.rows && first_n + column < gemm.N)
+        gemm.store(tile.group, tile.first + m, first_n + column, sum);
+    });
+  }
+}
+
+// dA[m] = dY[m] @ weights[e].
+template <class T>
+struct GroupedBackward4bit {
+  const T* dY;
+  WeightView stacked;
+  Groups groups;
+  int64_t N;
+  T* dA;
+  int64_t rows;
+};
+
+template <class Weights, class T>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    grouped_backward_4bit_kernel(GroupedBackward4bit<T> product, Codebook4bit codes, int64_t tiles) {
+  __shared__ float codebook_values[kLaneCodebookSize];
+  const LaneCodebook codebook = make_lane_codebook(codes, codebook_values);
+  const WeightView& weight = product.stacked;
+  const int64_t N = product.N, K = weight.K, column_blocks = ceil_div(K, kTile);
+  constexpr int kRowChunks = kTile / kChunk;  // of a row of W in a tile
+  for (int64_t block = blockIdx.x; block < tiles * column_blocks; block += gridDim.x) {
+    const GroupTile tile = group_tile(product.groups, product.rows, block / column_blocks, kTile);
+    if (tile.rows == 0) continue;
+    const int64_t first_k = block % column_blocks * kTile;
+    const auto fill = [&](int64_t at, Tile& y_tile, Tile& w_tile) {
+      const int64_t n = at + filled_depth();
+      float y[kChunk] = {}, w[kChunk] = {};
+      if (n < N && filled_row() < tile.rows)
+        load_floats(product.dY + (tile.first + filled_row()) * N + n, N - n, y);
+      store_row(y_tile, filled_row(), filled_depth(), y);
+      const int row = static_cast<int>(threadIdx.x) / kRowChunks;
+      const int column = static_cast<int>(threadIdx.x) % kRowChunks * kChunk;
+      if (at + row < N && first_k + column < K)
+        Weights::decode(weight, codebook, tile.group * N + at + row, first_k + column, w);
+#pragma unroll
+      for (int i = 0; i < kChunk; i++) w_tile.values[row][column + i] = w[i];
+    };
+    multiply_tile(N, fill, [&](int m, int column, float sum) {
+      if (m < tile.rows && first_k + column < K)
+        product.dA[(tile.first + m) * K + first_k + column] = from_float<T>(sum);
+    });
+  }
+}
+
+static_assert(kFilled == kChunk && kTileThreads == kTileDepth * (kTile / kChunk));
+
+// Calls f with the way in which the weights are read.
+template <class F>
+void with_weights(const WeightView& weight, const F& f) {
+  AlignedWeight::fits(weight) ? f(AlignedWeight()) : f(AnyWeight());
+}
+
+}  // namespace
+
+namespace gpu {
+
+bool grouped_gemm_4bit(const Matrix& A, const Weight4bit& weights, const Groups& groups, const void* bias,
+                       void* out, Stream stream) {
+  const int64_t N = weights.N / groups.count;
+  with_gemm_4bit(A, weights, bias, out, [&](const auto& stacked) {
+    using T = typename std::decay_t<decltype(stacked)>::Element;
+    const GroupedGemm4bit<T> gemm{stacked, groups, N};
+    const Codebook4bit codebook = codebook_for<T>(weights.format());
+    with_weights(stacked.weight, [&](auto kind) {
+      using Weights = decltype(kind);
+      if (A.rows <= kFewRows * groups.count) {
+        const int64_t tiles = most_group_tiles(groups, A.rows, kFewRows);
+        launch("grouped_gemm_4bit", grouped_gemv_4bit_kernel<Weights, T>,
+               tiles * ceil_div(N, kGemvBlockColumns), kGemvThreads, stream, 0, gemm, codebook, tiles);
+      } else {
+        const int64_t tiles = most_group_tiles(groups, A.rows, kTile);
+        launch("grouped_gemm_4bit", grouped_gemm_4bit_tiles_kernel<Weights, T>, tiles * ceil_div(N, kTile),
+               kTileThreads, stream, 0, gemm, codebook, tiles);
+      }
+    });
+  });
+  return true;
+}
+
+bool grouped_gemm_4bit_backward(const Matrix& dY, const Weight4bit& weights, const Groups& groups, void* dA,
+                                Stream stream) {
+  const int64_t tiles = most_group_tiles(groups, dY.rows, kTile);
+  with_dtype(dY.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const GroupedBackward4bit<T> product{dY.as<const T>(),         WeightView(weights), groups,
+                                         weights.N / groups.count, static_cast<T*>(dA), dY.rows};
+    with_weights(product.stacked, [&](auto kind) {
+      launch("grouped_gemm_4bit_backward", grouped_backward_4bit_kernel<decltype(kind), T>,
+             tiles * ceil_div(weights.K, kTile), kTileThreads, stream, 0, product,
+             codebook_for<T>(weights.format()), tiles);
+    });
+  });
+  return true;
+}
+
+}  // namespace gpu
+}  // namespace bnb
