@@ -41,6 +41,13 @@ __device__ inline void store_relaxed(uint8_t* address, uint8_t value) {
 #endif
 }
 
+// Whether a device's compute capability is NVIDIA's.
+#if defined(__HIP_PLATFORM_AMD__)
+constexpr bool kIsNvidia = false;
+#else
+constexpr bool kIsNvidia = true;
+#endif
+
 // Whether this build has code with the instructions that only Hopper has, or simulates it. BNB_HOPPER is
 // defined where that code is compiled: for the target 90a, which toolchain.py names where 90 is asked for.
 #if defined(__HIP_PLATFORM_AMD__)
