@@ -49,6 +49,12 @@ done
 cd "$target"
 "$python" -m bnb_core info
 status=0
+if [ "$serving" = xpu ]; then  # Triton compiles as the suite runs, for minutes, into a cache on disk: all at once first
+  listing='from bnb_core.conformance.suite import all_cases; print(*sorted({case.primitive or "api" for case in all_cases()}))'
+  for primitive in $("$python" -c "$listing"); do
+    printf '%s\n' float32 float16 bfloat16 | sed "s/.*/--primitive $primitive --case *&*/"
+  done | xargs -P "$(nproc)" -L 1 "$python" -m bnb_core conformance --backend xpu > /dev/null 2>&1 || true
+fi
 "$python" -m bnb_core conformance --backend "$serving" || status=$?
 if [ "$serving" = cuda ]; then  # each kernel that csrc_cuda/gemm_4bit_choices.h may come to choose
   kernels=$("$python" -c 'from bnb_core.backends.cuda._kernels import gemm_4bit_kernels; print(*gemm_4bit_kernels)')

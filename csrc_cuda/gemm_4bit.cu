@@ -12,13 +12,6 @@
 namespace bnb {
 namespace {
 
-// A kernel of the table for products of A's dtype.
-template <class T>
-struct Row {
-  bool (*takes)(const Gemm4bit<T>& gemm);
-  void (*launch)(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream);
-};
-
 template <class Weights, class T>
 void multiply_in_f32(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
   if (gemm.M == 1) return launch_gemv_4bit<Weights, 1>(gemm, codebook, stream);
@@ -27,7 +20,7 @@ void multiply_in_f32(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stre
 }
 
 template <class T>
-Row<T> f32_row() {
+Gemm4bitRow<T> f32_row() {
   return {[](const Gemm4bit<T>&) { return true; },
           [](const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
             if (AlignedWeight::fits(gemm.weight))
@@ -37,7 +30,7 @@ Row<T> f32_row() {
 }
 
 template <class T, int n_tiles>
-Row<T> mma_row() {
+Gemm4bitRow<T> mma_row() {
   return {[](const Gemm4bit<T>& gemm) { return mma_segment(gemm) != 0; },
           [](const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
             if (mma_segment(gemm) == 64) return launch_gemm_4bit_mma<T, n_tiles, 64>(gemm, codebook, stream);
@@ -46,18 +39,18 @@ Row<T> mma_row() {
 }
 
 template <class T>
-Row<T> wgmma_row() {
+Gemm4bitRow<T> wgmma_row() {
   return {fits_wgmma<T>, launch_gemm_4bit_wgmma<T>};
 }
 
 // Left to torch: nothing is launched.
 template <class T>
-Row<T> dense_row() {
+Gemm4bitRow<T> dense_row() {
   return {[](const Gemm4bit<T>& gemm) { return gemm.weight.K >= kLeastTerms; }, nullptr};
 }
 
 template <class T>
-Row<T> row_of(Gemm4bitKernel kernel) {
+Gemm4bitRow<T> row_of(Gemm4bitKernel kernel) {
   if (kernel == Gemm4bitKernel::f32) return f32_row<T>();
   if (kernel == Gemm4bitKernel::dense) return dense_row<T>();
   if constexpr (kMayHaveMma && !std::is_same_v<T, float>) {
@@ -65,6 +58,7 @@ Row<T> row_of(Gemm4bitKernel kernel) {
     if (kernel == Gemm4bitKernel::mma16) return mma_row<T, 2>();
     if (kernel == Gemm4bitKernel::mma32) return mma_row<T, 4>();
     if (kernel == Gemm4bitKernel::mma64) return mma_row<T, 8>();
+    if (const auto row = staged_row<T>(kernel); row.takes) return row;
   }
   if constexpr (kBuiltForHopper && !std::is_same_v<T, float>) {
     if (kernel == Gemm4bitKernel::wgmma) return wgmma_row<T>();

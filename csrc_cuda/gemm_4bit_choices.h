@@ -9,13 +9,14 @@ namespace bnb {
 
 // clang-format off
 constexpr Gemm4bitChoice kGemm4bitChoices[] = {
-    // Measured on an H200, 2026-11-27: 0.6 to 0.8 of the time of dequantizing and multiplying at 96 and 128 rows,
-    // 0.9 to 1.2 at 256, more above.
+    // Measured on an H200, 2026-11-27, without the staged kernels, which are newer: wgmma takes 0.6 to 0.8 of the
+    // time of dequantizing and multiplying at 96 and 128 rows, 0.9 to 1.2 at 256, more above.
     {90, 8, kAnyNumber, Gemm4bitKernel::mma8},
     {90, 16, kAnyNumber, Gemm4bitKernel::mma16},
     {90, 32, kAnyNumber, Gemm4bitKernel::mma32},
     {90, 64, kAnyNumber, Gemm4bitKernel::mma64},
     {90, 128, kAnyNumber, Gemm4bitKernel::wgmma},
+    // Not measured.
     {kAnyChip, 8, kAnyNumber, Gemm4bitKernel::mma8},
     {kAnyChip, 16, kAnyNumber, Gemm4bitKernel::mma16},
     {kAnyChip, 32, kAnyNumber, Gemm4bitKernel::mma32},

@@ -16,6 +16,14 @@ namespace bnb {
   kernel(mma16) \
   kernel(mma32) \
   kernel(mma64) \
+  kernel(staged8_wide)     /* gemm_4bit_staged.cu */ \
+  kernel(staged8_permuted) \
+  kernel(staged8_deep) \
+  kernel(staged8_two) \
+  kernel(staged16) \
+  kernel(staged32) \
+  kernel(staged48) \
+  kernel(staged64) \
   kernel(wgmma)  /* gemm_4bit_wgmma.h */ \
   kernel(dense)  /* torch's, of the dequantized weight */
 // clang-format on

@@ -32,6 +32,16 @@ __device__ inline T shuffle_lanes(T value, int source) {
 #endif
 }
 
+// Waits for the other lanes of the warp, and shows it what they have written.
+__device__ inline void sync_warp() {
+#if defined(__HIP_PLATFORM_AMD__) && !defined(BNB_SIMULATED)
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+#else
+  __syncwarp();
+#endif
+}
+
 // A store that other threads may be making of the same value.
 __device__ inline void store_relaxed(uint8_t* address, uint8_t value) {
 #if defined(__CUDA_ARCH__)

@@ -16,7 +16,7 @@ from bnb_core.backends import compiled_gpu, dequantized, gemm_4bit_kernel, sim
 from bnb_core.records import Weight4bit
 
 SIMULATED = {"cuda-sim": "_cuda_kernels", "hip-sim": "_hip_kernels"}
-NVIDIAS_ALONE = {"wgmma"}
+NVIDIAS_ALONE = {"wgmma", *(name for name in KERNELS if name.startswith("staged"))}
 ANY_DTYPE = {"f32", "dense"}
 BOUND = {torch.float32: 2**-18, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 

@@ -231,6 +231,8 @@ case "$*" in
   "-m pip install"*) mkdir -p build/gpu ;;
   *"conformance --backend {backend}") exit {conformance} ;;
   *gemm_4bit_kernels*) echo "f32 dense" ;;
+  *all_cases*) echo "api gemm_4bit" ;;
+  *"conformance --backend xpu --primitive "*) echo "$*" >> {compiled}; exit 7 ;;
   *"conformance --backend cuda --primitive gemm_4bit") echo "$BNB_GEMM_4BIT_KERNEL" >> {kernels} ;;
   *conformance*) exit 9 ;;
   *benchmarks/gpu.py*) echo "$PWD: $*" > {output}; exit {benchmark} ;;
@@ -246,7 +248,7 @@ def test_the_script_times_where_it_was_called_whatever_the_suite_finds(
 ):
     script = _script_in(tmp_path / "checkout")
     python = tmp_path / "python"
-    output, kernels = tmp_path / "timed", tmp_path / "kernels"
+    output, kernels, compiled = (tmp_path / name for name in ("timed", "kernels", "compiled"))
     python.write_text(
         FAKE_PYTHON.format(
             python=sys.executable,
@@ -255,6 +257,7 @@ def test_the_script_times_where_it_was_called_whatever_the_suite_finds(
             output=output,
             benchmark=timing,
             kernels=kernels,
+            compiled=compiled,
         )
     )
     python.chmod(0o755)
@@ -268,6 +271,10 @@ def test_the_script_times_where_it_was_called_whatever_the_suite_finds(
     assert kernels.exists() == (backend == "cuda")
     if kernels.exists():
         assert kernels.read_text() == "f32\ndense\n"
+    if backend == "xpu":
+        command = "-m bnb_core conformance --backend xpu --primitive {} --case *{}*"
+        classes = [(name, dtype) for name in ("api", "gemm_4bit") for dtype in ("float32", "float16", "bfloat16")]
+        assert sorted(compiled.read_text().splitlines()) == sorted(command.format(*each) for each in classes)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
