@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bnb_core.records import flat
-from bnb_core.registry import Backend, Kernel, SettingError
+from bnb_core.registry import Backend, Kernel
 
+from .gemm_4bit_kernel import ask_for_kernel
 from .gpu import GpuKernels
 from .managed_memory import ManagedMemory
 from .native import NativeKernels, kernels_of, module_file
@@ -23,7 +23,6 @@ from .native import NativeKernels, kernels_of, module_file
 DEVICE_TYPE = "cuda"
 """What torch calls the GPUs of NVIDIA and, in its ROCm builds, those of AMD."""
 
-WGMMA_VARIABLE = "BNB_WGMMA_ROWS"
 MAKERS = {"cuda": "NVIDIA", "hip": "AMD"}
 """Whose GPUs a build of torch is for, by the field of torch.version that it has set; our backends have these names."""
 
@@ -45,7 +44,7 @@ def make_backend(platform: GpuPlatform) -> Backend:
     """The backend over ``bnb_core.backends.NAME._kernels``. Making it initializes no GPU.
 
     Raises:
-        SettingError: BNB_WGMMA_ROWS is no number of rows.
+        SettingError: BNB_GEMM_4BIT_KERNEL names no kernel.
     """
     others = _other_maker(platform)
     if others is not None:
@@ -60,9 +59,7 @@ def make_backend(platform: GpuPlatform) -> Backend:
     reason = _why_unavailable(platform, module)
     if reason is not None:
         return _unavailable(platform, reason)
-    rows = _wgmma_rows()
-    if rows is not None:
-        module.set_wgmma_rows(rows)
+    ask_for_kernel(module)
     kernels = GpuKernels(NativeKernels(module, current_stream))
     return Backend(
         name=platform.name,
@@ -106,14 +103,6 @@ def _why_unavailable(platform: GpuPlatform, module: ModuleType) -> str | None:
     if torch.cuda.device_count() == 0:
         return f"torch sees no {platform.maker} GPU"
     return None
-
-
-def _wgmma_rows() -> int | None:
-    """Up to how many rows of A products are to go to Hopper's kernel, None where the variable does not say."""
-    text = os.environ.get(WGMMA_VARIABLE)
-    if text and not text.isdecimal():
-        raise SettingError(WGMMA_VARIABLE, text, "a number of rows, 0 for none")
-    return int(text) if text else None
 
 
 def _version(number: int) -> str:

@@ -6,18 +6,24 @@ import fnmatch
 import gc
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import click
 import report
+import sweep
 import torch
 from cpu import OUTPUT, QUICK_ROUNDS, ROUNDS
-from gpu_cases import DEVICE, all_cases
+from gpu_cases import DEVICE, SHAPES, all_cases
 from measure import Case, Result, measure_or_explain
 from rich.console import Console
 from rich.progress import track
 
 from bnb_core import registry
+
+KERNEL_MODULES = {name: f"bnb_core.backends.{name}._kernels" for name in ("cuda", "hip")}
+"""Backends over csrc_cuda, whose kernels for 4-bit products a table chooses."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,6 +33,12 @@ from bnb_core import registry
 @click.option("--quick", is_flag=True, help=f"A selection of the cases, in {QUICK_ROUNDS} rounds.")
 @click.option("--case", "pattern", default="*", help="Only the cases whose name matches this pattern.")
 @click.option("--backend", default=None, help="The backend to time; default: the one that serves gemm_4bit there.")
+@click.option(
+    "--sweep",
+    "table_path",
+    type=OUTPUT,
+    help="Time the kernels for 4-bit products instead, and write csrc_cuda/gemm_4bit_choices.h with the fastest here.",
+)
 def command(
     json_path: Path | None,
     markdown_path: Path | None,
@@ -34,6 +46,7 @@ def command(
     quick: bool,
     pattern: str,
     backend: str | None,
+    table_path: Path | None,
 ) -> None:
     """Time bnb_core on the current GPU beside bitsandbytes, torch and what the card can do.
 
@@ -43,6 +56,8 @@ def command(
         raise click.UsageError("torch sees no GPU")
     name = backend or registry.served_by("gemm_4bit", DEVICE)
     torch.manual_seed(0)
+    if table_path is not None:
+        return _sweep(name, table_path, json_path)
     rounds = QUICK_ROUNDS if quick else rounds
     chosen = [c for c in all_cases() if fnmatch.fnmatchcase(c.name, pattern) and (c.quick or not quick)]
     if not chosen:
@@ -64,6 +79,33 @@ def command(
     if failed or len(results) < len(chosen):
         console.print(f"{failed} cases failed, {len(chosen) - len(results)} were not run", highlight=False)
         raise SystemExit(1)
+
+
+def _sweep(backend: str, table_path: Path, json_path: Path | None) -> None:
+    if backend not in KERNEL_MODULES:
+        raise click.UsageError(f"--sweep: expected one of {', '.join(KERNEL_MODULES)}, got the backend {backend!r}")
+    module = import_module(KERNEL_MODULES[backend])
+    console = Console(width=200)
+    facts = report.gpu_machine(backend, sweep.ROUNDS)
+
+    def show(point: sweep.Point) -> None:
+        ranked = sorted(point.seconds.items(), key=lambda kernel: kernel[1])
+        times = ", ".join(f"{kernel} {report.duration(seconds)}" for kernel, seconds in ranked)
+        console.print(f"M={point.M} {point.shape[0]}x{point.shape[1]}: {times}", highlight=False)
+
+    try:
+        with registry.use_backend(backend), torch.no_grad():
+            points = sweep.sweep(module, sweep.ROWS, SHAPES, sweep.SECONDS, show)
+    except (sweep.OutOfTime, AssertionError) as error:
+        raise click.ClickException(f"{error}; nothing was written") from error
+    if json_path is not None:
+        content = {"machine": facts, "points": [asdict(point) for point in points]}
+        json_path.write_text(json.dumps(content, indent=1) + "\n")
+    chip = int("".join(map(str, torch.cuda.get_device_capability())))
+    remark = f"Measured on {torch.cuda.get_device_name()}, {facts['date']}."
+    table = sweep.table_with(sweep.TABLE.read_text(), chip, remark, sweep.choices(chip, points))
+    table_path.write_text(table)
+    console.print(f"{table_path} has the fastest kernels of {len(points)} products; build with it to use them")
 
 
 def _measured(cases: Sequence[Case], rounds: int) -> Iterator[Result]:

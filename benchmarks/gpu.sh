@@ -4,6 +4,9 @@
 # building leaves in the checkout (build/, bnb_core.egg-info/) and the files that the arguments name.
 #
 # BNB_BACKEND names another backend that serves this GPU, such as xpu, whose kernels in Triton run on NVIDIA's too.
+# `--sweep csrc_cuda/gemm_4bit_choices.h` times the kernels for 4-bit products, in at most six minutes once they are
+# built and were held to the suite, and writes which one is to serve which product on this card.
+#
 # Arguments go to benchmarks/gpu.py; PYTHON names the interpreter that has torch. The benchmark runs whatever the suite
 # finds, and the exit status is 0 if neither failed.
 set -euo pipefail
@@ -46,9 +49,18 @@ done
 cd "$target"
 "$python" -m bnb_core info
 status=0
+if [ "$serving" = xpu ]; then  # Triton compiles as the suite runs, for minutes, into a cache on disk: all at once first
+  listing='from bnb_core.conformance.suite import all_cases; print(*sorted({case.primitive or "api" for case in all_cases()}))'
+  for primitive in $("$python" -c "$listing"); do
+    printf '%s\n' float32 float16 bfloat16 | sed "s/.*/--primitive $primitive --case *&*/"
+  done | xargs -P "$(nproc)" -L 1 "$python" -m bnb_core conformance --backend xpu > /dev/null 2>&1 || true
+fi
 "$python" -m bnb_core conformance --backend "$serving" || status=$?
-if [ "$serving" = cuda ]; then  # the kernel on Hopper's wgmma, which serves nothing unasked
-  BNB_WGMMA_ROWS=4096 "$python" -m bnb_core conformance --backend cuda --primitive gemm_4bit || status=$?
+if [ "$serving" = cuda ]; then  # each kernel that csrc_cuda/gemm_4bit_choices.h may come to choose
+  kernels=$("$python" -c 'from bnb_core.backends.cuda._kernels import gemm_4bit_kernels; print(*gemm_4bit_kernels)')
+  for kernel in $kernels; do
+    BNB_GEMM_4BIT_KERNEL=$kernel "$python" -m bnb_core conformance --backend cuda --primitive gemm_4bit || status=$?
+  done
 fi
 cd "$caller"
 "$python" "$checkout/benchmarks/gpu.py" --backend "$serving" "$@" || status=$?

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -15,9 +13,6 @@ from measure import OURS, Case, Contender, Requirement, Work
 
 import bnb_core.optim
 from bnb_core import functional, nn, primitives
-from bnb_core.backends import compiled_gpu
-from bnb_core.backends.native import NativeKernels
-from bnb_core.records import Weight4bit
 
 DEVICE = "cuda"
 BITSANDBYTES = peers.BITSANDBYTES
@@ -33,9 +28,6 @@ REQUIRED_ROWS = (512, 4096)
 COPY = "copy bandwidth"
 DENSE = "torch dense bf16"
 INT_MM = "torch _int_mm"
-WGMMA = f"{OURS} on wgmma"
-FUSED_ROWS = 64
-"""Up to so many, products have other kernels than that on wgmma (csrc_cuda/gemm_4bit.cu)."""
 
 
 def graphed(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], kind: str = "peer") -> Contender:
@@ -108,47 +100,6 @@ def _linear(M: int, N: int, K: int, nested: bool) -> tuple[dict[str, Contender],
     return contenders | peer(bitsandbytes_linear), moved
 
 
-def on_wgmma(M: int, N: int, K: int) -> dict[str, Contender]:
-    """The same product by the kernel on Hopper's wgmma, where this GPU has it: what BNB_WGMMA_ROWS is set by.
-
-    Its result is looked at before it is timed: at these sizes blocks have another shape than at the suite's.
-    """
-    if M <= FUSED_ROWS:
-        return {}
-    try:
-        module = import_module("bnb_core.backends.cuda._kernels")
-    except ImportError:
-        return {}
-    x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
-    kernels = NativeKernels(module, compiled_gpu.current_stream)
-
-    def multiply(weight: Weight4bit, out: torch.Tensor) -> None:
-        kernels.gemm_4bit(x, weight, None, out)
-
-    def operands() -> tuple[Weight4bit, torch.Tensor]:
-        packed, absmax = primitives.quantize_4bit(_random_weight(N, K), 64, "nf4", torch.uint8)
-        return Weight4bit(packed, (N, K), absmax, 64, "nf4"), x.new_empty(M, N)
-
-    weight, out = operands()
-    if not module.takes_wgmma(x, weight):
-        return {}
-    with _wgmma_rows(module, M):
-        multiply(weight, out)
-        expected = torch.nn.functional.linear(x, primitives.dequantize_4bit(weight, x.dtype))
-        torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-7 * K**0.5)
-        return {WGMMA: graphed(multiply, copies(operands, N * K / 2), "own")}
-
-
-@contextmanager
-def _wgmma_rows(module: ModuleType, rows: int) -> Iterator[None]:
-    """Up to so many rows are multiplied on wgmma within it; a graph goes on doing what it did when it was captured."""
-    before = module.set_wgmma_rows(rows)
-    try:
-        yield
-    finally:
-        module.set_wgmma_rows(before)
-
-
 def decode(N: int, K: int, nested: bool) -> Work:
     contenders, moved = _linear(1, N, K, nested)
     contenders[COPY] = copy(moved)
@@ -160,7 +111,7 @@ def decode(N: int, K: int, nested: bool) -> Work:
 
 def few_rows(M: int, N: int, K: int) -> Work:
     contenders, moved = _linear(M, N, K, False)
-    contenders |= {DENSE: dense(M, N, K), **on_wgmma(M, N, K)}
+    contenders[DENSE] = dense(M, N, K)
     requirements = [Requirement(BITSANDBYTES, 1.0)]
     if M <= MOST_FEW_ROWS:
         requirements.append(Requirement(DENSE, 1.0))
@@ -169,7 +120,7 @@ def few_rows(M: int, N: int, K: int) -> Work:
 
 def many_rows(M: int, N: int, K: int) -> Work:
     contenders, moved = _linear(M, N, K, False)
-    contenders |= {DENSE: dense(M, N, K), **on_wgmma(M, N, K)}
+    contenders[DENSE] = dense(M, N, K)
     requirements = [Requirement(DENSE, 1 / 0.9)] if M in REQUIRED_ROWS else []
     return Work(contenders, requirements, moved, 2.0 * M * N * K)
 

@@ -5,14 +5,26 @@
 
 namespace bnb {
 
+// How often what is copied is read: what is read once leaves the L2 first.
+enum class Reads { many, once };
+
 // Copies 16 bytes, or writes zeros where `valid` is false; both addresses are multiples of 16. The 128 bytes
 // around them come into the L2: a neighbour's copy or the next one's wants them.
+template <Reads reads = Reads::many>
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  if constexpr (reads == Reads::once) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(address),
+                 "l"(global), "r"(valid ? 16 : 0), "l"(policy)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  }
 #else
   const auto copy = [=] {
     using Piece = Pack<uint32_t, 4>;

@@ -59,6 +59,17 @@ __device__ inline int32_t warp_max(int32_t value) {
 #endif
 }
 
+// The value, of which the compiler is not to know that it has been the same before: so that what is computed
+// from it takes no register until then.
+__device__ inline uint32_t computed_late(uint32_t value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+__device__ inline int late_lane() { return static_cast<int>(computed_late(threadIdx.x) % kWarp); }
+__device__ inline int late_warp() { return static_cast<int>(computed_late(threadIdx.x) / kWarp); }
+
 // Shared memory whose size the launch gives, from a multiple of 1024 on.
 template <class T>
 __device__ inline T* dynamic_shared() {

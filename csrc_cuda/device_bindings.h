@@ -2,8 +2,14 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <iterator>
+#include <string>
+#include <vector>
 
 #include "../csrc_shared/bind.h"
+#include "gemm_4bit_kernels.h"
 #include "managed_memory.h"
 #include "operations.h"
 
@@ -20,10 +26,13 @@ inline void bind_device_extras(pybind11::module_& m) {
         prefetch_managed(address, bytes, to_host, reinterpret_cast<Stream>(stream));
       },
       no_gil);
-  bind<&gpu::takes_wgmma>(m, "takes_wgmma",
-                          "Whether Hopper's own kernel takes products of A and the weight.");
-  bind<&gpu::set_wgmma_rows>(m, "set_wgmma_rows",
-                             "Up to how many rows of A gemm_4bit gives them to it; gives the number before.");
+  m.attr("gemm_4bit_kernels") = pybind11::tuple(pybind11::cast(
+      std::vector<std::string>(std::begin(kGemm4bitKernelNames), std::end(kGemm4bitKernelNames))));
+  bind<&gpu::gemm_4bit_kernel>(
+      m, "gemm_4bit_kernel", "Which of gemm_4bit_kernels serves products of A and the weight, by its place.");
+  bind<&gpu::set_gemm_4bit_kernel>(m, "set_gemm_4bit_kernel",
+                                   "The one at this place serves, wherever it takes the product; -1: as the "
+                                   "table says. Gives the place before.");
 }
 
 }  // namespace bnb

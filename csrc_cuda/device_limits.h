@@ -4,6 +4,7 @@
 #include <array>
 #include <mutex>
 
+#include "../csrc_shared/gpu_platform.h"
 #include "check.h"
 
 namespace bnb {
@@ -11,7 +12,8 @@ namespace bnb {
 struct DeviceLimits {
   int multiprocessors = 0;
   int threads_per_multiprocessor = 0;
-  int compute_capability = 0;  // 10 * major + minor; NVIDIA's
+  int compute_capability = 0;                                         // 10 * major + minor; NVIDIA's
+  int shared_bytes_of_block = 0, shared_bytes_of_multiprocessor = 0;  // NVIDIA's
 };
 
 inline DeviceLimits query_device_limits(int device) {
@@ -25,6 +27,13 @@ inline DeviceLimits query_device_limits(int device) {
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
   limits.compute_capability = 10 * major + minor;
+  if (!kIsNvidia) return limits;
+  check(
+      cudaDeviceGetAttribute(&limits.shared_bytes_of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+      "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&limits.shared_bytes_of_multiprocessor,
+                               cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+        "cudaDeviceGetAttribute");
   return limits;
 }
 

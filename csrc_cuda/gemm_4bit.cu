@@ -1,7 +1,8 @@
-// Products with a 4-bit weight (docs/SPEC.md section 3): which kernel serves which, and what is left to
-// torch.
+// Products with a 4-bit weight (docs/SPEC.md section 3): which products each kernel takes, and its launch.
+// gemm_4bit_choices.h says which one serves where several do.
 #include <atomic>
 
+#include "gemm_4bit_choices.h"
 #include "gemm_4bit_mma.h"
 #include "gemm_4bit_tiles.h"
 #include "gemm_4bit_wgmma.h"
@@ -11,14 +12,6 @@
 namespace bnb {
 namespace {
 
-template <class T, int segment>
-void multiply_by_mma(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
-  if (gemm.M <= 8) return launch_gemm_4bit_mma<T, 1, segment>(gemm, codebook, stream);
-  if (gemm.M <= 16) return launch_gemm_4bit_mma<T, 2, segment>(gemm, codebook, stream);
-  if (gemm.M <= 32) return launch_gemm_4bit_mma<T, 4, segment>(gemm, codebook, stream);
-  return launch_gemm_4bit_mma<T, 8, segment>(gemm, codebook, stream);
-}
-
 template <class Weights, class T>
 void multiply_in_f32(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
   if (gemm.M == 1) return launch_gemv_4bit<Weights, 1>(gemm, codebook, stream);
@@ -26,40 +19,73 @@ void multiply_in_f32(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stre
   launch_gemm_4bit_tiles<Weights>(gemm, codebook, stream);
 }
 
-// Any product, fast where A has few rows. Kernels are asked in this order.
 template <class T>
-void multiply_fused(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
-  if constexpr (kMayHaveMma && !std::is_same_v<T, float>) {
-    const int segment = mma_segment(gemm);
-    if (segment == 64) return multiply_by_mma<T, 64>(gemm, codebook, stream);
-    if (segment == 32) return multiply_by_mma<T, 32>(gemm, codebook, stream);
-  }
-  if (AlignedWeight::fits(gemm.weight)) return multiply_in_f32<AlignedWeight>(gemm, codebook, stream);
-  multiply_in_f32<AnyWeight>(gemm, codebook, stream);
+Gemm4bitRow<T> f32_row() {
+  return {[](const Gemm4bit<T>&) { return true; },
+          [](const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
+            if (AlignedWeight::fits(gemm.weight))
+              return multiply_in_f32<AlignedWeight>(gemm, codebook, stream);
+            multiply_in_f32<AnyWeight>(gemm, codebook, stream);
+          }};
 }
 
-// Up to so many rows of A those kernels are the fastest; above, torch's matmul is, which reads the
-// dequantized weight from the cache as often as it needs.
-constexpr int64_t kFusedRows = 64;
+template <class T, int n_tiles>
+Gemm4bitRow<T> mma_row() {
+  return {[](const Gemm4bit<T>& gemm) { return mma_segment(gemm) != 0; },
+          [](const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
+            if (mma_segment(gemm) == 64) return launch_gemm_4bit_mma<T, n_tiles, 64>(gemm, codebook, stream);
+            launch_gemm_4bit_mma<T, n_tiles, 32>(gemm, codebook, stream);
+          }};
+}
 
-// On an H200 the kernel on wgmma takes 0.6 to 0.8 of the time of dequantizing and multiplying at 96 and 128
-// rows, 0.9 to 1.2 at 256, more above (benchmarks/results/gpu-2026-11-27-h200.md).
-std::atomic<int64_t> most_wgmma_rows{128};
+template <class T>
+Gemm4bitRow<T> wgmma_row() {
+  return {fits_wgmma<T>, launch_gemm_4bit_wgmma<T>};
+}
+
+// Left to torch: nothing is launched.
+template <class T>
+Gemm4bitRow<T> dense_row() {
+  return {[](const Gemm4bit<T>& gemm) { return gemm.weight.K >= kLeastTerms; }, nullptr};
+}
+
+template <class T>
+Gemm4bitRow<T> row_of(Gemm4bitKernel kernel) {
+  if (kernel == Gemm4bitKernel::f32) return f32_row<T>();
+  if (kernel == Gemm4bitKernel::dense) return dense_row<T>();
+  if constexpr (kMayHaveMma && !std::is_same_v<T, float>) {
+    if (kernel == Gemm4bitKernel::mma8) return mma_row<T, 1>();
+    if (kernel == Gemm4bitKernel::mma16) return mma_row<T, 2>();
+    if (kernel == Gemm4bitKernel::mma32) return mma_row<T, 4>();
+    if (kernel == Gemm4bitKernel::mma64) return mma_row<T, 8>();
+    if (const auto row = staged_row<T>(kernel); row.takes) return row;
+  }
+  if constexpr (kBuiltForHopper && !std::is_same_v<T, float>) {
+    if (kernel == Gemm4bitKernel::wgmma) return wgmma_row<T>();
+  }
+  return {[](const Gemm4bit<T>&) { return false; }, nullptr};
+}
+
+constexpr int64_t kNoKernel = -1;
+std::atomic<int64_t> asked_kernel{kNoKernel};
+
+template <class T>
+Gemm4bitKernel kernel_for(const Gemm4bit<T>& gemm) {
+  const auto takes = [&](Gemm4bitKernel kernel) { return row_of<T>(kernel).takes(gemm); };
+  const int64_t asked = asked_kernel;
+  if (asked != kNoKernel && takes(static_cast<Gemm4bitKernel>(asked)))
+    return static_cast<Gemm4bitKernel>(asked);
+  const WeightView& weight = gemm.weight;
+  return choose_gemm_4bit(kGemm4bitChoices, kIsNvidia ? device_limits().compute_capability : kAnyChip, gemm.M,
+                          weight.N * weight.K, takes);
+}
 
 template <class T>
 Dense multiply(const Gemm4bit<T>& gemm, const Format4bit& format, Stream stream) {
-  const Codebook4bit codebook = codebook_for<T>(format);
-  if (gemm.M <= kFusedRows || gemm.weight.K < kLeastTerms) {
-    multiply_fused(gemm, codebook, stream);
-    return Dense::nothing;
-  }
-  if constexpr (kBuiltForHopper && !std::is_same_v<T, float>) {
-    if (gemm.M <= most_wgmma_rows && fits_wgmma(gemm)) {
-      launch_gemm_4bit_wgmma(gemm, codebook, stream);
-      return Dense::nothing;
-    }
-  }
-  return Dense::in_dtype;
+  const Gemm4bitKernel kernel = kernel_for(gemm);
+  if (kernel == Gemm4bitKernel::dense) return Dense::in_dtype;
+  row_of<T>(kernel).launch(gemm, codebook_for<T>(format), stream);
+  return Dense::nothing;
 }
 
 }  // namespace
@@ -77,13 +103,16 @@ Dense gemm_4bit_backward(const Matrix& dY, const Weight4bit& weight, void*, Stre
   return dense_for(dY.dtype, weight.N);
 }
 
-bool takes_wgmma(const Matrix& A, const Weight4bit& weight) {
-  bool takes = false;
-  with_gemm_4bit(A, weight, nullptr, nullptr, [&](const auto& gemm) { takes = fits_wgmma(gemm); });
-  return takes;
+int64_t gemm_4bit_kernel(const Matrix& A, const Weight4bit& weight) {
+  int64_t chosen = kNoKernel;
+  with_gemm_4bit(A, weight, nullptr, nullptr,
+                 [&](const auto& gemm) { chosen = static_cast<int64_t>(kernel_for(gemm)); });
+  return chosen;
 }
 
-int64_t set_wgmma_rows(int64_t rows) { return most_wgmma_rows.exchange(rows); }
+int64_t set_gemm_4bit_kernel(int64_t kernel) {
+  return asked_kernel.exchange(0 <= kernel && kernel < kGemm4bitKernels ? kernel : kNoKernel);
+}
 
 }  // namespace gpu
 }  // namespace bnb

@@ -1,6 +1,7 @@
 // A product with a 4-bit weight, as its kernels take it.
 #pragma once
 
+#include "gemm_4bit_kernels.h"
 #include "weight_4bit.h"
 
 namespace bnb {
@@ -26,6 +27,18 @@ void with_gemm_4bit(const Matrix& A, const Weight4bit& weight, const void* bias,
                   A.rows});
   });
 }
+
+// A kernel of gemm_4bit_kernels.h, for A of one dtype: which products it takes on the current device, and its
+// launch.
+template <class T>
+struct Gemm4bitRow {
+  bool (*takes)(const Gemm4bit<T>& gemm);
+  void (*launch)(const Gemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream);
+};
+
+// Of those in gemm_4bit_staged.cu; a row of null pointers for any other kernel.
+template <class T>
+Gemm4bitRow<T> staged_row(Gemm4bitKernel kernel);
 
 constexpr int64_t kMostMmaColumns = int64_t{1} << 30;  // on tensor cores columns are counted in 32 bits
 

@@ -19,8 +19,8 @@
 #include "async_copy.h"
 #include "device_limits.h"
 #include "gemm_4bit.h"
-#include "mma_sums.h"
 #include "pair_table.h"
+#include "segment_sums.h"
 #include "split_k.h"
 
 namespace bnb {
@@ -159,10 +159,10 @@ class WeightStream {
 template <class T, int n_tiles, class Segments>
 class MmaTile {
  public:
-  static constexpr int kRows = n_tiles * kMmaColumns;   // of X
-  static constexpr int kSteps = Segments::length / 16;  // mma steps of a segment
+  static constexpr int kRows = n_tiles * kMmaColumns;  // of X
   using X = StagedX<T, kRows, Segments>;
   using Step = WeightStep<Segments>;
+  using Sums = SegmentSums<T, n_tiles, Segments::length>;
 
   // Adds the products of a step with a stage of X, of which the lane reads from `place` on.
   __device__ void add(const WeightView& weight, float offset, const Step& step, PairTable<T> table,
@@ -174,45 +174,20 @@ class MmaTile {
       decoded[i] = step.has_scales ? weight.scales.decode(step.scales[i], offset) : 0.0f;
 #pragma unroll
     for (int s = 0; s < Segments::count; s++) {
-      uint32_t w[kWarpTiles][kSteps][4];
+      typename Sums::Operand w;
       float scales[4];
 #pragma unroll
       for (int r = 0; r < 4; r++) {
         scales[r] = shuffle_lanes<kQuad>(decoded[r % kScales], r / kScales * kScales + s);
 #pragma unroll
-        for (int byte = 0; byte < 2 * kSteps; byte++)
-          w[r / 2][byte / 2][byte % 2 * 2 + r % 2] =
-              bits_of_pair(table.of_byte(step.codes[s][r][byte / 4], byte % 4));
+        for (int byte = 0; byte < 2 * Sums::kSteps; byte++)
+          Sums::pair(w, r, byte) = bits_of_pair(table.of_byte(step.codes[s][r][byte / 4], byte % 4));
       }
-#pragma unroll
-      for (int tile = 0; tile < n_tiles; tile++) add_segment(tile, w, scales, place, s);
+      segments.add(w, scales, [&](int tile, int i) { return X::read(place, tile, s, i); });
     }
   }
 
-  MmaSums<float, n_tiles> sums = {};
-
- private:
-  __device__ void add_segment(int tile, const uint32_t (&w)[kWarpTiles][kSteps][4], const float (&scales)[4],
-                              int place, int s) {
-    uint32_t x[kSteps][2];
-#pragma unroll
-    for (int i = 0; i < kSteps / 2; i++) {
-      const auto piece = X::read(place, tile, s, i);
-#pragma unroll
-      for (int j = 0; j < 4; j++) x[2 * i + j / 2][j % 2] = piece[j];
-    }
-#pragma unroll
-    for (int i = 0; i < kWarpTiles; i++) {
-      float c[4] = {};
-#pragma unroll
-      for (int step = 0; step < kSteps; step++) mma_16x8x16<T>(c, w[i][step], x[step]);
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        float& sum = sums.values[i][tile][j];
-        sum = fmaf(scales[2 * i + j / 2], c[j], sum);
-      }
-    }
-  }
+  Sums segments;
 };
 
 // Blocks that share a multiprocessor: two hide more latency, as far as registers and shared memory suffice.
@@ -269,7 +244,7 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
   __syncthreads();
   using Sums = MmaSums<float, n_tiles>;
   float* const sums = reinterpret_cast<float*>(shared);
-  tile.sums.store(sums, k_warp, row_warp, block_rows);
+  tile.segments.sums.store(sums, k_warp, row_warp, block_rows);
   __syncthreads();
   const int row = static_cast<int>(threadIdx.x) % block_rows;
   const int64_t row_shift = first_row(row / kWarpRows) - (first_n + row / kWarpRows * kWarpRows);

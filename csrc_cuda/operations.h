@@ -19,10 +19,12 @@ extern Function<decltype(Kernels::dequantize_4bit)> dequantize_4bit;
 // gemm_4bit.cu
 extern Function<decltype(Kernels::gemm_4bit)> gemm_4bit;
 extern Function<decltype(Kernels::gemm_4bit_backward)> gemm_4bit_backward;
-// Whether the kernel on wgmma takes products of many rows of A with such a weight on the current device.
-bool takes_wgmma(const Matrix& A, const Weight4bit& weight);
-// Up to how many rows of A gemm_4bit gives it such products.
-int64_t set_wgmma_rows(int64_t rows);
+// Which kernel of gemm_4bit_kernels.h serves products of A with such a weight on the current device, as its
+// number there; -1 for a product without elements.
+int64_t gemm_4bit_kernel(const Matrix& A, const Weight4bit& weight);
+// The kernel with this number serves from now on, wherever it takes the product; -1: as the table says. Gives
+// the number before.
+int64_t set_gemm_4bit_kernel(int64_t kernel);
 
 // grouped_gemm_4bit.cu
 extern Function<decltype(Kernels::grouped_gemm_4bit)> grouped_gemm_4bit;

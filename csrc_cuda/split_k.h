@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(kAddPartialsThreads)
 }
 
 // Splits that fill the chip, which `blocks` without them do not, of `fewest_steps` or more: with fewer the
-// second kernel costs more than they save.
-inline SplitK split_k(int64_t blocks, int64_t steps, int64_t fewest_steps) {
-  const int64_t wanted = std::min(device_limits().multiprocessors / blocks, steps / fewest_steps);
+// second kernel costs more than they save. A multiprocessor has place for some blocks at once.
+inline SplitK split_k(int64_t blocks, int64_t steps, int64_t fewest_steps, int places = 1) {
+  const int64_t wanted = std::min(places * device_limits().multiprocessors / blocks, steps / fewest_steps);
   SplitK split = {};
   split.steps_per_split = static_cast<int>(ceil_div(steps, std::max<int64_t>(1, wanted)));
   split.splits = static_cast<int>(ceil_div(steps, split.steps_per_split));

@@ -32,6 +32,16 @@ __device__ inline T shuffle_lanes(T value, int source) {
 #endif
 }
 
+// Waits for the other lanes of the warp, and shows it what they have written.
+__device__ inline void sync_warp() {
+#if defined(__HIP_PLATFORM_AMD__) && !defined(BNB_SIMULATED)
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+#else
+  __syncwarp();
+#endif
+}
+
 // A store that other threads may be making of the same value.
 __device__ inline void store_relaxed(uint8_t* address, uint8_t value) {
 #if defined(__CUDA_ARCH__)
@@ -40,6 +50,13 @@ __device__ inline void store_relaxed(uint8_t* address, uint8_t value) {
   __atomic_store_n(address, value, __ATOMIC_RELAXED);
 #endif
 }
+
+// Whether a device's compute capability is NVIDIA's.
+#if defined(__HIP_PLATFORM_AMD__)
+constexpr bool kIsNvidia = false;
+#else
+constexpr bool kIsNvidia = true;
+#endif
 
 // Whether this build has code with the instructions that only Hopper has, or simulates it. BNB_HOPPER is
 // defined where that code is compiled: for the target 90a, which toolchain.py names where 90 is asked for.

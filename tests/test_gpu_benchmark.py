@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from gemm_4bit_choice import KERNELS, program
 
-from bnb_core import registry
-from bnb_core.backends import sim
+from bnb_core import primitives, registry
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 OURS = "bnb_core"
@@ -32,7 +32,7 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     for peer in ("bitsandbytes", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, peer, None)
-    modules = {name: import_module(name) for name in ("gpu", "gpu_cases", "measure", "peers", "report")}
+    modules = {name: import_module(name) for name in ("gpu", "gpu_cases", "measure", "peers", "report", "sweep")}
     monkeypatch.setattr(modules["gpu"], "DEVICE", "cpu")
     monkeypatch.setattr(modules["report"], "gpu_machine", lambda backend, rounds: {"date": "today", "rounds": rounds})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -114,7 +114,6 @@ def test_few_rows_must_beat_a_dense_product_up_to_64_of_them(benchmark, monkeypa
     contender = benchmark.measure.Contender(lambda: None)
     monkeypatch.setattr(benchmark.gpu_cases, "_linear", lambda *shape: ({OURS: contender}, 1.0))
     monkeypatch.setattr(benchmark.gpu_cases, "dense", lambda *shape: contender)
-    monkeypatch.setattr(benchmark.gpu_cases, "on_wgmma", lambda *shape: {})
     held_to = {
         M: [requirement.against for requirement in benchmark.gpu_cases.few_rows(M, 8, 8).requirements]
         for M in (2, 64, 96, 128)
@@ -124,38 +123,74 @@ def test_few_rows_must_beat_a_dense_product_up_to_64_of_them(benchmark, monkeypa
 
 
 @pytest.fixture
-def on_wgmma(benchmark, monkeypatch):
-    """Its contenders, with the kernels of a simulated backend in a GPU's place: cuda-sim has Hopper's, hip-sim not."""
+def small_sweep(benchmark, monkeypatch):
+    """Of the kernels of cuda-sim, in Hopper's place, with weights and numbers of rows that a simulator can do."""
+    simulated = registry.backends()["cuda-sim"]
+    if simulated.unavailable:
+        pytest.skip(f"{simulated.name}: {simulated.unavailable}")
+    module = "bnb_core.backends.sim._cuda_kernels"
+    monkeypatch.setitem(benchmark.gpu.KERNEL_MODULES, "cuda-sim", module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for name, value in {"ROWS": (1, 16), "ROUNDS": 1, "TURN_SECONDS": 0}.items():
+        monkeypatch.setattr(benchmark.sweep, name, value)
+    monkeypatch.setattr(benchmark.gpu, "SHAPES", ((64, 256), (128, 512)))
     cases = benchmark.gpu_cases
     monkeypatch.setattr(cases, "DEVICE", "cpu")
     monkeypatch.setattr(cases, "ROTATED_BYTES", 1)
-    monkeypatch.setattr(cases, "graphed", lambda call, operands, kind: benchmark.measure.Contender(call, kind))
-    monkeypatch.setattr(cases.compiled_gpu, "current_stream", lambda device: 0)
+    timed = benchmark.measure.Contender
+    monkeypatch.setattr(cases, "graphed", lambda call, operands, kind: timed(lambda: call(*operands[0]), kind))
 
-    modules = []
+    def run(*arguments):
+        return CliRunner().invoke(benchmark.gpu.command, ["--backend", "cuda-sim", *map(str, arguments)])
 
-    def timed(name, rows, K=128):
-        simulated = registry.backends()[f"{name}-sim"]
-        if simulated.unavailable:
-            pytest.skip(f"{simulated.name}: {simulated.unavailable}")
-        modules.append(import_module(f"bnb_core.backends.sim._{name}_kernels"))
-        monkeypatch.setattr(cases, "import_module", lambda asked: modules[-1])
-        return list(cases.on_wgmma(rows, 32, K))
-
-    yield timed
-    for module in modules:
-        assert module.set_wgmma_rows(sim.WGMMA_ROWS) == sim.WGMMA_ROWS, "the benchmark has left another limit"
+    yield run
+    assert import_module(module).set_gemm_4bit_kernel(-1) == -1, "the sweep has left another kernel to serve"
 
 
-def test_hoppers_kernel_is_timed_where_the_gpu_has_it_and_it_takes_the_product(benchmark, on_wgmma):
-    assert on_wgmma("cuda", 65) == [benchmark.gpu_cases.WGMMA]
-    assert on_wgmma("cuda", 64) == on_wgmma("hip", 65) == on_wgmma("cuda", 65, K=96) == []
+def test_a_sweep_writes_the_fastest_kernels_as_the_table_that_is_compiled(benchmark, small_sweep, tmp_path):
+    table, times = tmp_path / "table.h", tmp_path / "times.json"
+    result = small_sweep("--sweep", table, "--json", times)
+    assert result.exit_code == 0, result.output
+    points = json.loads(times.read_text())["points"]
+    assert [(point["M"], point["shape"]) for point in points] == [(M, [N, 4 * N]) for N in (64, 128) for M in (1, 16)]
+    worth_timing = benchmark.sweep.is_worth_timing
+    for point in points:
+        assert set(point["seconds"]) == {name for name in KERNELS if worth_timing(name, point["M"]) and name != "wgmma"}
+    choice = program(tmp_path, table.read_text())
+    for point in points:
+        N, K = point["shape"]
+        assert choice(90, point["M"], N * K) == min(point["seconds"], key=point["seconds"].get)
+    (tmp_path / "before").mkdir()
+    before = program(tmp_path / "before", benchmark.sweep.TABLE.read_text())
+    assert choice(80, 1, 1) == before(80, 1, 1) and choice(75, 2000, 1) == before(75, 2000, 1) == "dense"
 
 
-def test_hoppers_kernel_is_not_timed_where_its_result_is_wrong(benchmark, on_wgmma, monkeypatch):
-    monkeypatch.setattr(benchmark.gpu_cases.NativeKernels, "gemm_4bit", lambda *operands: operands[-1].zero_())
-    with pytest.raises(AssertionError, match="not close"):
-        on_wgmma("cuda", 65)
+def test_a_sweep_writes_nothing_where_a_kernel_is_wrong(small_sweep, monkeypatch, tmp_path):
+    product = primitives.gemm_4bit
+    monkeypatch.setattr(primitives, "gemm_4bit", lambda *operands: product(*operands).zero_())
+    result = small_sweep("--sweep", tmp_path / "table.h")
+    assert result.exit_code == 1 and "the kernel f32 with 1 rows of A is wrong: " in result.output
+    assert not (tmp_path / "table.h").exists()
+
+
+def test_a_sweep_that_takes_too_long_writes_nothing(benchmark, small_sweep, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark.sweep, "SECONDS", -1)
+    result = small_sweep("--sweep", tmp_path / "table.h")
+    assert result.exit_code == 1 and "-1 s were over before M=1 64x256; nothing was written" in result.output
+    assert not (tmp_path / "table.h").exists()
+
+
+def test_the_rows_of_a_table_join_what_has_the_same_kernel(benchmark):
+    def point(M, N, fastest):
+        return benchmark.sweep.Point(M, (N, 100), {fastest: 1.0, "f32": 2.0})
+
+    points = [point(1, 10, "mma8"), point(1, 40, "mma8"), point(2, 10, "mma8"), point(2, 40, "mma8")]
+    points += [point(4, 10, "mma8"), point(4, 40, "mma16")]
+    assert benchmark.sweep.choices(90, points) == [
+        "    {90, 2, kAnyNumber, Gemm4bitKernel::mma8},",
+        "    {90, 4, 2000, Gemm4bitKernel::mma8},",
+        "    {90, 4, kAnyNumber, Gemm4bitKernel::mma16},",
+    ]
 
 
 def test_what_a_graph_reads_lives_as_long_as_the_contender_that_replays_it(benchmark, monkeypatch):
@@ -195,7 +230,10 @@ case "$*" in
   -) exec {python} - ;;
   "-m pip install"*) mkdir -p build/gpu ;;
   *"conformance --backend {backend}") exit {conformance} ;;
-  *"conformance --backend cuda --primitive gemm_4bit") echo "$BNB_WGMMA_ROWS" > {wgmma} ;;
+  *gemm_4bit_kernels*) echo "f32 dense" ;;
+  *all_cases*) echo "api gemm_4bit" ;;
+  *"conformance --backend xpu --primitive "*) echo "$*" >> {compiled}; exit 7 ;;
+  *"conformance --backend cuda --primitive gemm_4bit") echo "$BNB_GEMM_4BIT_KERNEL" >> {kernels} ;;
   *conformance*) exit 9 ;;
   *benchmarks/gpu.py*) echo "$PWD: $*" > {output}; exit {benchmark} ;;
 esac
@@ -210,7 +248,7 @@ def test_the_script_times_where_it_was_called_whatever_the_suite_finds(
 ):
     script = _script_in(tmp_path / "checkout")
     python = tmp_path / "python"
-    output, wgmma = tmp_path / "timed", tmp_path / "wgmma"
+    output, kernels, compiled = (tmp_path / name for name in ("timed", "kernels", "compiled"))
     python.write_text(
         FAKE_PYTHON.format(
             python=sys.executable,
@@ -218,7 +256,8 @@ def test_the_script_times_where_it_was_called_whatever_the_suite_finds(
             conformance=conformance,
             output=output,
             benchmark=timing,
-            wgmma=wgmma,
+            kernels=kernels,
+            compiled=compiled,
         )
     )
     python.chmod(0o755)
@@ -229,9 +268,13 @@ def test_the_script_times_where_it_was_called_whatever_the_suite_finds(
     done = subprocess.run(command, cwd=caller, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stderr
     assert output.read_text() == f"{caller}: {script.with_suffix('.py')} --backend {backend} --json out.json\n"
-    assert wgmma.exists() == (backend == "cuda")
-    if wgmma.exists():
-        assert wgmma.read_text() == "4096\n"
+    assert kernels.exists() == (backend == "cuda")
+    if kernels.exists():
+        assert kernels.read_text() == "f32\ndense\n"
+    if backend == "xpu":
+        command = "-m bnb_core conformance --backend xpu --primitive {} --case *{}*"
+        classes = [(name, dtype) for name in ("api", "gemm_4bit") for dtype in ("float32", "float16", "bfloat16")]
+        assert sorted(compiled.read_text().splitlines()) == sorted(command.format(*each) for each in classes)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

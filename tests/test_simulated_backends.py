@@ -7,19 +7,16 @@ import os
 import subprocess
 import sys
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bnb_core
 from bnb_core import functional, registry
-from bnb_core.backends import compiled_gpu, dequantized, gpu, sim
+from bnb_core.backends import compiled_gpu, gpu
 from bnb_core.records import Weight4bit
 
 SIMULATED = {"cuda-sim": "_cuda_kernels", "hip-sim": "_hip_kernels"}
-FUSED_ROWS = 64
-"""kFusedRows of csrc_cuda/gemm_4bit.cu."""
 
 
 @pytest.fixture(params=SIMULATED)
@@ -29,80 +26,6 @@ def simulated(request):
         pytest.skip(f"{request.param}: {backend.unavailable}")
     with bnb_core.use_backend(request.param):
         yield import_module(f"bnb_core.backends.sim.{SIMULATED[request.param]}")
-
-
-@pytest.fixture
-def wgmma_rows(simulated):
-    """Sets up to how many rows of A products go to Hopper's kernel."""
-    yield simulated.set_wgmma_rows
-    simulated.set_wgmma_rows(sim.WGMMA_ROWS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [FUSED_ROWS, FUSED_ROWS + 1, 130])
-def test_many_rows_are_multiplied_as_exactly_on_wgmma_as_by_torch(simulated, wgmma_rows, dtype, rows):
-    weight, A = torch.randn(48, 320), torch.randn(rows, 320).to(dtype)
-    packed, state = functional.quantize_4bit(weight, compress_statistics=True, blocksize=64)
-    exact = A.double() @ functional.dequantize_4bit(packed, state).double().t()
-    terms = A.double().abs() @ functional.dequantize_4bit(packed, state).double().abs().t()
-    bound = {torch.float32: 2**-18, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
-    for most in (0, rows):
-        wgmma_rows(most)
-        product = functional.gemm_4bit(A, packed, state)
-        assert ((product.double() - exact).abs() <= bound * terms).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("nested", [False, True])
-def test_many_rows_are_multiplied_by_the_weights_that_dequantizing_gives(simulated, dtype, nested):
-    """To the bit: rows of the identity pick them."""
-    packed, state = functional.quantize_4bit(torch.randn(200, 448), compress_statistics=nested)
-    state.dtype = dtype
-    weights = functional.gemm_4bit(torch.eye(448, dtype=dtype), packed, state).t()
-    assert torch.equal(weights, functional.dequantize_4bit(packed, state))
-
-
-def test_hoppers_kernel_takes_what_it_can_read(simulated):
-    """Whole steps of 64 columns, each in one block, at addresses that are multiples of 16."""
-    codes = torch.zeros(2**16, dtype=torch.uint8)
-
-    def takes(dtype=torch.bfloat16, K=192, blocksize=64, A_from=0, codes_from=0):
-        A = torch.zeros(100 * K + A_from, dtype=dtype)[A_from:].view(100, K)
-        weight = Weight4bit(codes[codes_from:][: 8 * K], (16, K), torch.zeros(1024), blocksize, "nf4")
-        return simulated.takes_wgmma(A, weight)
-
-    assert takes() == takes(dtype=torch.float16) == takes(blocksize=4096) == ("cuda" in simulated.__name__)
-    assert not any(
-        (
-            takes(dtype=torch.float32),
-            takes(K=64),
-            takes(K=200),
-            takes(blocksize=32),
-            takes(A_from=1),
-            takes(codes_from=8),
-        )
-    )
-
-
-@pytest.mark.parametrize("most", [0, 99, 100])
-def test_many_rows_go_to_hoppers_kernel_where_it_takes_them(simulated, wgmma_rows, monkeypatch, most):
-    multiplied = []
-    monkeypatch.setattr(dequantized, "_multiply", lambda A, weight, bias, out: multiplied.append(A.shape))
-    wgmma_rows(most)
-    for blocksize, rows in ((64, FUSED_ROWS), (64, 100), (32, 100)):
-        packed, state = functional.quantize_4bit(torch.randn(16, 192), blocksize=blocksize)
-        functional.gemm_4bit(torch.randn(rows, 192, dtype=torch.bfloat16), packed, state)
-    assert len(multiplied) == (1 if "cuda" in simulated.__name__ and most == 100 else 2)
-
-
-@pytest.mark.parametrize("variable", ["-1", "many", "64.0"])
-def test_a_number_of_rows_that_is_none_is_an_error_that_names_the_variable(monkeypatch, variable):
-    monkeypatch.setenv(compiled_gpu.WGMMA_VARIABLE, variable)
-    for name in ("_other_maker", "_why_unavailable"):
-        monkeypatch.setattr(compiled_gpu, name, lambda *of: None)
-    monkeypatch.setattr(compiled_gpu, "import_module", lambda name: SimpleNamespace(set_wgmma_rows=int))
-    with pytest.raises(registry.SettingError, match=f"BNB_WGMMA_ROWS: expected a number of rows.*, got '{variable}'"):
-        compiled_gpu.make_backend(compiled_gpu.GpuPlatform("cuda", build="", compiler=""))
 
 
 def test_torch_multiplies_int8_operands_at_aligned_addresses_only():

@@ -13,15 +13,13 @@ import torch
 
 from bnb_core.registry import Backend, InstructionSets, SettingError
 
+from ..gemm_4bit_kernel import ask_for_kernel
 from ..gpu import GpuKernels
 from ..native import NativeKernels, kernels_of, module_file
 
 WARP_VARIABLE = "BNB_SIM_WARP"
 WARP_SIZES = (32, 64)
 ORDERS = ("forward", "reverse", "shuffled:1")
-
-WGMMA_ROWS = 2**20
-"""The kernel for Hopper is simulated where it takes a product."""
 
 
 def _no_stream(device: torch.device) -> int:
@@ -45,7 +43,7 @@ def _make_backend(name: str, module_name: str, warp_size: int) -> Backend:
         )
         return Backend(name, ("cpu",), 0, {}, unavailable=reason, by_name_only=True)
     module.set_warp_size(_warp_size(warp_size))
-    module.set_wgmma_rows(WGMMA_ROWS)
+    ask_for_kernel(module)
     return Backend(
         name=name,
         device_types=("cpu",),

@@ -1,0 +1,40 @@
+"""The CUDA kernels as the compiler makes them, once for all tests that look at them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ARCHS = ("75", "80", "90", "100", "120")
+
+
+@dataclass(frozen=True)
+class CudaBuild:
+    package: Path
+    """The folder of the package with the kernels."""
+    objects: Path
+    archs: tuple[str, ...]
+    report: str
+    """What the compiler and the assembler said."""
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> CudaBuild:
+    folder = tmp_path_factory.mktemp("cuda")
+    environment = {
+        **os.environ,
+        "BNB_BUILD": "cuda",
+        "BNB_ARCHS": ";".join(ARCHS),
+        "NVCC_APPEND_FLAGS": "-Xptxas -v",
+    }
+    arguments = ["--build-temp", str(folder / "objects"), "--build-lib", str(folder / "package")]
+    command = [sys.executable, "setup.py", "-q", "build_ext", *arguments]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
+    return CudaBuild(folder / "package", folder / "objects", ARCHS, run.stdout + run.stderr)
