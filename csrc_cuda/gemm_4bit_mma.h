@@ -197,29 +197,35 @@ constexpr int kMostTilesForTwoBlocks = 1;
 constexpr int kMostTilesForTwoBlocks = 2;
 #endif
 
-template <class T, int n_tiles, class Segments, class Codebook>
-__global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks ? 2 : 1)
-    gemm_4bit_mma_kernel(Gemm4bit<T> gemm, Codebook codebook, MmaPlan plan) {
+// Where a block is: rows of X and of W, and the part of K.
+template <class T>
+struct MmaPlace {
+  const T* X;
+  int x_rows;
+  int64_t first_n, end_n;  // of the weight's rows, those of the block and where they end
+  int part;
+};
+
+// The products of a block: store(m, n, sum) takes them, m from the place's first row of X on.
+template <class T, int n_tiles, class Segments, class Codebook, class Store>
+__device__ inline void multiply_mma_block(const WeightView& weight, const Codebook& codebook,
+                                          const MmaPlan& plan, const MmaPlace<T>& place, const Store& store) {
   using Tile = MmaTile<T, n_tiles, Segments>;
   using X = typename Tile::X;
-  const WeightView& weight = gemm.weight;
-  const int block = static_cast<int>(blockIdx.x);
-  const int part = block / plan.row_blocks % plan.split.splits;
-  const int64_t first_m = int64_t{block / plan.row_blocks / plan.split.splits} * Tile::kRows;
-  const int x_rows = static_cast<int>(min(gemm.M - first_m, static_cast<int64_t>(Tile::kRows)));
   const int row_warp = warp() % plan.row_warps, k_warp = warp() / plan.row_warps;
   const int block_rows = plan.row_warps * kWarpRows;
-  const int64_t first_n = int64_t{block % plan.row_blocks} * block_rows;
   // The last warps take rows that others have too, so that none reads past the end.
-  const auto first_row = [&](int warp) { return min(first_n + warp * kWarpRows, weight.N - kWarpRows); };
+  const auto first_row = [&](int warp) {
+    return min(place.first_n + warp * kWarpRows, place.end_n - kWarpRows);
+  };
   const int step_width = plan.k_warps * Segments::span;
-  const int k = part * plan.split.steps_per_split * step_width;
+  const int k = place.part * plan.split.steps_per_split * step_width;
   unsigned char* const shared = dynamic_shared<unsigned char>();
 
   WeightStream<Segments> stream(weight, first_row(row_warp), k + k_warp * Segments::span);
   typename Tile::Step step, next = {};
   stream.load(weight, step_width, next);
-  X x(gemm.A + first_m * weight.K, x_rows, weight.K, k, plan.k_warps);
+  X x(place.X, place.x_rows, weight.K, k, plan.k_warps);
   x.copy(weight.K, plan.k_warps, plan.copied_row_step, 0);
   const PairTable<T> table(shared);
   const CodeFactor factor = factor_of(codebook);
@@ -247,17 +253,31 @@ __global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks
   tile.segments.sums.store(sums, k_warp, row_warp, block_rows);
   __syncthreads();
   const int row = static_cast<int>(threadIdx.x) % block_rows;
-  const int64_t row_shift = first_row(row / kWarpRows) - (first_n + row / kWarpRows * kWarpRows);
-  const int64_t n = first_n + row + row_shift;
+  const int64_t row_shift = first_row(row / kWarpRows) - (place.first_n + row / kWarpRows * kWarpRows);
   if (row % kWarpRows + row_shift < 0) return;  // an earlier warp's row
-  for (int m = static_cast<int>(threadIdx.x) / block_rows; m < x_rows; m += kMmaThreads / block_rows) {
-    const float sum = Sums::add(sums, plan.k_warps, m, row, block_rows) * factor.of_sums;
+  for (int m = static_cast<int>(threadIdx.x) / block_rows; m < place.x_rows; m += kMmaThreads / block_rows)
+    store(m, place.first_n + row + row_shift,
+          Sums::add(sums, plan.k_warps, m, row, block_rows) * factor.of_sums);
+}
+
+template <class T, int n_tiles, class Segments, class Codebook>
+__global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks ? 2 : 1)
+    gemm_4bit_mma_kernel(Gemm4bit<T> gemm, Codebook codebook, MmaPlan plan) {
+  constexpr int64_t kRows = MmaTile<T, n_tiles, Segments>::kRows;
+  const WeightView& weight = gemm.weight;
+  const int block = static_cast<int>(blockIdx.x);
+  const int part = block / plan.row_blocks % plan.split.splits;
+  const int64_t first_m = block / plan.row_blocks / plan.split.splits * kRows;
+  const int64_t first_n = int64_t{block % plan.row_blocks} * plan.row_warps * kWarpRows;
+  const MmaPlace<T> place{gemm.A + first_m * weight.K, static_cast<int>(min(gemm.M - first_m, kRows)),
+                          first_n, weight.N, part};
+  multiply_mma_block<T, n_tiles, Segments>(weight, codebook, plan, place, [&](int m, int64_t n, float sum) {
     if (plan.split.splits == 1) {
       store_output(gemm, first_m + m, n, sum);
     } else {
       plan.split.partials[(part * gemm.M + first_m + m) * weight.N + n] = sum;
     }
-  }
+  });
 }
 
 // Blocks of so many rows that reading X again for each of them costs half of what the weight does, if that

@@ -1,6 +1,7 @@
-// Products with a 4-bit weight for each group of rows (docs/SPEC.md section 3): any type, any shape, any
-// address, in f32. The host does not know how many rows a group has: there are as many blocks as it could
-// take, and those without a tile end at once.
+// Products with a 4-bit weight for each group of rows (docs/SPEC.md section 3): on tensor cores where the
+// kernel for one weight takes it, else in f32. The host does not know how many rows a group has: there are as
+// many blocks as it could take, and those without a tile end at once.
+#include "gemm_4bit_mma.h"
 #include "gemv_4bit.h"
 #include "groups.h"
 #include "operations.h"
@@ -23,7 +24,8 @@ struct GroupedGemm4bit {
   }
 };
 
-constexpr int kFewRows = 4;  // that a warp takes at a time
+constexpr int kGroupedSegment = 64;  // codes of a row that lie in one block
+constexpr int kFewRows = 4;          // that a warp takes at a time
 constexpr int kGemvBlockColumns = kGemvThreads / kWarp * kGemvColumns;
 
 template <class Weights, class T>
@@ -74,6 +76,23 @@ __global__ void __launch_bounds__(kTileThreads, 2)
         gemm.store(tile.group, tile.first + m, first_n + column, sum);
     });
   }
+}
+
+template <class T, int n_tiles, class Segments>
+__global__ void __launch_bounds__(kMmaThreads, n_tiles <= kMostTilesForTwoBlocks ? 2 : 1)
+    grouped_gemm_4bit_mma_kernel(GroupedGemm4bit<T> gemm, Codebook4bit codebook, MmaPlan plan) {
+  const WeightView& weight = gemm.stacked.weight;
+  const int block = static_cast<int>(blockIdx.x);
+  const GroupTile tile =
+      group_tile(gemm.groups, gemm.stacked.M, block / plan.row_blocks, MmaTile<T, n_tiles, Segments>::kRows);
+  if (tile.rows == 0) return;
+  const int64_t first = tile.group * gemm.N;
+  const MmaPlace<T> place{gemm.stacked.A + tile.first * weight.K, static_cast<int>(tile.rows),
+                          first + int64_t{block % plan.row_blocks} * plan.row_warps * kWarpRows,
+                          first + gemm.N, 0};
+  multiply_mma_block<T, n_tiles, Segments>(weight, codebook, plan, place, [&](int m, int64_t n, float sum) {
+    gemm.store(tile.group, tile.first + m, n - first, sum);
+  });
 }
 
 // dA[m] = dY[m] @ weights[e].
@@ -127,29 +146,68 @@ void with_weights(const WeightView& weight, const F& f) {
   AlignedWeight::fits(weight) ? f(AlignedWeight()) : f(AnyWeight());
 }
 
+// In f32.
+template <class T>
+void launch_grouped_f32(const GroupedGemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
+  const int64_t rows = gemm.stacked.M;
+  with_weights(gemm.stacked.weight, [&](auto kind) {
+    using Weights = decltype(kind);
+    if (rows <= kFewRows * gemm.groups.count) {
+      const int64_t tiles = most_group_tiles(gemm.groups, rows, kFewRows);
+      launch("grouped_gemm_4bit", grouped_gemv_4bit_kernel<Weights, T>,
+             tiles * ceil_div(gemm.N, kGemvBlockColumns), kGemvThreads, stream, 0, gemm, codebook, tiles);
+    } else {
+      const int64_t tiles = most_group_tiles(gemm.groups, rows, kTile);
+      launch("grouped_gemm_4bit", grouped_gemm_4bit_tiles_kernel<Weights, T>, tiles * ceil_div(gemm.N, kTile),
+             kTileThreads, stream, 0, gemm, codebook, tiles);
+    }
+  });
+}
+
+// On tensor cores, in blocks of n_tiles * 8 rows of one group; K is not split.
+template <class T, int n_tiles>
+void launch_grouped_mma(const GroupedGemm4bit<T>& gemm, const Codebook4bit& codebook, Stream stream) {
+  using Parts = Segments<kGroupedSegment, n_tiles == 8 ? 1 : 2>;
+  using Tile = MmaTile<T, n_tiles, Parts>;
+  const int64_t K = gemm.stacked.weight.K;
+  MmaPlan plan = mma_plan<Tile, Parts>(Tile::kRows, gemm.N, K);
+  plan.split = {1, static_cast<int>(ceil_div(K, plan.k_warps * Parts::span)), nullptr};
+  const size_t shared = std::max<size_t>(PairTable<T>::kBytes + 2 * plan.k_warps * Tile::X::kBytes,
+                                         MmaSums<float, n_tiles>::kBytes);
+  const int64_t tiles = most_group_tiles(gemm.groups, gemm.stacked.M, Tile::kRows);
+  launch("grouped_gemm_4bit", grouped_gemm_4bit_mma_kernel<T, n_tiles, Parts>, tiles * plan.row_blocks,
+         kMmaThreads, stream, shared, gemm, codebook, plan);
+}
+
+template <class T>
+bool fits_grouped_mma(const GroupedGemm4bit<T>& gemm) {
+  if constexpr (kMayHaveMma && !std::is_same_v<T, float>)
+    return gemm.N >= kWarpRows && mma_segment(gemm.stacked) == kGroupedSegment &&
+           most_group_tiles(gemm.groups, gemm.stacked.M, kMmaColumns) * ceil_div(gemm.N, kWarpRows) <=
+               kMaxGrid;
+  return false;
+}
+
 }  // namespace
 
 namespace gpu {
 
 bool grouped_gemm_4bit(const Matrix& A, const Weight4bit& weights, const Groups& groups, const void* bias,
                        void* out, Stream stream) {
-  const int64_t N = weights.N / groups.count;
   with_gemm_4bit(A, weights, bias, out, [&](const auto& stacked) {
     using T = typename std::decay_t<decltype(stacked)>::Element;
-    const GroupedGemm4bit<T> gemm{stacked, groups, N};
+    const GroupedGemm4bit<T> gemm{stacked, groups, weights.N / groups.count};
     const Codebook4bit codebook = codebook_for<T>(weights.format());
-    with_weights(stacked.weight, [&](auto kind) {
-      using Weights = decltype(kind);
-      if (A.rows <= kFewRows * groups.count) {
-        const int64_t tiles = most_group_tiles(groups, A.rows, kFewRows);
-        launch("grouped_gemm_4bit", grouped_gemv_4bit_kernel<Weights, T>,
-               tiles * ceil_div(N, kGemvBlockColumns), kGemvThreads, stream, 0, gemm, codebook, tiles);
-      } else {
-        const int64_t tiles = most_group_tiles(groups, A.rows, kTile);
-        launch("grouped_gemm_4bit", grouped_gemm_4bit_tiles_kernel<Weights, T>, tiles * ceil_div(N, kTile),
-               kTileThreads, stream, 0, gemm, codebook, tiles);
+    if constexpr (kMayHaveMma && !std::is_same_v<T, float>) {
+      if (fits_grouped_mma(gemm)) {
+        // A tile as high as a group is on average: a lower one reads the weight more often.
+        const int64_t average = ceil_div(A.rows, groups.count);
+        if (average <= 8) return launch_grouped_mma<T, 1>(gemm, codebook, stream);
+        if (average <= 32) return launch_grouped_mma<T, 4>(gemm, codebook, stream);
+        return launch_grouped_mma<T, 8>(gemm, codebook, stream);
       }
-    });
+    }
+    launch_grouped_f32(gemm, codebook, stream);
   });
   return true;
 }
