@@ -18,6 +18,14 @@ from bnb_core.optim.compiled import compiled_step, init_group, primitive_and_rec
 from bnb_core.optim.hyperparameters import check_hyperparameters, check_lr_tensor, check_only
 from bnb_core.optim.manager import GlobalOptimManager
 from bnb_core.optim.saved_state import SavedState
+from bnb_core.optim.sharded import (
+    check_sharded,
+    is_sharded,
+    local_gradient,
+    local_part,
+    sharded_type,
+    with_bound,
+)
 from bnb_core.optim.state_buffers import is_capturing
 from bnb_core.paged import GlobalPageManager
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
@@ -233,6 +241,8 @@ class Optimizer8bit(SavedState):
             for pindex, p in enumerate(group["params"])
             if _has_dense_gradient(p)
         ]
+        if self.capturable and sharded_type():
+            self._check_bounds(indices)
         if capturing and not (self.initialized and all("step" in self.state[p] for _, p, _, _ in indices)):
             raise RuntimeError(_UNPREPARED.format(type(self).__name__))
         self.prepare(indices)
@@ -244,6 +254,14 @@ class Optimizer8bit(SavedState):
                 self.prefetch_state(p)
             self.update_step(group, p, gindex, pindex)
         return loss
+
+    def _check_bounds(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
+        for group, p, gindex, pindex in indices:
+            if is_sharded(p) and self.get_config(gindex, pindex, group)["max_unorm"] > 0:
+                raise ValueError(
+                    "max_unorm: a capturable optimizer cannot bound the update of a sharded parameter, as that takes "
+                    "norms of all processes on the host; make it with capturable=False"
+                )
 
     def _update_together(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
         """One call for the parameters that differ in nothing but their tensors; each for itself where norms count."""
@@ -279,6 +297,8 @@ class Optimizer8bit(SavedState):
         columns = {key: [state[key] for state in states] for key in (*STATE_KEYS, *ABSMAX_KEYS) if key in first}
         update, record = primitive_and_record({**first, **columns})
         g, p = [p.grad for p, _ in members], [p for p, _ in members]
+        if sharded_type():
+            g, p = [local_gradient(whole) for whole in p], [local_part(whole) for whole in p]
         update.several(self.settings_of(config, step, p[0].device), g, p, record, None)
         if not self.capturable:
             for state in states:
@@ -316,19 +336,23 @@ class Optimizer8bit(SavedState):
             raise
 
     def init_state(self, group: Mapping[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
-        """Make the state of a parameter that has none: zeros, in the form its settings ask for."""
+        """Make the state of a parameter that has none: zeros, in the form its settings ask for.
+
+        That of a DTensor is as large as this process's shard; what the settings say of its size, the whole decides.
+        """
         config = self.get_config(gindex, pindex, group)
         quantized = config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"]
         traits = OPTIMIZERS[self.optimizer_name]
         state: dict[str, Any] = {"step": self.counted(0, p)}
+        part = local_part(p)
         for number, key in enumerate(STATE_KEYS[: traits.states], start=1):
             stack = (2,) if traits.stacked and key == "state1" else ()
             dtype = torch.uint8 if quantized else torch.float32
-            state[key] = self.get_state_buffer(p, dtype, (*stack, *p.shape))
+            state[key] = self.get_state_buffer(p, dtype, (*stack, *part.shape))
             if quantized:
-                blocks = block_count(p.numel(), OPTIMIZER_BLOCKSIZE)
-                state[f"qmap{number}"] = self._qmap(key, p.device)
-                state[f"absmax{number}"] = torch.zeros((*stack, blocks), dtype=torch.float32, device=p.device)
+                blocks = block_count(part.numel(), OPTIMIZER_BLOCKSIZE)
+                state[f"qmap{number}"] = self._qmap(key, part.device)
+                state[f"absmax{number}"] = torch.zeros((*stack, blocks), dtype=torch.float32, device=part.device)
         self.state[p].update(state)
 
     def counted(self, step: int, p: Tensor) -> int | Tensor:
@@ -355,7 +379,10 @@ class Optimizer8bit(SavedState):
         step = count.add_(1.0) if isinstance(count, Tensor) else count + 1
         self.make_room(p, state, config)
         update, record = primitive_and_record(state)
-        update(self.settings_of(config, step, p.device), p.grad, p, record, state.get("unorm_vec"))
+        settings = self.settings_of(config, step, p.device)
+        if settings.max_unorm > 0 and is_sharded(p):
+            settings = with_bound(update, settings, p, record, state["unorm_vec"])
+        update(settings, local_gradient(p), local_part(p), record, state.get("unorm_vec"))
         state["step"] = step
 
     @staticmethod
@@ -369,4 +396,6 @@ def _has_dense_gradient(p: Tensor) -> bool:
     grad = p.grad
     if grad is not None and grad.layout is not torch.strided:
         raise ValueError(f"grad: sparse gradients are not supported, got layout {grad.layout}; expected a dense tensor")
+    if grad is not None and sharded_type():
+        check_sharded(p)
     return grad is not None

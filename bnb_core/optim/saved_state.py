@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnb_core.optim.checkpoint import STATE_KEYS, ParameterState, checked_groups, checked_state, grouped
+from bnb_core.optim.checkpoint import STATE_KEYS, ParameterState, checked_groups, checked_state, flat, grouped
 from bnb_core.optim.per_element import expected_per_element, in_blocks, is_flattened, per_element
+from bnb_core.optim.sharded import is_sharded, local_part
+from bnb_core.optim.sharded_state import in_local_blocks, is_in_runs, saved_in_runs
 from bnb_core.optim.state_buffers import StateBuffers
 
 
@@ -41,9 +43,10 @@ class SavedState(StateBuffers):
     def state_dict(self) -> dict[str, Any]:
         """As for every torch optimizer, the quantized tensors of a parameter grouped under one key.
 
-        They stand in a dict under ``"__bnb_optimizer_quant_state__"``. The state of parameters that FSDP1 manages has
-        the parameter's shape in every tensor instead, with a scale per element, so that FSDP1 can gather and cut it.
-        The count of a parameter's steps is an int, with ``capturable``, too, which waits for the device.
+        They stand in a dict under ``"__bnb_optimizer_quant_state__"``. The state of DTensors, as FSDP2 has them, is
+        DTensors (:mod:`bnb_core.optim.sharded_state`). The state of parameters that FSDP1 manages has the parameter's
+        shape in every tensor instead, with a scale per element, so that FSDP1 can gather and cut it. The count of a
+        parameter's steps is an int, with ``capturable``, too, which waits for the device.
 
         Raises:
             ValueError: FSDP1 manages a parameter whose state has codebooks of its own.
@@ -56,6 +59,8 @@ class SavedState(StateBuffers):
     def _saved(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(state.get("step"), Tensor):
             state = {**dict(state.items()), "step": int(state["step"].item())}
+        if is_sharded(p):
+            return grouped(saved_in_runs(state, self.optimizer_name, p))
         if not is_flattened(p):
             return grouped(state)
         for key in STATE_KEYS:
@@ -71,7 +76,8 @@ class SavedState(StateBuffers):
         """Resume from :meth:`state_dict`, or from that of bitsandbytes, grouped or flat.
 
         Everything is checked first: after an error the optimizer is what it was. The state keeps the form it was saved
-        in, 8-bit or 32-bit, and shares no memory with ``state_dict``.
+        in, 8-bit or 32-bit, and shares no memory with ``state_dict``. State of DTensors is read for any placements, and
+        plain tensors, the same in each process, are cut for them.
 
         Args:
             move_to_device: bring the state to the parameters' devices now; otherwise the next step does.
@@ -114,9 +120,13 @@ class SavedState(StateBuffers):
                 raise ValueError(f"state[{index!r}]: no parameter group has this parameter")
             p, group = owners[index]
             stateless = not self.keeps_state({**group, **self._overrides.get(id(p), {})})
-            state = checked_state(f"state[{index!r}]", saved, self.optimizer_name, p, stateless)
-            if expected_per_element(state, self.optimizer_name, p) is not None:
-                state = in_blocks(state, self.optimizer_name, p, self._qmap)
+            name, part = f"state[{index!r}]", local_part(p)
+            saved = flat(name, saved)
+            if is_sharded(p) or is_in_runs(saved, self.optimizer_name, p):
+                saved = in_local_blocks(name, saved, self.optimizer_name, p)
+            state = checked_state(name, saved, self.optimizer_name, part, stateless)
+            if expected_per_element(state, self.optimizer_name, part) is not None:
+                state = in_blocks(state, self.optimizer_name, part, self._qmap)
             if state:
                 states[p] = state
         return states

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnb_core import functional
 from bnb_core.optim.checkpoint import STATE_KEYS
+from bnb_core.optim.sharded import local_part
 
 # Below this many elements a state is not worth a file (or an allocation in managed memory) of its own.
 SMALLEST_PAGED = 100_000
@@ -42,12 +43,16 @@ class StateBuffers(torch.optim.Optimizer):
         return self.name2qmap[name]
 
     def _pages(self, p: Tensor) -> bool:
-        return self.is_paged and p.numel() >= SMALLEST_PAGED
+        return self.is_paged and local_part(p).numel() >= SMALLEST_PAGED
 
     def get_state_buffer(
         self, p: Tensor, dtype: torch.dtype = torch.float32, shape: Sequence[int] | None = None
     ) -> Tensor:
-        """Zeros in the parameter's shape (or ``shape``), row-major, on its device, paged if this optimizer's are."""
+        """Zeros in the parameter's shape (or ``shape``), row-major, on its device, paged if this optimizer's are.
+
+        Of a parameter that is sharded over processes, this one's part counts.
+        """
+        p = local_part(p)
         shape = p.shape if shape is None else shape
         if self._pages(p):
             return functional.get_paged(*shape, dtype=dtype, device=p.device)
@@ -74,12 +79,14 @@ class StateBuffers(torch.optim.Optimizer):
                     state[key] = self._copied(p, key, value)
 
     def _is_in_place(self, p: Tensor, key: str, value: Tensor) -> bool:
+        p = local_part(p)
         paged = getattr(value, "is_paged", False)
         in_memory = not paged or getattr(value, "page_process", self._process) == self._process
         return value.device == p.device and in_memory and (key not in STATE_KEYS or paged == self._pages(p))
 
     def _copied(self, p: Tensor, key: str, value: Tensor) -> Tensor:
         """A copy of one state tensor where it belongs."""
+        p = local_part(p)
         if key in STATE_KEYS:
             return self.get_state_buffer(p, value.dtype, value.shape).copy_(value)
         if key.startswith("qmap"):
