@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from bnb_core.checks import check_flag
 from bnb_core.optim.checkpoint import QUANT_STATE_KEY, STATE_KEYS, TENSOR_KEYS, ParameterState
 from bnb_core.optim.compiled import compiled_step, init_group, primitive_and_record
+from bnb_core.optim.flat_parameters import is_flattened, original_numel
 from bnb_core.optim.hyperparameters import check_hyperparameters, check_lr_tensor, check_only
 from bnb_core.optim.manager import GlobalOptimManager
 from bnb_core.optim.saved_state import SavedState
@@ -40,6 +41,14 @@ _CAPTURED = (
 _UNPREPARED = (
     "{}.step: a CUDA graph would make the state anew at each replay; call step() once before the capture, with a "
     "gradient for each parameter that has one in it"
+)
+_UNBOUNDED_UNDER_FSDP1 = (
+    "max_unorm: FSDP1 does not tell which processes have the rest of a parameter, so that its norm is not known; use "
+    "FSDP2 (torch.distributed.fsdp.fully_shard), or max_unorm=0"
+)
+_UNBOUNDED_AND_CAPTURABLE = (
+    "max_unorm: a capturable optimizer cannot bound the update of a sharded parameter, as that takes norms of all "
+    "processes on the host; make it with capturable=False"
 )
 
 
@@ -241,7 +250,7 @@ class Optimizer8bit(SavedState):
             for pindex, p in enumerate(group["params"])
             if _has_dense_gradient(p)
         ]
-        if self.capturable and sharded_type():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._check_bounds(indices)
         if capturing and not (self.initialized and all("step" in self.state[p] for _, p, _, _ in indices)):
             raise RuntimeError(_UNPREPARED.format(type(self).__name__))
@@ -256,12 +265,11 @@ class Optimizer8bit(SavedState):
         return loss
 
     def _check_bounds(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
+        """Whether the norms of parameters that are spread over processes can be had, where they bound the update."""
         for group, p, gindex, pindex in indices:
-            if is_sharded(p) and self.get_config(gindex, pindex, group)["max_unorm"] > 0:
-                raise ValueError(
-                    "max_unorm: a capturable optimizer cannot bound the update of a sharded parameter, as that takes "
-                    "norms of all processes on the host; make it with capturable=False"
-                )
+            hidden = is_flattened(p) and torch.distributed.get_world_size() > 1
+            if (hidden or (self.capturable and is_sharded(p))) and self.get_config(gindex, pindex, group)["max_unorm"]:
+                raise ValueError(_UNBOUNDED_UNDER_FSDP1 if hidden else _UNBOUNDED_AND_CAPTURABLE)
 
     def _update_together(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
         """One call for the parameters that differ in nothing but their tensors; each for itself where norms count."""
@@ -341,7 +349,7 @@ class Optimizer8bit(SavedState):
         That of a DTensor is as large as this process's shard; what the settings say of its size, the whole decides.
         """
         config = self.get_config(gindex, pindex, group)
-        quantized = config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"]
+        quantized = config["optim_bits"] == 8 and original_numel(p) >= config["min_8bit_size"]
         traits = OPTIMIZERS[self.optimizer_name]
         state: dict[str, Any] = {"step": self.counted(0, p)}
         part = local_part(p)

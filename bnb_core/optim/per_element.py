@@ -24,11 +24,6 @@ Codebook = Callable[[str, torch.device], Tensor]
 _UNSCALED = -1.0
 
 
-def is_flattened(p: Tensor) -> bool:
-    """Whether FSDP1 manages this parameter, which it marks so."""
-    return getattr(p, "_fsdp_flattened", False)
-
-
 def per_element(state: Mapping[str, Any], optimizer_name: str, p: Tensor, with_scales: bool) -> dict[str, Any]:
     """The state of a parameter, in this form; the norm of its last update, which no step reads, is left out.
 

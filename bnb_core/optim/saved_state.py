@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bnb_core.optim.checkpoint import STATE_KEYS, ParameterState, checked_groups, checked_state, flat, grouped
-from bnb_core.optim.per_element import expected_per_element, in_blocks, is_flattened, per_element
+from bnb_core.optim.flat_parameters import is_flattened
+from bnb_core.optim.per_element import expected_per_element, in_blocks, per_element
 from bnb_core.optim.sharded import is_sharded, local_part
 from bnb_core.optim.sharded_state import in_local_blocks, is_in_runs, saved_in_runs
 from bnb_core.optim.state_buffers import StateBuffers
@@ -61,7 +62,7 @@ class SavedState(StateBuffers):
             state = {**dict(state.items()), "step": int(state["step"].item())}
         if is_sharded(p):
             return grouped(saved_in_runs(state, self.optimizer_name, p))
-        if not is_flattened(p):
+        if not is_flattened(p) or not state:
             return grouped(state)
         for key in STATE_KEYS:
             qmap = state.get(f"qmap{key[-1]}")
