@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,10 +154,18 @@ class Weight8bitMixin(QuantizedWeightMixin):
 
     def _weight_of_codes(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Int8Params:
         """``weight_format`` may be missing, as older checkpoints have none."""
-        weight_key, scales_key, format_key = f"{prefix}weight", f"{prefix}SCB", f"{prefix}weight_format"
+        weight_key = f"{prefix}weight"
         if self.weight.has_fp16_weights:
             raise ValueError(f"{weight_key}: int8 codes cannot be loaded into a weight with has_fp16_weights=True")
         codes = checked_entry(weight_key, codes, (torch.int8,), self._weight_shape(), on_meta=True)
+        scales = self._scales_of_parts(prefix, codes, parts)
+        device = self._device_for(codes)
+        codes, scales = codes.clone().to(device), scales.clone().to(device)
+        return Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+
+    def _scales_of_parts(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Tensor:
+        """The scales of a state dict, checked."""
+        weight_key, scales_key, format_key = f"{prefix}weight", f"{prefix}SCB", f"{prefix}weight_format"
         if scales_key not in parts:
             raise ValueError(f"{scales_key}: missing, though {weight_key} is int8")
         scales = checked_entry(scales_key, parts[scales_key], (torch.float32,), (codes.shape[0],))
@@ -164,9 +173,19 @@ class Weight8bitMixin(QuantizedWeightMixin):
             weight_format = checked_entry(format_key, parts[format_key], (torch.uint8,), ())
             if weight_format.item() != ROW_FORMAT:
                 raise ValueError(f"{format_key}: expected {ROW_FORMAT}, for rows, got {weight_format.item()}")
-        device = self._device_for(codes)
-        codes, scales = codes.clone().to(device), scales.clone().to(device)
-        return Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+        return scales
+
+    def _has_parts(self) -> bool:
+        return self.weight.dtype == torch.int8
+
+    def _part_setter(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Callable[[], None]:
+        scales = self._scales_of_parts(prefix, codes, parts).clone().to(self.weight.device)
+        return partial(self._set_kept_scales, scales)
+
+    def _set_kept_scales(self, scales: Tensor) -> None:
+        self._kept_scales = scales
+        if isinstance(self.weight, Int8Params):
+            self.weight.CB, self.weight.SCB = self.weight.data, scales
 
     def _weight_of_values(self, values: Tensor) -> Int8Params:
         return Int8Params(values, self.weight.requires_grad, self.weight.has_fp16_weights)
@@ -215,6 +234,10 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
         if scales is None:
             scales = self.state.SCB
         return self._kept_scales if scales is None else scales
+
+    def _set_kept_scales(self, scales: Tensor) -> None:
+        super()._set_kept_scales(scales)
+        self.state.SCB = None
 
     def init_8bit_state(self) -> None:
         """Point the state at the weight as it is now: it may have moved or been replaced since the last forward."""

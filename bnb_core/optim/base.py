@@ -19,18 +19,12 @@ from bnb_core.optim.flat_parameters import is_flattened, original_numel
 from bnb_core.optim.hyperparameters import check_hyperparameters, check_lr_tensor, check_only
 from bnb_core.optim.manager import GlobalOptimManager
 from bnb_core.optim.saved_state import SavedState
-from bnb_core.optim.sharded import (
-    check_sharded,
-    is_sharded,
-    local_gradient,
-    local_part,
-    sharded_type,
-    with_bound,
-)
+from bnb_core.optim.sharded import check_sharded, local_gradient, with_bound
 from bnb_core.optim.state_buffers import is_capturing
 from bnb_core.paged import GlobalPageManager
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
 from bnb_core.records import OptimizerStep
+from bnb_core.sharding import is_sharded, local_part, sharded_type
 
 ABSMAX_KEYS = ("absmax1", "absmax2")
 

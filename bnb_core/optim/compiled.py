@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bnb_core import primitives
-from bnb_core.optim.sharded import is_sharded
 from bnb_core.primitive import Primitive
 from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep
+from bnb_core.sharding import is_sharded
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from torch import Tensor
 from bnb_core.optim.checkpoint import STATE_KEYS, ParameterState, checked_groups, checked_state, flat, grouped
 from bnb_core.optim.flat_parameters import is_flattened
 from bnb_core.optim.per_element import expected_per_element, in_blocks, per_element
-from bnb_core.optim.sharded import is_sharded, local_part
 from bnb_core.optim.sharded_state import in_local_blocks, is_in_runs, saved_in_runs
 from bnb_core.optim.state_buffers import StateBuffers
+from bnb_core.sharding import is_sharded, local_part
 
 
 class SavedState(StateBuffers):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnb_core.optim.hyperparameters import check_only
 from bnb_core.optim.optimizer import Optimizer1State
-from bnb_core.optim.sharded import local_part
+from bnb_core.sharding import local_part
 
 
 class MomentumOptimizer(Optimizer1State):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -11,23 +10,10 @@ from torch import Tensor
 from bnb_core.checks import F32_MAX
 from bnb_core.primitive import Primitive
 from bnb_core.records import OptimizerStep, map_tensors
+from bnb_core.sharding import is_sharded, local_part, sum_over_shards
 
 _DECOUPLED = ("adam", "lamb", "ademamix", "lion")
 """Rules whose weight decay is multiplied by the learning rate, not by the bound of the update."""
-
-
-def sharded_type() -> Any:
-    """DTensor, for isinstance; the empty tuple as long as nobody has loaded it, and no parameter can be one."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-
-
-def is_sharded(p: object) -> bool:
-    return isinstance(p, sharded_type())
-
-
-def local_part(p: Any) -> Tensor:
-    """What this process holds of a parameter, in the same memory; the parameter itself where nothing is sharded."""
-    return p.detach().to_local() if is_sharded(p) else p
 
 
 def local_gradient(p: Any) -> Tensor:
@@ -69,18 +55,10 @@ def with_bound(update: Primitive, step: OptimizerStep, p: Any, record: Any, unor
     update(step._replace(lr=0.0), local_gradient(p), trial, state, unorm_vec)
     finite = part.float().nan_to_num(0.0, 0.0, 0.0)
     norms = torch.stack([torch.linalg.vector_norm(finite, dtype=torch.float64), unorm_vec[0].double()])
-    of_parameter, of_update = _over_shards(norms.square(), p).sqrt().tolist()
+    of_parameter, of_update = sum_over_shards(norms.square(), p).sqrt().tolist()
     unorm_vec.fill_(of_update)
     bound = 1.0 if of_update == 0 else min(1.0, step.max_unorm * of_parameter / of_update)
     weight_decay = step.weight_decay
     if step.optimizer_name in _DECOUPLED and bound > 0:
         weight_decay = min(weight_decay / bound, F32_MAX)
     return step._replace(lr=step.lr * bound, weight_decay=weight_decay, max_unorm=0.0)
-
-
-def _over_shards(values: Tensor, p: Any) -> Tensor:
-    """Add up, in place, what each process has found in its shard of ``p``."""
-    for dim, placement in enumerate(p.placements):
-        if placement.is_shard():
-            torch.distributed.all_reduce(values, group=p.device_mesh.get_group(dim))
-    return values

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bnb_core.checkpoint_entries import described
 from bnb_core.optim.per_element import joined_blocks
-from bnb_core.optim.sharded import is_sharded, local_part
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
+from bnb_core.sharding import is_sharded, local_part, part_of
 
 LONGEST_RUN = 64
 """It divides the block, and what tensor parallelism leaves of most rows; scales take a 16th of the bytes of codes."""
@@ -169,12 +169,4 @@ def _part_of(values: Any, p: Any) -> Tensor:
     """What this process holds of a tensor that is sharded like ``p``, or yet to be."""
     if not is_sharded(p):
         return values.full_tensor() if is_sharded(values) else values
-    placements = _placements(p, values.dim() - p.dim())
-    if is_sharded(values):
-        if tuple(values.placements) == tuple(placements) and values.device_mesh == p.device_mesh:
-            return values.to_local()
-        values = values.full_tensor()
-    from torch.distributed.tensor import DTensor, Replicate
-
-    replicated = DTensor.from_local(values, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=placements).to_local()
+    return part_of(values, p.device_mesh, _placements(p, values.dim() - p.dim()))

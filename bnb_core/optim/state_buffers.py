@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnb_core import functional
 from bnb_core.optim.checkpoint import STATE_KEYS
-from bnb_core.optim.sharded import local_part
+from bnb_core.sharding import local_part
 
 # Below this many elements a state is not worth a file (or an allocation in managed memory) of its own.
 SMALLEST_PAGED = 100_000
