@@ -17,6 +17,7 @@ from bnb_core.functional import QuantState
 from bnb_core.nn.params4bit import CodeBytes, Params4bit, code_bytes
 from bnb_core.nn.quantized_parameter import copied_codes, moved_codes
 from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized
+from bnb_core.nn.tensor_parallel import Cut, cut_4bit, cut_of, own_codes, whole_4bit
 from bnb_core.sharding import is_sharded, local_part, sum_over_shards
 
 _WEIGHT = "weight"
@@ -32,7 +33,11 @@ class Weight4bitMixin(QuantizedWeightMixin):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        quant_state = self._current_quant_state()
+        cut = getattr(self, "_cut", None)
+        if cut is None:
+            quant_state = self._current_quant_state()
+        else:
+            destination[f"{prefix}{_WEIGHT}"], quant_state = whole_4bit(self.weight, self.quant_state, cut)  # type: ignore[arg-type]
         if quant_state is not None:
             parts = quant_state.as_dict(packed=True)
             for name, value in parts.items():
@@ -188,6 +193,7 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
 
     weight: Params4bit
     _looked_at_dtype = False
+    _cut: Cut | None = None
 
     def __init__(
         self,
@@ -254,16 +260,30 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
                 type(self).__name__, purpose,
             )  # fmt: skip
 
+    def _cut_weight(self, wished: Any) -> nn.Parameter:
+        state = self._current_quant_state()
+        if state is None:
+            raise RuntimeError(not_quantized(self.weight))
+        cut = cut_of(wished, self._weight_shape(), state.blocksize)  # type: ignore[arg-type]
+        own, self.quant_state = cut_4bit(self.weight.data, state, cut)
+        self._cut = cut
+        return nn.Parameter(own, requires_grad=False)
+
     def forward(self, x: Tensor) -> Tensor:
         check_float("x", x)
+        if self._cut is not None:
+            state, codes = self.quant_state, own_codes(self.weight)
+            return self._cut.product(x, self.bias, lambda x, bias: self._product(x, codes, state, bias))  # type: ignore[arg-type]
         weight = self.weight
         quant_state = getattr(weight, "quant_state", None) or self._current_quant_state()
         if quant_state is None:
             raise RuntimeError(not_quantized(weight))
+        return self._product(x, weight, quant_state, self.bias)
+
+    def _product(self, x: Tensor, weight: Tensor, quant_state: QuantState, bias: Tensor | None) -> Tensor:
         dtype, given = self._dtype_for(x), x.dtype
         if not (self._looked_at_dtype or torch.compiler.is_compiling()):
             self._look_at_dtype(x, dtype)
-        bias: Tensor | None = self.bias
         if bias is not None and bias.dtype is not dtype:
             bias = bias.to(dtype)
         if given is dtype:

@@ -15,7 +15,9 @@ from bnb_core.checkpoint_entries import checked_entry
 from bnb_core.checks import check_float
 from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode
 from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized
+from bnb_core.nn.tensor_parallel import Cut, cut_of, cut_scales_8bit, whole_scales_8bit
 from bnb_core.primitive import plain_tensor_type
+from bnb_core.sharding import local_part
 from bnb_core.utils import LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
 
 ROW_FORMAT = LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"]
@@ -133,7 +135,10 @@ class Weight8bitMixin(QuantizedWeightMixin):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        scales = self._scales()
+        scales, cut = self._scales(), getattr(self, "_cut", None)
+        if cut is not None:
+            destination[f"{prefix}weight"] = self.weight.detach().full_tensor()  # type: ignore[attr-defined]
+            scales = whole_scales_8bit(scales, cut)  # type: ignore[arg-type]
         if scales is not None and self.weight.dtype == torch.int8:
             destination[f"{prefix}SCB"] = scales if keep_vars else scales.detach()
             destination[f"{prefix}weight_format"] = self.weight_format
@@ -207,6 +212,7 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
     """
 
     weight: Int8Params
+    _cut: Cut | None = None
 
     def __init__(
         self,
@@ -245,8 +251,20 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
         self.state.CB = self.weight.data
         self.state.SCB = None if scales is None else scales.to(self.weight.device)
 
+    def _cut_weight(self, wished: Any) -> nn.Parameter:
+        scales = self._scales()
+        if self.state.has_fp16_weights or scales is None:
+            return super()._cut_weight(wished)
+        cut = cut_of(wished, self._weight_shape(), blocksize=1)
+        self._set_kept_scales(cut_scales_8bit(scales, cut).clone())
+        self._cut = cut
+        return nn.Parameter(wished, requires_grad=False)
+
     def forward(self, x: Tensor) -> Tensor:
         check_float("x", x)
+        if self._cut is not None:
+            codes, scales, threshold = local_part(self.weight), self._kept_scales, self.state.threshold
+            return self._cut.product(x, self.bias, lambda x, bias: int8_linear(x, codes, scales, bias, threshold))  # type: ignore[arg-type]
         bias: Tensor | None = self.bias
         weight, state = self.weight, self.state
         if bias is not None and bias.dtype is not x.dtype:

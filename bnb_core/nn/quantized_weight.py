@@ -64,6 +64,19 @@ class QuantizedWeightMixin(nn.Module):
     def _set_weight(self, weight: nn.Parameter) -> None:
         self.weight = weight
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch does; a DTensor in the place of codes is the wish of ``parallelize_module`` to cut the weight so."""
+        if name == "weight" and is_sharded(param) and isinstance(self._parameters.get(name), QuantizedParameter):
+            param = self._cut_weight(param)
+        super().register_parameter(name, param)
+
+    def _cut_weight(self, wished: Any) -> nn.Parameter:
+        """This process's part of the weight, as a DTensor; the layer keeps the scales that belong to it."""
+        raise ValueError(
+            f"weight: {type(self).__name__} cannot be cut by parallelize_module, leave it out of the plan; Linear4bit "
+            "and Linear8bitLt with has_fp16_weights=False can"
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As torch does, for a weight of a class of its own, which torch neither makes nor swaps.
 
@@ -177,6 +190,8 @@ class QuantizedWeightMixin(nn.Module):
         own, value = self.weight, state_dict.get(key)
         if not self._has_parts() or (value is None and not part_keys):
             return None, set()
+        if getattr(self, "_cut", None) is not None:
+            raise ValueError(f"{key}: parallelize_module has cut this layer; load the state dict before")
         if not isinstance(value, Tensor) or value.dtype != own.dtype or value.shape != own.shape:
             given = "nothing" if value is None else described(value)
             raise ValueError(f"{key}: expected codes {own.dtype} of shape {tuple(own.shape)} to shard, got {given}")

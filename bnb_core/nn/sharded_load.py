@@ -51,7 +51,7 @@ def load_from_rank_0(
     for name, module in model.named_modules():
         own = {key: small[key] for key in _part_keys(name, module, small)}
         if own:
-            module._part_setter(f"{name}." if name else "", module.weight, own)()  # type: ignore[operator]
+            module._part_setter(f"{name}." if name else "", module.weight, own)()
 
 
 def _part_keys(name: str, module: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
