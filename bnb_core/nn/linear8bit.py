@@ -17,7 +17,7 @@ from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode
 from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized
 from bnb_core.nn.tensor_parallel import Cut, cut_of, cut_scales_8bit, whole_scales_8bit
 from bnb_core.primitive import plain_tensor_type
-from bnb_core.sharding import local_part
+from bnb_core.sharding import is_sharded, local_part
 from bnb_core.utils import LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
 
 ROW_FORMAT = LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"]
@@ -100,7 +100,10 @@ class Weight8bitMixin(QuantizedWeightMixin):
     _kept_scales: Tensor | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        if name == "weight" and is_sharded(value):
+            self._parameters[name] = value  # as FSDP2 does it; what is registered, parallelize_module cuts
+        else:
+            super().__setattr__(name, value)
         if name == "weight":
             self._keep_scales()
 
