@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": ".demo.command",
     "conformance": ".conformance",
     "bench": ".bench",
+    "plan": ".plan",
 }
 """Sub-command name to the module, relative to this package, that has a click command `command`."""
 

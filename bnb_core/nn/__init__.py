@@ -15,6 +15,7 @@ from bnb_core.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from bnb_core.nn.linear8bit import Int8Params, Linear8bitLt
 from bnb_core.nn.outlier import OutlierAwareLinear
 from bnb_core.nn.params4bit import Params4bit
+from bnb_core.nn.sharded_load import load_from_rank_0
 
 __all__ = [
     "Embedding",
@@ -32,6 +33,7 @@ __all__ = [
     "OutlierAwareLinear",
     "Params4bit",
     "StableEmbedding",
+    "load_from_rank_0",
     "load_state_dict",
     "parametrize",
 ]

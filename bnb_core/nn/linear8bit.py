@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from bnb_core.checkpoint_entries import checked_entry
 from bnb_core.checks import check_float
 from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode
 from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized
+from bnb_core.nn.tensor_parallel import Cut, cut_of, cut_scales_8bit, whole_scales_8bit
 from bnb_core.primitive import plain_tensor_type
+from bnb_core.sharding import is_sharded, local_part
 from bnb_core.utils import LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
 
 ROW_FORMAT = LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"]
@@ -97,7 +100,10 @@ class Weight8bitMixin(QuantizedWeightMixin):
     _kept_scales: Tensor | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        if name == "weight" and is_sharded(value):
+            self._parameters[name] = value  # as FSDP2 does it; what is registered, parallelize_module cuts
+        else:
+            super().__setattr__(name, value)
         if name == "weight":
             self._keep_scales()
 
@@ -132,7 +138,10 @@ class Weight8bitMixin(QuantizedWeightMixin):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        scales = self._scales()
+        scales, cut = self._scales(), getattr(self, "_cut", None)
+        if cut is not None:
+            destination[f"{prefix}weight"] = self.weight.detach().full_tensor()  # type: ignore[attr-defined]
+            scales = whole_scales_8bit(scales, cut)  # type: ignore[arg-type]
         if scales is not None and self.weight.dtype == torch.int8:
             destination[f"{prefix}SCB"] = scales if keep_vars else scales.detach()
             destination[f"{prefix}weight_format"] = self.weight_format
@@ -153,10 +162,18 @@ class Weight8bitMixin(QuantizedWeightMixin):
 
     def _weight_of_codes(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Int8Params:
         """``weight_format`` may be missing, as older checkpoints have none."""
-        weight_key, scales_key, format_key = f"{prefix}weight", f"{prefix}SCB", f"{prefix}weight_format"
+        weight_key = f"{prefix}weight"
         if self.weight.has_fp16_weights:
             raise ValueError(f"{weight_key}: int8 codes cannot be loaded into a weight with has_fp16_weights=True")
         codes = checked_entry(weight_key, codes, (torch.int8,), self._weight_shape(), on_meta=True)
+        scales = self._scales_of_parts(prefix, codes, parts)
+        device = self._device_for(codes)
+        codes, scales = codes.clone().to(device), scales.clone().to(device)
+        return Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+
+    def _scales_of_parts(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Tensor:
+        """The scales of a state dict, checked."""
+        weight_key, scales_key, format_key = f"{prefix}weight", f"{prefix}SCB", f"{prefix}weight_format"
         if scales_key not in parts:
             raise ValueError(f"{scales_key}: missing, though {weight_key} is int8")
         scales = checked_entry(scales_key, parts[scales_key], (torch.float32,), (codes.shape[0],))
@@ -164,9 +181,19 @@ class Weight8bitMixin(QuantizedWeightMixin):
             weight_format = checked_entry(format_key, parts[format_key], (torch.uint8,), ())
             if weight_format.item() != ROW_FORMAT:
                 raise ValueError(f"{format_key}: expected {ROW_FORMAT}, for rows, got {weight_format.item()}")
-        device = self._device_for(codes)
-        codes, scales = codes.clone().to(device), scales.clone().to(device)
-        return Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+        return scales
+
+    def _has_parts(self) -> bool:
+        return self.weight.dtype == torch.int8
+
+    def _part_setter(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Callable[[], None]:
+        scales = self._scales_of_parts(prefix, codes, parts).clone().to(self.weight.device)
+        return partial(self._set_kept_scales, scales)
+
+    def _set_kept_scales(self, scales: Tensor) -> None:
+        self._kept_scales = scales
+        if isinstance(self.weight, Int8Params):
+            self.weight.CB, self.weight.SCB = self.weight.data, scales
 
     def _weight_of_values(self, values: Tensor) -> Int8Params:
         return Int8Params(values, self.weight.requires_grad, self.weight.has_fp16_weights)
@@ -188,6 +215,7 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
     """
 
     weight: Int8Params
+    _cut: Cut | None = None
 
     def __init__(
         self,
@@ -216,14 +244,30 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
             scales = self.state.SCB
         return self._kept_scales if scales is None else scales
 
+    def _set_kept_scales(self, scales: Tensor) -> None:
+        super()._set_kept_scales(scales)
+        self.state.SCB = None
+
     def init_8bit_state(self) -> None:
         """Point the state at the weight as it is now: it may have moved or been replaced since the last forward."""
         scales = self._scales()
         self.state.CB = self.weight.data
         self.state.SCB = None if scales is None else scales.to(self.weight.device)
 
+    def _cut_weight(self, wished: Any) -> nn.Parameter:
+        scales = self._scales()
+        if self.state.has_fp16_weights or scales is None:
+            return super()._cut_weight(wished)
+        cut = cut_of(wished, self._weight_shape(), blocksize=1)
+        self._set_kept_scales(cut_scales_8bit(scales, cut).clone())
+        self._cut = cut
+        return nn.Parameter(wished, requires_grad=False)
+
     def forward(self, x: Tensor) -> Tensor:
         check_float("x", x)
+        if self._cut is not None:
+            codes, scales, threshold = local_part(self.weight), self._kept_scales, self.state.threshold
+            return self._cut.product(x, self.bias, lambda x, bias: int8_linear(x, codes, scales, bias, threshold))  # type: ignore[arg-type]
         bias: Tensor | None = self.bias
         weight, state = self.weight, self.state
         if bias is not None and bias.dtype is not x.dtype:

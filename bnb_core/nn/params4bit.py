@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,23 @@ from torch import Tensor
 from bnb_core import functional
 from bnb_core.checks import QUANT_STORAGES, QUANT_TYPES, check_blocksize, check_choice, check_dtype_argument
 from bnb_core.functional import DEFAULT_BLOCKSIZE_4BIT, QuantState
-from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode
+from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode, moved_codes
 from bnb_core.primitive import plain_tensor_type
+
+
+class CodeBytes(NamedTuple):
+    """What shows that codes have been changed as if they were values."""
+
+    dtype: torch.dtype
+    total: Tensor | None
+    """The sum of the bytes, i64[]; None where nothing takes them for values."""
+
+
+def code_bytes(codes: Tensor) -> CodeBytes:
+    if not codes.is_floating_point() or codes.is_meta:
+        return CodeBytes(codes.dtype, None)
+    return CodeBytes(codes.dtype, codes.contiguous().view(torch.uint8).sum(dtype=torch.int64))
+
 
 _SPLITS = {torch.chunk, torch.split, Tensor.chunk, Tensor.split}
 
@@ -135,6 +150,7 @@ class Params4bit(QuantizedParameter):
     def _tell_module(self) -> None:
         if self.module is not None:
             self.module.quant_state = self.quant_state
+            self.module._codes_before_sharding = code_bytes(self.data)
 
     def _holds_codes(self) -> bool:
         return self.bnb_quantized
@@ -167,7 +183,7 @@ class Params4bit(QuantizedParameter):
             return self
         if self.quant_state is not None and device.type != "meta":
             self.quant_state.to(device)
-        return self._like(self.data.to(device, non_blocking=non_blocking))
+        return self._like(moved_codes(self.data, device, non_blocking))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -59,7 +59,7 @@ class QuantizedParameter(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedParameter:
         if id(self) in memo:
             return memo[id(self)]
-        copied = self._like(self.data.clone())
+        copied = self._like(copied_codes(self.data) if self._holds_codes() else self.data.clone())
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
             # A copy of the parameter alone stays with its module; a copy of the module has that copy in the memo.
@@ -113,10 +113,26 @@ class DetachedCodes(Tensor):
         return self.plain().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.plain().clone()
+        return copied_codes(self.plain())
 
     def plain(self) -> Tensor:
         return self.as_subclass(Tensor)
+
+
+def moved_codes(codes: Tensor, device: torch.device | None, non_blocking: bool = False) -> Tensor:
+    """Codes on a device, themselves if they are there. They move as bytes: some copies of floats change NaNs."""
+    if device is None or codes.device == device:
+        return codes
+    if not codes.is_floating_point() or not codes.is_contiguous():
+        return codes.to(device, non_blocking=non_blocking)
+    return codes.view(torch.uint8).to(device, non_blocking=non_blocking).view(codes.dtype)
+
+
+def copied_codes(codes: Tensor) -> Tensor:
+    """Codes in memory of their own, copied as bytes."""
+    if not codes.is_floating_point() or not codes.is_contiguous():
+        return codes.clone()
+    return codes.view(torch.uint8).clone().view(codes.dtype)
 
 
 def _are_codes(tensor: Tensor) -> bool:

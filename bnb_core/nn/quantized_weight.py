@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnb_core.checkpoint_entries import checked_entry, dense_entry
+from bnb_core.checkpoint_entries import checked_entry, dense_entry, described
 from bnb_core.checks import FLOAT_DTYPES
 from bnb_core.nn.quantized_parameter import DetachedCodes, QuantizedParameter, in_any_mode
+from bnb_core.sharding import is_sharded, local_part, part_of
 
 NOT_QUANTIZED = "the weight is not quantized yet: move the layer to a device, such as .to('cpu')"
 
@@ -62,6 +64,19 @@ class QuantizedWeightMixin(nn.Module):
     def _set_weight(self, weight: nn.Parameter) -> None:
         self.weight = weight
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch does; a DTensor in the place of codes is the wish of ``parallelize_module`` to cut the weight so."""
+        if name == "weight" and is_sharded(param) and isinstance(self._parameters.get(name), QuantizedParameter):
+            param = self._cut_weight(param)
+        super().register_parameter(name, param)
+
+    def _cut_weight(self, wished: Any) -> nn.Parameter:
+        """This process's part of the weight, as a DTensor; the layer keeps the scales that belong to it."""
+        raise ValueError(
+            f"weight: {type(self).__name__} cannot be cut by parallelize_module, leave it out of the plan; Linear4bit "
+            "and Linear8bitLt with has_fp16_weights=False can"
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As torch does, for a weight of a class of its own, which torch neither makes nor swaps.
 
@@ -111,7 +126,10 @@ class QuantizedWeightMixin(nn.Module):
         """
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         try:
-            weight, handled = self._read_weight(prefix, state_dict, assign)
+            if is_sharded(self.weight):
+                set_weight, handled = self._read_into_shards(prefix, state_dict, assign)
+            else:
+                set_weight, handled = self._read_weight(prefix, state_dict, assign)
             rest = {key: value for key, value in state_dict.items() if key not in handled}
             for name, tensor in self._parameters.items():
                 if tensor is not None and name != "weight" and prefix + name in rest:
@@ -122,8 +140,8 @@ class QuantizedWeightMixin(nn.Module):
         missing: list[str] = []
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [key for key in missing if key not in handled]
-        if weight is not None and not self._only_checks:
-            self._set_weight(weight)
+        if set_weight is not None and not self._only_checks:
+            set_weight()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch does; but a strict load that lacks a key, or has one too many, is refused before anything changes.
@@ -147,8 +165,8 @@ class QuantizedWeightMixin(nn.Module):
 
     def _read_weight(
         self, prefix: str, state_dict: Mapping[str, Any], assign: bool
-    ) -> tuple[nn.Parameter | None, set[str]]:
-        """The weight to set and the keys that it stands for; None and no keys where torch may copy the values."""
+    ) -> tuple[Callable[[], None] | None, set[str]]:
+        """What sets the weight, and the keys that it stands for; None and no keys where torch may copy the values."""
         key, part_keys = f"{prefix}weight", self._part_keys(prefix, state_dict)
         if key not in state_dict:
             if part_keys:
@@ -157,11 +175,48 @@ class QuantizedWeightMixin(nn.Module):
         value = dense_entry(key, state_dict[key], on_meta=assign or self.weight.is_meta)
         if self._holds_codes(value, part_keys):
             parts = {part_key: dense_entry(part_key, state_dict[part_key]) for part_key in part_keys}
-            return self._weight_of_codes(prefix, value, parts), {key, *part_keys}
+            return partial(self._set_weight, self._weight_of_codes(prefix, value, parts)), {key, *part_keys}
         checked_entry(key, value, FLOAT_DTYPES, self._weight_shape(), on_meta=True)
         if self._is_quantized():
-            return self._weight_of_values(value.clone()).to(self._device_for(value)), {key}  # type: ignore[return-value]
-        return (self._weight_of_values(value), {key}) if assign else (None, set())
+            moved = self._weight_of_values(value.clone()).to(self._device_for(value))
+            return partial(self._set_weight, moved), {key}  # type: ignore[arg-type]
+        return (partial(self._set_weight, self._weight_of_values(value)), {key}) if assign else (None, set())
+
+    def _read_into_shards(
+        self, prefix: str, state_dict: Mapping[str, Any], assign: bool
+    ) -> tuple[Callable[[], None] | None, set[str]]:
+        """The same for a weight that is a DTensor: its codes are cut as they are, its scales are on each process."""
+        key, part_keys = f"{prefix}weight", self._part_keys(prefix, state_dict)
+        own, value = self.weight, state_dict.get(key)
+        if not self._has_parts() or (value is None and not part_keys):
+            return None, set()
+        if getattr(self, "_cut", None) is not None:
+            raise ValueError(f"{key}: parallelize_module has cut this layer; load the state dict before")
+        if not isinstance(value, Tensor) or value.dtype != own.dtype or value.shape != own.shape:
+            given = "nothing" if value is None else described(value)
+            raise ValueError(f"{key}: expected codes {own.dtype} of shape {tuple(own.shape)} to shard, got {given}")
+        if not part_keys:
+            raise ValueError(
+                f"{key}: has codes without their scales, such as set_model_state_dict sends with broadcast_from_rank0; "
+                "load on each rank, or by bnb_core.nn.load_from_rank_0"
+            )
+        set_parts = self._part_setter(prefix, value, {name: dense_entry(name, state_dict[name]) for name in part_keys})
+
+        def copy() -> None:
+            if not assign:
+                part = part_of(value.detach(), own.device_mesh, own.placements)
+                local_part(own).view(torch.uint8).copy_(part.contiguous().view(torch.uint8))
+            set_parts()
+
+        return copy, set(part_keys) if assign else {key, *part_keys}
+
+    def _has_parts(self) -> bool:
+        """Whether a weight that has been sharded is one of codes."""
+        raise NotImplementedError
+
+    def _part_setter(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Callable[[], None]:
+        """What sets the scales that belong to sharded codes; ValueError names the key of what does not fit."""
+        raise NotImplementedError
 
     def _device_for(self, value: Tensor) -> torch.device:
         return value.device if self.weight.is_meta else self.weight.device

@@ -5,34 +5,27 @@ from __future__ import annotations
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from bnb_core import functional
 from bnb_core.checks import check_flag
-from bnb_core.optim.checkpoint import (
-    QUANT_STATE_KEY,
-    STATE_KEYS,
-    TENSOR_KEYS,
-    ParameterState,
-    checked_groups,
-    checked_state,
-    grouped,
-)
+from bnb_core.optim.checkpoint import QUANT_STATE_KEY, STATE_KEYS, TENSOR_KEYS, ParameterState
 from bnb_core.optim.compiled import compiled_step, init_group, primitive_and_record
+from bnb_core.optim.flat_parameters import is_flattened, original_numel
 from bnb_core.optim.hyperparameters import check_hyperparameters, check_lr_tensor, check_only
 from bnb_core.optim.manager import GlobalOptimManager
-from bnb_core.optim.per_element import expected_per_element, in_blocks, is_flattened, per_element
+from bnb_core.optim.saved_state import SavedState
+from bnb_core.optim.sharded import check_sharded, local_gradient, with_bound
+from bnb_core.optim.state_buffers import is_capturing
 from bnb_core.paged import GlobalPageManager
 from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS, block_count
 from bnb_core.records import OptimizerStep
+from bnb_core.sharding import is_sharded, local_part, sharded_type
 
-# Below this many elements a state is not worth a file (or an allocation in managed memory) of its own.
-SMALLEST_PAGED = 100_000
 ABSMAX_KEYS = ("absmax1", "absmax2")
 
 _CAPTURED = (
@@ -42,6 +35,14 @@ _CAPTURED = (
 _UNPREPARED = (
     "{}.step: a CUDA graph would make the state anew at each replay; call step() once before the capture, with a "
     "gradient for each parameter that has one in it"
+)
+_UNBOUNDED_UNDER_FSDP1 = (
+    "max_unorm: FSDP1 does not tell which processes have the rest of a parameter, so that its norm is not known; use "
+    "FSDP2 (torch.distributed.fsdp.fully_shard), or max_unorm=0"
+)
+_UNBOUNDED_AND_CAPTURABLE = (
+    "max_unorm: a capturable optimizer cannot bound the update of a sharded parameter, as that takes norms of all "
+    "processes on the host; make it with capturable=False"
 )
 
 
@@ -66,7 +67,7 @@ class MockArgs:
         self.__dict__.update(initial_data)
 
 
-class Optimizer8bit(torch.optim.Optimizer):
+class Optimizer8bit(SavedState):
     """What all optimizers here share (8-bit Optimizers, arXiv 2110.02861).
 
     A state of a parameter with ``optim_bits=8`` and at least ``min_8bit_size`` elements is kept as u8 codes with an f32
@@ -150,26 +151,6 @@ class Optimizer8bit(torch.optim.Optimizer):
     def page_mng(self) -> GlobalPageManager:
         return GlobalPageManager.get_instance()
 
-    @property
-    def name2qmap(self) -> dict[str, Tensor]:
-        """The codebooks of the states: "dynamic" is signed, for state1, and "udynamic" is not, for state2."""
-        if not hasattr(self, "_name2qmap"):
-            self.fill_qmap()
-        return self._name2qmap
-
-    def fill_qmap(self) -> None:
-        """Make the codebooks, which happens by itself when they are first needed."""
-        self._name2qmap = {
-            "dynamic": functional.create_dynamic_map(signed=True),
-            "udynamic": functional.create_dynamic_map(signed=False),
-        }
-
-    def _qmap(self, state_key: str, device: torch.device) -> Tensor:
-        name = "dynamic" if state_key == "state1" else "udynamic"
-        if self.name2qmap[name].device != device:
-            self.name2qmap[name] = self.name2qmap[name].to(device)
-        return self.name2qmap[name]
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
@@ -247,7 +228,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     @_uncompiled
     @torch.no_grad()
     def _eager_step(self, closure: Callable[[], Any] | None) -> Any:
-        capturing = _is_capturing()
+        capturing = is_capturing()
         if capturing and not self.capturable:
             raise RuntimeError(_CAPTURED.format(type(self).__name__))
         loss = None
@@ -263,6 +244,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             for pindex, p in enumerate(group["params"])
             if _has_dense_gradient(p)
         ]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._check_bounds(indices)
         if capturing and not (self.initialized and all("step" in self.state[p] for _, p, _, _ in indices)):
             raise RuntimeError(_UNPREPARED.format(type(self).__name__))
         self.prepare(indices)
@@ -274,6 +257,13 @@ class Optimizer8bit(torch.optim.Optimizer):
                 self.prefetch_state(p)
             self.update_step(group, p, gindex, pindex)
         return loss
+
+    def _check_bounds(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
+        """Whether the norms of parameters that are spread over processes can be had, where they bound the update."""
+        for group, p, gindex, pindex in indices:
+            hidden = is_flattened(p) and torch.distributed.get_world_size() > 1
+            if (hidden or (self.capturable and is_sharded(p))) and self.get_config(gindex, pindex, group)["max_unorm"]:
+                raise ValueError(_UNBOUNDED_UNDER_FSDP1 if hidden else _UNBOUNDED_AND_CAPTURABLE)
 
     def _update_together(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
         """One call for the parameters that differ in nothing but their tensors; each for itself where norms count."""
@@ -309,6 +299,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         columns = {key: [state[key] for state in states] for key in (*STATE_KEYS, *ABSMAX_KEYS) if key in first}
         update, record = primitive_and_record({**first, **columns})
         g, p = [p.grad for p, _ in members], [p for p, _ in members]
+        if sharded_type():
+            g, p = [local_gradient(whole) for whole in p], [local_part(whole) for whole in p]
         update.several(self.settings_of(config, step, p[0].device), g, p, record, None)
         if not self.capturable:
             for state in states:
@@ -346,19 +338,23 @@ class Optimizer8bit(torch.optim.Optimizer):
             raise
 
     def init_state(self, group: Mapping[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
-        """Make the state of a parameter that has none: zeros, in the form its settings ask for."""
+        """Make the state of a parameter that has none: zeros, in the form its settings ask for.
+
+        That of a DTensor is as large as this process's shard; what the settings say of its size, the whole decides.
+        """
         config = self.get_config(gindex, pindex, group)
-        quantized = config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"]
+        quantized = config["optim_bits"] == 8 and original_numel(p) >= config["min_8bit_size"]
         traits = OPTIMIZERS[self.optimizer_name]
         state: dict[str, Any] = {"step": self.counted(0, p)}
+        part = local_part(p)
         for number, key in enumerate(STATE_KEYS[: traits.states], start=1):
             stack = (2,) if traits.stacked and key == "state1" else ()
             dtype = torch.uint8 if quantized else torch.float32
-            state[key] = self.get_state_buffer(p, dtype, (*stack, *p.shape))
+            state[key] = self.get_state_buffer(p, dtype, (*stack, *part.shape))
             if quantized:
-                blocks = block_count(p.numel(), OPTIMIZER_BLOCKSIZE)
-                state[f"qmap{number}"] = self._qmap(key, p.device)
-                state[f"absmax{number}"] = torch.zeros((*stack, blocks), dtype=torch.float32, device=p.device)
+                blocks = block_count(part.numel(), OPTIMIZER_BLOCKSIZE)
+                state[f"qmap{number}"] = self._qmap(key, part.device)
+                state[f"absmax{number}"] = torch.zeros((*stack, blocks), dtype=torch.float32, device=part.device)
         self.state[p].update(state)
 
     def counted(self, step: int, p: Tensor) -> int | Tensor:
@@ -385,7 +381,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         step = count.add_(1.0) if isinstance(count, Tensor) else count + 1
         self.make_room(p, state, config)
         update, record = primitive_and_record(state)
-        update(self.settings_of(config, step, p.device), p.grad, p, record, state.get("unorm_vec"))
+        settings = self.settings_of(config, step, p.device)
+        if settings.max_unorm > 0 and is_sharded(p):
+            settings = with_bound(update, settings, p, record, state["unorm_vec"])
+        update(settings, local_gradient(p), local_part(p), record, state.get("unorm_vec"))
         state["step"] = step
 
     @staticmethod
@@ -394,162 +393,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         if config["max_unorm"] > 0 and "unorm_vec" not in state:
             state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
 
-    def _pages(self, p: Tensor) -> bool:
-        return self.is_paged and p.numel() >= SMALLEST_PAGED
-
-    def get_state_buffer(
-        self, p: Tensor, dtype: torch.dtype = torch.float32, shape: Sequence[int] | None = None
-    ) -> Tensor:
-        """Zeros in the parameter's shape (or ``shape``), row-major, on its device, paged if this optimizer's are."""
-        shape = p.shape if shape is None else shape
-        if self._pages(p):
-            return functional.get_paged(*shape, dtype=dtype, device=p.device)
-        return torch.zeros(shape, dtype=dtype, device=p.device)
-
-    def prefetch_state(self, p: Tensor) -> None:
-        """Start to read the parameter's paged state before it is needed; no part of a CUDA graph."""
-        if _is_capturing():
-            return
-        for key in STATE_KEYS:
-            buffer = self.state[p].get(key)
-            if getattr(buffer, "is_paged", False):
-                functional.prefetch_tensor(buffer)
-
-    def to_gpu(self) -> None:
-        """Bring every state to where it belongs: its parameter's device, and paged memory if this optimizer's are.
-
-        Paged memory is shared with forked processes; a child works on copies.
-        """
-        self._process = os.getpid()
-        for p, state in self.state.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and not self._is_in_place(p, key, value):
-                    state[key] = self._copied(p, key, value)
-
-    def _is_in_place(self, p: Tensor, key: str, value: Tensor) -> bool:
-        paged = getattr(value, "is_paged", False)
-        in_memory = not paged or getattr(value, "page_process", self._process) == self._process
-        return value.device == p.device and in_memory and (key not in STATE_KEYS or paged == self._pages(p))
-
-    def _copied(self, p: Tensor, key: str, value: Tensor) -> Tensor:
-        """A copy of one state tensor where it belongs."""
-        if key in STATE_KEYS:
-            return self.get_state_buffer(p, value.dtype, value.shape).copy_(value)
-        if key.startswith("qmap"):
-            shared = self._qmap(f"state{key[-1]}", p.device)
-            if torch.equal(shared, value.to(p.device)):
-                return shared
-        return value.detach().to(p.device, copy=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As for every torch optimizer, the quantized tensors of a parameter grouped under one key.
-
-        They stand in a dict under ``"__bnb_optimizer_quant_state__"``. The state of parameters that FSDP1 manages has
-        the parameter's shape in every tensor instead, with a scale per element, so that FSDP1 can gather and cut it.
-        The count of a parameter's steps is an int, with ``capturable``, too, which waits for the device.
-
-        Raises:
-            ValueError: FSDP1 manages a parameter whose state has codebooks of its own.
-        """
-        state_dict = super().state_dict()
-        params = [p for group in self.param_groups for p in group["params"]]
-        state_dict["state"] = {key: self._saved(params[key], state) for key, state in state_dict["state"].items()}
-        return state_dict
-
-    def _saved(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-        if isinstance(state.get("step"), Tensor):
-            state = {**dict(state.items()), "step": int(state["step"].item())}
-        if not is_flattened(p):
-            return grouped(state)
-        for key in STATE_KEYS:
-            qmap = state.get(f"qmap{key[-1]}")
-            if qmap is not None and not torch.equal(qmap, self._qmap(key, qmap.device)):
-                raise ValueError(f"qmap{key[-1]}: FSDP1 can save state in the standard codebook only")
-        settings = [vars(self.args), *self.param_groups, *self._overrides.values()]
-        with_scales = any(config.get("optim_bits") == 8 for config in settings)
-        return per_element(state, self.optimizer_name, p, with_scales)
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-        """Resume from :meth:`state_dict`, or from that of bitsandbytes, grouped or flat.
-
-        Everything is checked first: after an error the optimizer is what it was. The state keeps the form it was saved
-        in, 8-bit or 32-bit, and shares no memory with ``state_dict``.
-
-        Args:
-            move_to_device: bring the state to the parameters' devices now; otherwise the next step does.
-
-        Raises:
-            ValueError: a missing, unknown or malformed entry; the message names its key.
-        """
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        for key, kind in (("param_groups", list), ("state", Mapping)):
-            if not isinstance(state_dict.get(key), kind):
-                raise ValueError(f"{key}: expected a {kind.__name__.lower()}, got {type(state_dict.get(key)).__name__}")
-        groups = checked_groups(state_dict["param_groups"], self.param_groups, self.defaults)
-        for group in groups:
-            self.check_group(group)
-        copied = self._copied if move_to_device else _cloned
-        state: defaultdict[Tensor, dict[str, Any]] = defaultdict(ParameterState)
-        for p, saved in self._checked_states(state_dict, groups).items():
-            tensors = {k: copied(p, k, value) for k, value in saved.items() if isinstance(value, Tensor)}
-            state[p] = ParameterState({**saved, **tensors, "step": self.counted(saved["step"], p)})
-        # In one go, so that an interrupt finds the optimizer before or after.
-        self.__dict__.update(state=state, param_groups=groups, **self._unprepared())
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _checked_states(
-        self, state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
-    ) -> dict[Tensor, dict[str, Any]]:
-        """The saved state by our parameter, which stands in its group where the saved one stood in its."""
-        owners = {
-            saved: (p, group)
-            for saved_group, group in zip(state_dict["param_groups"], groups, strict=True)
-            for saved, p in zip(saved_group["params"], group["params"], strict=True)
-        }
-        self.check_overrides()
-        states = {}
-        for index, saved in state_dict["state"].items():
-            if index not in owners:
-                raise ValueError(f"state[{index!r}]: no parameter group has this parameter")
-            p, group = owners[index]
-            stateless = not self.keeps_state({**group, **self._overrides.get(id(p), {})})
-            state = checked_state(f"state[{index!r}]", saved, self.optimizer_name, p, stateless)
-            if expected_per_element(state, self.optimizer_name, p) is not None:
-                state = in_blocks(state, self.optimizer_name, p, self._qmap)
-            if state:
-                states[p] = state
-        return states
-
-    def keeps_state(self, config: Mapping[str, Any]) -> bool:
-        """Whether the rule needs a state under these settings."""
-        return True
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("optimizer_name", "args", "is_paged", "capturable")}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget_preparation()
-        for values in self.state.values():
-            # A copied tensor is in ordinary memory, whatever its attributes say; detaching drops those.
-            values.update({key: values[key].detach() for key in STATE_KEYS if key in values})
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _cloned(p: Tensor, key: str, value: Tensor) -> Tensor:
-    return value.detach().clone()
-
 
 def _has_dense_gradient(p: Tensor) -> bool:
     grad = p.grad
     if grad is not None and grad.layout is not torch.strided:
         raise ValueError(f"grad: sparse gradients are not supported, got layout {grad.layout}; expected a dense tensor")
+    if grad is not None and sharded_type():
+        check_sharded(p)
     return grad is not None

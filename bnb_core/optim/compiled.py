@@ -15,6 +15,7 @@ from torch import Tensor
 from bnb_core import primitives
 from bnb_core.primitive import Primitive
 from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep
+from bnb_core.sharding import is_sharded
 
 
 @torch.no_grad()
@@ -68,6 +69,8 @@ def init_group(
     optimizer.check_group(group)
     settings.extend((name, value) for name, value in group.items() if name != "params" and not _is_tensor(value))
     indices = [(group, group["params"][place], gindex, place) for place in places]
+    if any(is_sharded(p) for _, p, _, _ in indices):
+        raise RuntimeError("step: that of sharded parameters (DTensors) is not compiled; call it outside of what is")
     optimizer.prepare(indices)
     for _, p, _, place in indices:
         config, state = optimizer.get_config(gindex, place, group), optimizer.state[p]

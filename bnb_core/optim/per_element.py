@@ -24,11 +24,6 @@ Codebook = Callable[[str, torch.device], Tensor]
 _UNSCALED = -1.0
 
 
-def is_flattened(p: Tensor) -> bool:
-    """Whether FSDP1 manages this parameter, which it marks so."""
-    return getattr(p, "_fsdp_flattened", False)
-
-
 def per_element(state: Mapping[str, Any], optimizer_name: str, p: Tensor, with_scales: bool) -> dict[str, Any]:
     """The state of a parameter, in this form; the norm of its last update, which no step reads, is left out.
 
@@ -79,7 +74,8 @@ def in_blocks(state: Mapping[str, Any], optimizer_name: str, p: Tensor, codebook
         scales = [state[_scales_of(name)].reshape(-1) for name in names if _scales_of(name) in state]
         if any(bool((s != _UNSCALED).any()) for s in scales):
             qmap = codebook(key, rows.device)
-            joined = [_joined(codes, s, qmap) for codes, s in zip(rows, scales, strict=True)]
+            divides = key == "state2" or OPTIMIZERS[optimizer_name].divides_by_state1
+            joined = [joined_blocks(codes, s, qmap, divides) for codes, s in zip(rows, scales, strict=True)]
             rows, absmax = (torch.stack(parts) for parts in zip(*joined, strict=True))
             result[f"qmap{key[-1]}"] = qmap
             result[f"absmax{key[-1]}"] = absmax if len(names) > 1 else absmax[0]
@@ -87,10 +83,19 @@ def in_blocks(state: Mapping[str, Any], optimizer_name: str, p: Tensor, codebook
     return result
 
 
-def _joined(codes: Tensor, scales: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:
+def joined_blocks(codes: Tensor, scales: Tensor, qmap: Tensor, divides: bool) -> tuple[Tensor, Tensor]:
     """Of one row: its codes u8[n] in blocks of one scale each, and those scales f32[blocks].
 
-    An element with a scale of zero is zero: FSDP1 fills up a shard with such.
+    An element with a scale of zero is zero: FSDP1 fills up a shard with such. A block whose elements come from several
+    is dequantized and quantized.
+
+    Args:
+        codes: u8[n], or f32[n] that hold codes beside scales and values elsewhere.
+        scales: f32[n], of each element.
+        divides: whether updates are divided by this state, so that what is positive stays so (docs/SPEC.md section 5).
+
+    Raises:
+        ValueError: a code that is no whole number from 0 to 255.
     """
     unscaled = scales == _UNSCALED
     if not bool((unscaled | ((codes >= 0) & (codes <= 255) & (codes == codes.floor()))).all()):
@@ -99,11 +104,15 @@ def _joined(codes: Tensor, scales: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor
     values = torch.where(unscaled, codes, qmap[q.long()] * scales)
     q, scales, values = (_blocks_of(tensor) for tensor in (q, scales, values))
     absmax = scales.amax(dim=1)
-    q = torch.where((scales == 0) & (absmax != 0)[:, None], qmap.abs().argmin().to(torch.uint8), q)
+    zero = qmap.abs().argmin().to(torch.uint8)
+    q = torch.where((scales == 0) & (absmax != 0)[:, None], zero, q)
     mixed = ((scales != absmax[:, None]) & (scales != 0)).any(dim=1) | (absmax == _UNSCALED)
     if bool(mixed.any()):
-        q[mixed], state = functional.quantize_blockwise(values[mixed], code=qmap, blocksize=OPTIMIZER_BLOCKSIZE)
-        absmax[mixed] = state.absmax
+        of_mixed = values[mixed]
+        requantized, state = functional.quantize_blockwise(of_mixed, code=qmap, blocksize=OPTIMIZER_BLOCKSIZE)
+        if divides:
+            requantized = torch.where((of_mixed > 0) & (requantized == zero), zero + 1, requantized)
+        q[mixed], absmax[mixed] = requantized, state.absmax
     return q.view(-1)[: codes.numel()], absmax
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnb_core.optim.hyperparameters import check_only
 from bnb_core.optim.optimizer import Optimizer1State
+from bnb_core.sharding import local_part
 
 
 class MomentumOptimizer(Optimizer1State):
@@ -26,7 +27,8 @@ class MomentumOptimizer(Optimizer1State):
 
     def _update_stateless(self, p: Tensor, state: dict[str, Any], config: Mapping[str, Any]) -> None:
         # At its first step the rule takes the gradient for the momentum and does not read the state.
-        scratch = {"step": 0, "state1": torch.empty(p.shape, dtype=torch.float32, device=p.device)}
+        part = local_part(p)
+        scratch = {"step": 0, "state1": torch.empty(part.shape, dtype=torch.float32, device=part.device)}
         self._update(p, scratch, config)
         state["step"] += 1
 
