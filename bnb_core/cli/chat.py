@@ -43,12 +43,12 @@ def command(
     The folder has a tokenizer. With a chat template the talk is kept; without one each prompt is continued by itself.
     An empty line ends.
     """
+    if not path.is_dir():
+        raise BadInput(f"{path}: no such folder")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(f"chat needs {', '.join(missing)}: pip install {' '.join(missing)}")
     with refusals_in_one_line():
-        if not path.is_dir():
-            raise ValueError(f"{path}: no such folder")
         model: Any = load_quantized(path, device=torch.device(device))
         tokenizer = _tokenizer(path)
     if not hasattr(model, "generate") or not model.can_generate():
