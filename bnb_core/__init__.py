@@ -2,6 +2,14 @@
 
 from bnb_core import functional, nn, optim, utils
 from bnb_core.autograd import MatmulLtState, matmul, matmul_4bit
+from bnb_core.checkpoints import (
+    dequantize_checkpoint,
+    inspect_checkpoint,
+    load_quantized,
+    quantize_checkpoint,
+    save_quantized,
+    verify_checkpoint,
+)
 from bnb_core.compat import install_as_bitsandbytes
 from bnb_core.quantize import quantize_model
 from bnb_core.registry import backends, use_backend
@@ -14,15 +22,21 @@ __all__ = [
     "MatmulLtState",
     "__version__",
     "backends",
+    "dequantize_checkpoint",
     "features",
     "functional",
+    "inspect_checkpoint",
     "install_as_bitsandbytes",
+    "load_quantized",
     "matmul",
     "matmul_4bit",
     "nn",
     "optim",
+    "quantize_checkpoint",
     "quantize_model",
+    "save_quantized",
     "supported_torch_devices",
     "use_backend",
     "utils",
+    "verify_checkpoint",
 ]

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnb_core.checks import QUANT_TYPES, check_choice
+from bnb_core.checks import (
+    QUANT_STORAGES,
+    QUANT_TYPES,
+    check_blocksize,
+    check_choice,
+    check_dtype_argument,
+    check_flag,
+)
+from bnb_core.functional import DEFAULT_BLOCKSIZE_4BIT
 from bnb_core.nn.linear4bit import Linear4bit
 from bnb_core.nn.linear8bit import Linear8bitLt
 
@@ -24,6 +32,7 @@ class QuantizationConfig:
     Args:
         method: ``nf4`` or ``fp4`` (4 bits, QLoRA) or ``int8`` (LLM.int8()).
         double_quantization: with 4 bits, quantize the scales as well.
+        blocksize: with 4 bits, elements per block: 32 to 4096, a power of two.
         compute_dtype: with 4 bits, what inputs are converted to; None takes it from the first input.
         quant_storage: with 4 bits, the dtype that the packed bytes are viewed as.
         threshold: with int8, the magnitude from which on an input column is an outlier.
@@ -32,6 +41,7 @@ class QuantizationConfig:
 
     method: str = "nf4"
     double_quantization: bool = True
+    blocksize: int = DEFAULT_BLOCKSIZE_4BIT
     compute_dtype: torch.dtype | None = None
     quant_storage: torch.dtype = torch.uint8
     threshold: float = 6.0
@@ -39,6 +49,9 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
+        check_flag("double_quantization", self.double_quantization)
+        check_blocksize(self.blocksize)
+        check_dtype_argument("quant_storage", self.quant_storage, QUANT_STORAGES)
 
 
 def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -> nn.Module:
@@ -83,7 +96,7 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
         for name, child in list(parent._modules.items()):
             if type(child) is nn.Linear and name not in config.skip_modules:
                 if child not in replacements:
-                    replacements[child] = _quantized(child, layer)
+                    replacements[child] = _quantized(child, layer, config)
                 setattr(parent, name, replacements[child])
     _warn_of_stacked_weights(model)
     return model.requires_grad_(False)
@@ -106,13 +119,12 @@ def _warn_of_stacked_weights(model: nn.Module) -> None:
         )
 
 
-def _quantized(linear: nn.Linear, layer: partial[Any]) -> nn.Module:
+def _quantized(linear: nn.Linear, layer: partial[Any], config: QuantizationConfig) -> nn.Module:
     """A quantized layer with the weight and the very bias of ``linear``."""
     module = layer(linear.in_features, linear.out_features, linear.bias is not None)
     weight = module.weight
-    module.weight = type(weight)(linear.weight.data, **{**weight.__dict__, "requires_grad": False}).to(
-        linear.weight.device
-    )
+    attributes = {**weight.__dict__, "blocksize": config.blocksize, "requires_grad": False}
+    module.weight = type(weight)(linear.weight.data, **attributes).to(linear.weight.device)
     if isinstance(module, Linear4bit):
         module.quant_state = module.weight.quant_state
     module.bias = linear.bias

@@ -11,6 +11,10 @@ from .errors import in_one_line
 
 COMMANDS = {
     "info": ".info",
+    "quantize": ".quantize",
+    "dequantize": ".dequantize",
+    "inspect": ".inspect",
+    "chat": ".chat",
     "demo": ".demo.command",
     "conformance": ".conformance",
     "bench": ".bench",
@@ -48,4 +52,4 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="bnb_core")
 def bnb_core() -> None:
-    """Quantization for PyTorch: look at this machine, try a model."""
+    """Quantization for PyTorch: look at this machine, quantize a checkpoint, try a model."""

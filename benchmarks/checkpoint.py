@@ -1,0 +1,129 @@
+"""Quantizes a synthetic checkpoint of some GiB: peak memory, bytes/s, and the same bytes after being killed.
+
+    python benchmarks/checkpoint.py FOLDER [--gib 4] [--kills 5] [--format nf4] [--device cpu] ...
+
+FOLDER gets the checkpoint and two results, about 1.6 times its size, and is emptied in the end. Each run is a process
+of its own, whose peak memory the system tells. Killed runs end by SIGKILL at random moments; the last one goes on to
+the end, and its files are compared byte for byte with those of a run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+LAYER = {
+    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}  # fmt: skip
+VOCABULARY = 65536
+
+
+def make(folder: Path, gib: float, vocabulary: int) -> int:
+    """Shards of one layer of a Llama of 8 billion each, in bf16, and one of the embedding; gives the bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    weight_map, total, index = {}, 0, 0
+    while total < gib * 2**30:
+        name = f"model-{index:05d}.safetensors"
+        shapes = {"model.embed_tokens": (vocabulary, 4096)} if index == 0 else {
+            f"model.layers.{index - 1}.{module}": shape for module, shape in LAYER.items()
+        }  # fmt: skip
+        tensors = {
+            f"{module}.weight": torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
+            for module, shape in shapes.items()
+        }
+        save_file(tensors, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        index += 1
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
+    return total
+
+
+def start(source: Path, out: Path, options: list[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "bnb_core", "quantize", str(source), str(out), *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def end(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """Exit status and peak resident bytes; Linux counts those of this process, too, which starts it, so it is small."""
+    _, status, usage = os.wait4(process.pid, 0)
+    return status, usage.ru_maxrss * 1024
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+def same(first: Path, second: Path) -> bool:
+    """The same files, byte for byte."""
+    names = sorted(path.name for path in first.iterdir())
+    if names != sorted(path.name for path in second.iterdir()):
+        return False
+    return all(filecmp.cmp(first / name, second / name, shallow=False) for name in names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gib", type=float, default=4)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--format", default="nf4")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="rows of the embedding, the largest tensor")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    source, whole, killed = (arguments.folder / name for name in ("source", "whole", "killed"))
+    with ProcessPoolExecutor(1) as other_process:
+        total = other_process.submit(make, source, arguments.gib, arguments.vocabulary).result()
+    os.sync()
+    print(f"{total / 2**30:.2f} GiB in {len(list(source.glob('*.safetensors')))} shards", flush=True)
+    options = ["--format", arguments.format, "--device", arguments.device]
+    try:
+        began = time.perf_counter()
+        process = start(source, whole, options)
+        while not partial_of(whole).exists() and process.poll() is None:
+            time.sleep(0.01)
+        before_work = time.perf_counter() - began
+        status, peak = end(process)
+        seconds = time.perf_counter() - began
+        print(f"undisturbed: exit {status}, {seconds:.1f} s, of which {before_work:.1f} s before the first byte; "
+              f"{total / (seconds - before_work) / 1e6:.0f} MB/s of input, peak {peak / 2**20:.0f} MiB")  # fmt: skip
+        moments = random.Random(arguments.seed)
+        for _ in range(arguments.kills):
+            process = start(source, killed, options)
+            moment = before_work + moments.random() * (seconds - before_work) * 1.5 / arguments.kills
+            time.sleep(moment)
+            ended = process.poll() is not None
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            written = sum(path.stat().st_blocks * 512 for path in partial_of(killed).rglob("*"))
+            print(f"killed after {moment:.1f} s{' (it had ended)' if ended else ''}: OUT exists: {killed.exists()}, "
+                  f"{written / 2**20:.0f} MiB in OUT.partial", flush=True)  # fmt: skip
+        began = time.perf_counter()
+        status, peak = end(start(source, killed, options))
+        print(f"resumed: exit {status}, {time.perf_counter() - began:.1f} s, peak {peak / 2**20:.0f} MiB")
+        print(f"the same bytes: {same(whole, killed)}")
+    finally:
+        for path in (source, whole, partial_of(whole), killed, partial_of(killed)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
