@@ -13,6 +13,8 @@ from .gemm_4bit import add_products, decoded_weight, store_products, tile, tile_
 from .launch import launch
 from .weight_4bit import block_scales, constants_of, tensors_of
 
+BACKWARD_TILE = {"TILE_M": 16, "TILE_N": 32, "TILE_K": 64}
+
 
 @triton.jit
 def tile_of_group(offsets, T, E, columns, GROUPS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
@@ -21,18 +23,17 @@ def tile_of_group(offsets, T, E, columns, GROUPS: tl.constexpr, TILE_ROWS: tl.co
     A program beyond the last tile has no row before the end.
     """
     across = tl.cdiv(columns, TILE_COLUMNS)
-    number, column = tl.program_id(0) // across, tl.program_id(0) % across
-    e = tl.arange(0, GROUPS)
-    begin = tl.minimum(tl.maximum(tl.load(offsets + e, mask=e < E, other=0), 0), T)
-    end = tl.minimum(tl.load(offsets + e + 1, mask=e < E, other=0), T)
+    number, column = (tl.program_id(0) // across).to(tl.int64), (tl.program_id(0) % across).to(tl.int64)
+    e = tl.arange(0, GROUPS).to(tl.int64)
+    begin = tl.minimum(tl.maximum(tl.load(offsets + e, mask=e < E, other=0).to(tl.int64), 0), T)
+    end = tl.minimum(tl.load(offsets + e + 1, mask=e < E, other=0).to(tl.int64), T)
     count = tl.cdiv(tl.maximum(end - begin, 0), TILE_ROWS)
     before = tl.cumsum(count, 0) - count
     is_here = (number >= before) & (number < before + count)
-    group = tl.sum(tl.where(is_here, e, 0), 0).to(tl.int64)
-    first = tl.sum(tl.where(is_here, begin + (number - before) * TILE_ROWS, 0), 0).to(tl.int64)
+    group = tl.sum(tl.where(is_here, e, 0), 0)
+    first = tl.sum(tl.where(is_here, begin + (number - before) * TILE_ROWS, 0), 0)
     until = tl.sum(tl.where(is_here, end, 0), 0)
-    n = column.to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    return group, first + tl.arange(0, TILE_ROWS), until, n
+    return group, first + tl.arange(0, TILE_ROWS), until, column * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -130,7 +131,7 @@ def grouped_gemm_4bit(A: Tensor, B: Weight4bit, offsets: Tensor, bias: Tensor | 
 
 def grouped_gemm_4bit_backward(dY: Tensor, B: Weight4bit, offsets: Tensor, out: Tensor) -> None:
     (E, N, K), T = B.shape, dY.shape[0]
-    shape = {"TILE_M": 16, "TILE_N": 16, "TILE_K": 32}
+    shape = BACKWARD_TILE
     launch(
         grouped_gemm_4bit_backward_kernel,
         most_tiles(T, E, shape["TILE_M"]) * triton.cdiv(K, shape["TILE_K"]),

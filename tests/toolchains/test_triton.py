@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="needs Triton: pip install bnb_cor
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from bnb_core.backends.xpu import gemm_4bit, int8_matmul, int8_quantize  # noqa: E402
+from bnb_core.backends.xpu import gemm_4bit, grouped_gemm_4bit, int8_matmul, int8_quantize  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
@@ -56,6 +56,11 @@ def _gemm_4bit(types: str, rows: int, dtype: torch.dtype, **constants: Any) -> S
     K = 4096 if constants["K_IS_EVEN"] else 4095
     constants |= {"QUANT_TYPE": "nf4", "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, **gemm_4bit.tile(rows, K, dtype)}
     return Specialization("gemm_4bit", "gemm_4bit_kernel", f"{types} i32 i32 i32", constants, multiplies_and_adds=True)
+
+
+def _grouped_gemm_4bit(kernel: str, types: str, **constants: Any) -> Specialization:
+    constants |= {"QUANT_TYPE": "nf4", "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, "GROUPS": 64, "K_IS_EVEN": True}
+    return Specialization("grouped_gemm_4bit", kernel, f"{types} i32 i32 i32 i32", constants, multiplies_and_adds=True)
 
 
 def _int8_matmul(types: str, int8_dot: bool, rows: int = 512) -> Specialization:
@@ -106,6 +111,27 @@ SPECIALIZATIONS = {
     "gemm_4bit f32": _gemm_4bit(
         "*fp32 *u8 *fp32 None None None None *fp32", 64, torch.float32, K_IS_EVEN=False, SCALE_PER_ROW=False
     ),
+    **{
+        f"grouped_gemm_4bit {name}": _grouped_gemm_4bit(
+            "grouped_gemm_4bit_kernel",
+            f"{x} *u8 *u8 *fp32 *fp32 *fp32 *i32 {x} {x}",
+            SCALE_PER_ROW=True,
+            **gemm_4bit.tile(rows, 4096, dtype),
+        )
+        for name, x, rows, dtype in (
+            ("bf16, a row each", "*bf16", 1, torch.bfloat16),
+            ("bf16", "*bf16", 64, torch.bfloat16),
+            ("f32", "*fp32", 64, torch.float32),
+        )
+    },
+    **{
+        f"grouped_gemm_4bit_backward {x}": _grouped_gemm_4bit(
+            "grouped_gemm_4bit_backward_kernel",
+            f"{x} *u8 *fp32 None None None *i32 {x}",
+            **grouped_gemm_4bit.BACKWARD_TILE,
+        )
+        for x in ("*bf16", "*fp16", "*fp32")
+    },
     "int8_absmax": Specialization("int8_quantize", "int8_absmax_kernel", "*bf16 *fp32 *u8 i32 i32 i32 i32 fp32", LINES),
     "int8_quantize": Specialization(
         "int8_quantize",
