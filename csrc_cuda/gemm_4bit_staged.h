@@ -74,7 +74,7 @@ class StagedTile {
       for (int i = 0; i < kWarpTiles * 4; i++)
         part.values[i / 4][0][i % 4] = segments.sums.values[i / 4][tile][i % 4];
       __syncthreads();
-      part.store(Memory::sums(), k_warp, row_warp, block_rows);
+      part.store(Memory::sums(), k_warp, row_warp, block_rows, late_lane());
       __syncthreads();
       for (int m = thread / block_rows; is_ours && m < min(kMmaColumns, rows - tile * kMmaColumns);
            m += Shape::kThreads / block_rows) {

@@ -19,8 +19,8 @@ struct MmaSums {
   C values[kWarpTiles][n_tiles][4];
 
   // To shared[k_warp][column][row of the block].
-  __device__ void store(C* shared, int k_warp, int row_warp, int block_rows) const {
-    const int lane = late_lane(), g = lane / kQuad, t = lane % kQuad;
+  __device__ void store(C* shared, int k_warp, int row_warp, int block_rows, int lane = bnb::lane()) const {
+    const int g = lane / kQuad, t = lane % kQuad;
 #pragma unroll
     for (int tile = 0; tile < n_tiles; tile++) {
 #pragma unroll

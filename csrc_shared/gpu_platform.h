@@ -32,13 +32,15 @@ __device__ inline T shuffle_lanes(T value, int source) {
 #endif
 }
 
-// Waits for the other lanes of the warp, and shows it what they have written.
-__device__ inline void sync_warp() {
+// Waits for the other lanes of the warp, and shows it what they have written. A template, as host compilers
+// read this file and know no __syncwarp.
+template <class Mask = uint32_t>
+__device__ inline void sync_warp([[maybe_unused]] Mask lanes = 0xffffffffu) {
 #if defined(__HIP_PLATFORM_AMD__) && !defined(BNB_SIMULATED)
   __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
   __builtin_amdgcn_wave_barrier();
 #else
-  __syncwarp();
+  __syncwarp(lanes);
 #endif
 }
 

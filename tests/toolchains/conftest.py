@@ -30,7 +30,7 @@ def built(tmp_path_factory) -> CudaBuild:
     environment = {
         **os.environ,
         "BNB_BUILD": "cuda",
-        "BNB_ARCHS": ";".join(ARCHS),
+        "BNB_CUDA_ARCHS": ";".join(ARCHS),
         "NVCC_APPEND_FLAGS": "-Xptxas -v",
     }
     arguments = ["--build-temp", str(folder / "objects"), "--build-lib", str(folder / "package")]
