@@ -55,9 +55,7 @@ def sharded_model(device: torch.device) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="A folder; another run goes on from there."
-    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="A folder; another run goes on from there.")
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if on_gpu else "gloo")
