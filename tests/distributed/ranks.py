@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 60.0
+TIMEOUT = 180.0
 """Seconds for one function; ranks that wait for each other without end are killed then."""
 
 
