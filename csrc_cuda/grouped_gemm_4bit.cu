@@ -200,11 +200,11 @@ bool grouped_gemm_4bit(const Matrix& A, const Weight4bit& weights, const Groups&
     const Codebook4bit codebook = codebook_for<T>(weights.format());
     if constexpr (kMayHaveMma && !std::is_same_v<T, float>) {
       if (fits_grouped_mma(gemm)) {
-        // A tile as high as a group is on average: a lower one reads the weight more often.
-        const int64_t average = ceil_div(A.rows, groups.count);
-        if (average <= 8) return launch_grouped_mma<T, 1>(gemm, codebook, stream);
-        if (average <= 32) return launch_grouped_mma<T, 4>(gemm, codebook, stream);
-        return launch_grouped_mma<T, 8>(gemm, codebook, stream);
+        // Of a few tokens an expert has one or two; of many so many that higher tiles, which read the weight
+        // less often, are full.
+        const bool few = ceil_div(A.rows, groups.count) <= kMmaColumns;
+        return few ? launch_grouped_mma<T, 1>(gemm, codebook, stream)
+                   : launch_grouped_mma<T, 8>(gemm, codebook, stream);
       }
     }
     launch_grouped_f32(gemm, codebook, stream);
