@@ -91,10 +91,11 @@ def start(source: Path, out: Path, options: list[str]) -> subprocess.Popen[bytes
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
-def end(process: subprocess.Popen[bytes]) -> tuple[int, int]:
-    """Exit status and peak resident bytes; Linux counts those of this process, too, which starts it, so it is small."""
+def end(process: subprocess.Popen[bytes]) -> tuple[int, int, float]:
+    """Exit status, peak resident bytes (Linux counts those of this process, too, which starts it, so it is
+    small); and its seconds of CPU time."""
     _, status, usage = os.wait4(process.pid, 0)
-    return status, usage.ru_maxrss * 1024
+    return status, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
 
 def partial_of(out: Path) -> Path:
@@ -132,10 +133,10 @@ def main() -> None:
         while not partial_of(whole).exists() and process.poll() is None:
             time.sleep(0.01)
         before_work = time.perf_counter() - began
-        status, peak = end(process)
+        status, peak, cpu = end(process)
         seconds = time.perf_counter() - began
         print(f"undisturbed: exit {status}, {seconds:.1f} s, of which {before_work:.1f} s before the first byte; "
-              f"{total / (seconds - before_work) / 1e6:.0f} MB/s of input, peak {peak / 2**20:.0f} MiB")  # fmt: skip
+              f"{total / (seconds - before_work) / 1e6:.0f} MB/s of input, {cpu:.1f} s of CPU time, peak {peak / 2**20:.0f} MiB")  # fmt: skip
         moments = random.Random(arguments.seed)
         for _ in range(arguments.kills):
             process = start(source, killed, options)
@@ -148,7 +149,7 @@ def main() -> None:
             print(f"killed after {moment:.1f} s{' (it had ended)' if ended else ''}: OUT exists: {killed.exists()}, "
                   f"{written / 2**20:.0f} MiB in OUT.partial", flush=True)  # fmt: skip
         began = time.perf_counter()
-        status, peak = end(start(source, killed, options))
+        status, peak, _ = end(start(source, killed, options))
         print(f"resumed: exit {status}, {time.perf_counter() - began:.1f} s, peak {peak / 2**20:.0f} MiB")
         print(f"the same bytes: {same(whole, killed)}", flush=True)
         if arguments.load:
