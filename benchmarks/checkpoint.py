@@ -27,7 +27,8 @@ LAYER = {
     "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }  # fmt: skip
-VOCABULARY = 65536
+NORMS = ("input_layernorm", "post_attention_layernorm")
+WIDTH, VOCABULARY = 4096, 65536
 
 
 def make(folder: Path, gib: float, vocabulary: int) -> int:
@@ -37,23 +38,52 @@ def make(folder: Path, gib: float, vocabulary: int) -> int:
 
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    weight_map, total, index = {}, 0, 0
-    while total < gib * 2**30:
-        name = f"model-{index:05d}.safetensors"
-        shapes = {"model.embed_tokens": (vocabulary, 4096)} if index == 0 else {
-            f"model.layers.{index - 1}.{module}": shape for module, shape in LAYER.items()
-        }  # fmt: skip
-        tensors = {
-            f"{module}.weight": torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
-            for module, shape in shapes.items()
-        }
+    weight_map, total, layers = {}, 0, 0
+
+    def save(name: str, tensors: dict[str, torch.Tensor]) -> int:
         save_file(tensors, folder / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        index += 1
+        weight_map.update(dict.fromkeys(tensors, name))
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def weight(shape: tuple[int, int]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+
+    outer = {
+        "model.embed_tokens.weight": weight((vocabulary, WIDTH)),
+        "model.norm.weight": torch.ones(WIDTH).bfloat16(),
+    }
+    total += save("model-outer.safetensors", outer)
+    del outer
+    while total < gib * 2**30:
+        prefix = f"model.layers.{layers}"
+        tensors = {f"{prefix}.{module}.weight": weight(shape) for module, shape in LAYER.items()}
+        tensors |= {f"{prefix}.{norm}.weight": torch.ones(WIDTH).bfloat16() for norm in NORMS}
+        total += save(f"model-{layers:05d}.safetensors", tensors)
+        layers += 1
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_size": WIDTH,
+        "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": layers,
+        "vocab_size": vocabulary, "tie_word_embeddings": True, "max_position_embeddings": 128,
+    }  # fmt: skip
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
+    (folder / "config.json").write_text(json.dumps(config))
     return total
+
+
+def load(folder: Path) -> str:
+    """What Transformers makes of the folder, and that it computes."""
+    import torch
+
+    import bnb_core
+
+    began = time.perf_counter()
+    model = bnb_core.load_quantized(folder)
+    layers = [type(module).__name__ for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(1, 9).view(1, -1)).logits
+    counts = {name: layers.count(name) for name in sorted(set(layers))}
+    return (f"{type(model).__name__}, {model.get_memory_footprint() / 2**20:.0f} MiB, {counts}, in "
+            f"{time.perf_counter() - began:.1f} s; finite logits: {bool(logits.isfinite().all())}")  # fmt: skip
 
 
 def start(source: Path, out: Path, options: list[str]) -> subprocess.Popen[bytes]:
@@ -61,10 +91,11 @@ def start(source: Path, out: Path, options: list[str]) -> subprocess.Popen[bytes
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
-def end(process: subprocess.Popen[bytes]) -> tuple[int, int]:
-    """Exit status and peak resident bytes; Linux counts those of this process, too, which starts it, so it is small."""
+def end(process: subprocess.Popen[bytes]) -> tuple[int, int, float]:
+    """Exit status, peak resident bytes (Linux counts those of this process, too, which starts it, so it is
+    small); and its seconds of CPU time."""
     _, status, usage = os.wait4(process.pid, 0)
-    return status, usage.ru_maxrss * 1024
+    return status, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
 
 def partial_of(out: Path) -> Path:
@@ -87,6 +118,7 @@ def main() -> None:
     parser.add_argument("--format", default="nf4")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="rows of the embedding, the largest tensor")
+    parser.add_argument("--load", action="store_true", help="have Transformers load the result")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     source, whole, killed = (arguments.folder / name for name in ("source", "whole", "killed"))
@@ -101,14 +133,14 @@ def main() -> None:
         while not partial_of(whole).exists() and process.poll() is None:
             time.sleep(0.01)
         before_work = time.perf_counter() - began
-        status, peak = end(process)
+        status, peak, cpu = end(process)
         seconds = time.perf_counter() - began
         print(f"undisturbed: exit {status}, {seconds:.1f} s, of which {before_work:.1f} s before the first byte; "
-              f"{total / (seconds - before_work) / 1e6:.0f} MB/s of input, peak {peak / 2**20:.0f} MiB")  # fmt: skip
+              f"{total / (seconds - before_work) / 1e6:.0f} MB/s of input, {cpu:.1f} s of CPU time, peak {peak / 2**20:.0f} MiB")  # fmt: skip
         moments = random.Random(arguments.seed)
         for _ in range(arguments.kills):
             process = start(source, killed, options)
-            moment = before_work + moments.random() * (seconds - before_work) * 1.5 / arguments.kills
+            moment = before_work + moments.random() * (seconds - before_work) / arguments.kills
             time.sleep(moment)
             ended = process.poll() is not None
             process.send_signal(signal.SIGKILL)
@@ -117,9 +149,12 @@ def main() -> None:
             print(f"killed after {moment:.1f} s{' (it had ended)' if ended else ''}: OUT exists: {killed.exists()}, "
                   f"{written / 2**20:.0f} MiB in OUT.partial", flush=True)  # fmt: skip
         began = time.perf_counter()
-        status, peak = end(start(source, killed, options))
+        status, peak, _ = end(start(source, killed, options))
         print(f"resumed: exit {status}, {time.perf_counter() - began:.1f} s, peak {peak / 2**20:.0f} MiB")
-        print(f"the same bytes: {same(whole, killed)}")
+        print(f"the same bytes: {same(whole, killed)}", flush=True)
+        if arguments.load:
+            with ProcessPoolExecutor(1) as other_process:
+                print(f"loaded by Transformers: {other_process.submit(load, killed).result()}")
     finally:
         for path in (source, whole, partial_of(whole), killed, partial_of(killed)):
             shutil.rmtree(path, ignore_errors=True)

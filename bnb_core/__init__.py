@@ -11,7 +11,7 @@ from bnb_core.checkpoints import (
     verify_checkpoint,
 )
 from bnb_core.compat import install_as_bitsandbytes
-from bnb_core.quantize import quantize_model
+from bnb_core.quantize import QuantizationConfig, quantize_model
 from bnb_core.registry import backends, use_backend
 from bnb_core.version import __version__
 
@@ -20,6 +20,7 @@ supported_torch_devices = {"cpu", "cuda", "hip", "hpu", "mps", "npu", "xpu"}
 
 __all__ = [
     "MatmulLtState",
+    "QuantizationConfig",
     "__version__",
     "backends",
     "dequantize_checkpoint",

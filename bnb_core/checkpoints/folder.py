@@ -61,40 +61,52 @@ def open_checkpoint(path: Path) -> CheckpointFolder:
         return CheckpointFolder(path.parent, {path.name: read_header(path)}, None)
     if not path.is_dir():
         raise CheckpointFileError(f"{path}: no such folder")
-    shards = {name: read_header(path / name) for name in _shard_names(path)}
+    index = _index_of(path)
+    names = _shard_names(path) if index is None else _indexed_names(index)
+    shards = {name: read_header(path / name) for name in names}
     _check_unique(shards)
+    if index is not None:
+        _check_indexed(index, shards)
     return CheckpointFolder(path, shards, _config(path / CONFIG))
 
 
-def _shard_names(path: Path) -> list[str]:
+def _index_of(path: Path) -> Path | None:
     indices = sorted(path.glob(f"*{INDEX}"))
     if len(indices) > 1:
         raise CheckpointFileError(f"{path}: expected one index, found {', '.join(each.name for each in indices)}")
-    if indices:
-        return _indexed(indices[0])
+    return indices[0] if indices else None
+
+
+def _shard_names(path: Path) -> list[str]:
+    """Where there is no index."""
     names = sorted(each.name for each in path.glob("*.safetensors"))
-    if WEIGHTS in names:
-        return [WEIGHTS]
     if not names:
         raise CheckpointFileError(f"{path}: no safetensors files in this folder")
-    return names
+    return [WEIGHTS] if WEIGHTS in names else names
 
 
-def _indexed(index: Path) -> list[str]:
+def _weight_map(index: Path) -> dict[str, Any]:
     weight_map = _json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointFileError(f"{index}: expected a weight_map")
-    names = sorted({name if isinstance(name, str) else "" for name in weight_map.values()})
+    return weight_map
+
+
+def _indexed_names(index: Path) -> list[str]:
+    names = sorted({name if isinstance(name, str) else "" for name in _weight_map(index).values()})
     for name in names:
         if not name or Path(name).name != name:
             raise CheckpointFileError(f"{index}: expected names of files in this folder, got {name!r}")
         if not (index.parent / name).is_file():
             raise CheckpointFileError(f"{index.parent / name}: missing, though {index.name} names it")
-    found = {tensor.name: name for name in names for tensor in read_header(index.parent / name).tensors}
-    for tensor, name in weight_map.items():
+    return names
+
+
+def _check_indexed(index: Path, shards: Mapping[str, Header]) -> None:
+    found = {tensor.name: name for name, header in shards.items() for tensor in header.tensors}
+    for tensor, name in _weight_map(index).items():
         if found.get(tensor) != name:
             raise CheckpointFileError(f"{index.parent / name}: lacks {tensor}, which {index.name} says it holds")
-    return names
 
 
 def _check_unique(shards: Mapping[str, Header]) -> None:

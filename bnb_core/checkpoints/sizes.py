@@ -105,5 +105,5 @@ def _encoded_bytes(weight: StoredWeight, config: QuantizationConfig) -> int:
     plain = StoredTensor(
         weight.name, NAMES[torch.bfloat16], (rows, weight.shape[-1]), weight.tensor.file, 0, 2 * weight.numel
     )
-    task = ENCODERS[config.method](plain, False, config, 2**20, torch.device("cpu"))
+    task = ENCODERS[config.method](plain, False, config, max(plain.nbytes, 1), torch.device("cpu"))
     return sum(output.nbytes for output in task.outputs) + sum(task.texts.values())

@@ -1,0 +1,110 @@
+"""README and docs are true: their code runs, the commands they name exist, the errors they explain are raised."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import documentation
+import pytest
+from documentation import HUB, OWN_PROCESS, PAGES, ROOT, blocks_of, python_blocks
+
+from bnb_core.cli.commands import COMMANDS
+from bnb_core.cli.commands import bnb_core as group
+
+WITH_PYTHON = [page for page in PAGES if any(not block.needs for block in python_blocks(page))]
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
+def test_python_blocks_run_in_turn(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    documentation.run_blocks(page, [block for block in python_blocks(page) if not block.needs])
+
+
+def test_blocks_that_change_the_process_run_in_their_own():
+    blocks = [(page, block) for page in PAGES for block in python_blocks(page) if block.needs == OWN_PROCESS]
+    assert blocks
+    for page, block in blocks:
+        result = subprocess.run([sys.executable, "-c", block.text], capture_output=True, text=True)
+        assert result.returncode == 0, f"{page}: {result.stderr}"
+
+
+def test_what_a_block_needs_is_known():
+    needs = {block.needs for page in PAGES for block in blocks_of(page)}
+    assert needs <= {"", HUB, OWN_PROCESS, "transformers", "peft"}
+
+
+def commands_of(page):
+    lines = [line for block in blocks_of(page) if block.language != "python" for line in block.text.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.lstrip().startswith("bnb-core ")]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in [*PAGES, ROOT / "CONTRIBUTING.md"] if commands_of(page)], ids=name_of
+)
+def test_commands_have_the_options_that_are_shown(page):
+    for _, *arguments in commands_of(page):
+        if "compare" in arguments:
+            continue
+        command = group.get_command(click.Context(group), arguments[0])
+        assert command is not None, arguments
+        known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        assert {argument for argument in arguments if argument.startswith("--")} <= known, arguments
+
+
+def test_the_reference_of_commands_has_each_option():
+    text = (ROOT / "docs" / "reference" / "commands.md").read_text()
+    for name in COMMANDS:
+        assert name in text
+    for name in ("quantize", "dequantize", "inspect", "chat"):
+        section = text.partition(f"## bnb-core {name} ")[2].partition("\n## ")[0]
+        for parameter in group.get_command(click.Context(group), name).params:
+            for option in (*parameter.opts, *parameter.secondary_opts):
+                assert option.startswith("-") is False or f"`{option}" in section, (name, option)
+
+
+def messages():
+    """All texts of the library, a formatted value as a space."""
+    for path in (ROOT / "bnb_core").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else " " for part in node.values)
+
+
+def test_errors_that_are_explained_are_those_of_the_library():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    titles = re.findall(r"^### (.*)$", page, re.M)
+    texts = list(messages())
+    assert len(titles) > 15
+    assert [title for title in titles if not any(title in text for text in texts)] == []
+
+
+def test_every_public_name_of_the_reference_exists():
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M):
+            owner, _, last = name.rpartition(".")
+            assert hasattr(importlib.import_module(owner), last), name
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{name_of(page)}: {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert str(Path(page).relative_to(ROOT / "docs")) in navigation
