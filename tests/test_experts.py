@@ -39,7 +39,7 @@ def one_by_one(experts: Experts4bit, hidden: torch.Tensor, index: torch.Tensor, 
 
 
 def inputs(tokens: int = 9, top_k: int = 2, dtype: torch.dtype = torch.float32):
-    index = torch.rand(tokens, EXPERTS).argsort(dim=1)[:, :top_k]
+    index = torch.rand(tokens, EXPERTS).argsort(dim=1)[:, :top_k].contiguous()
     return torch.randn(tokens, HIDDEN, dtype=dtype), index, torch.rand(tokens, top_k)
 
 
