@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnb_core import functional
 from bnb_core.checks import BLOCKSIZES
 from bnb_core.nn.embedding import Embedding4bit
 from bnb_core.nn.experts import Experts4bit, GroupedLinear4bit, RoutedExperts, gated
@@ -50,12 +51,13 @@ def _blocksize(elements: int) -> int | None:
 
 
 def _take_over(module: nn.Module, source: nn.Module) -> None:
-    """What a module's methods may ask for: its plain attributes and its children."""
+    """What a module's methods may ask for: its plain attributes and its children; and its class, to make it again."""
     kept = {name: value for name, value in source.__dict__.items() if name not in _OF_EVERY_MODULE}
     for name, value in kept.items():
         setattr(module, name, value)
     for name, child in source.named_children():
         setattr(module, name, child)
+    module.__dict__["source_class"] = type(source)
 
 
 def _own_parameters(module: nn.Module, dimensions: int = 3) -> dict[str, nn.Parameter]:
@@ -91,14 +93,17 @@ class FusedExperts4bit(Experts4bit):
             groups, hidden_size, intermediate_size, getattr(source, "act_fn", None), first == "gate_up_proj",
             **{"blocksize": _blocksize(hidden_size * intermediate_size), **options, "device": "meta"},
         )  # fmt: skip
+        if not hasattr(source, "act_fn"):
+            del self.act_fn
         _take_over(self, source)
-        self.num_experts, self.source_class = groups, type(source)
+        self.num_experts = groups
         for name, weight in weights.items():
             bias: Any = getattr(source, f"{name}_bias", None)
             setattr(self, name, _grouped(weight[:groups], bias, transposed, options))
 
     def _between(self, projected: Tensor) -> Tensor:
-        gate = getattr(self.source_class, "_apply_gate", None)
+        source_class: Any = self.__dict__["source_class"]
+        gate = getattr(source_class, "_apply_gate", None)
         return gate(self, projected) if self.has_gate and gate else super()._between(projected)
 
     def _after(self, projected: Tensor) -> Tensor:
@@ -174,6 +179,7 @@ class StackedExperts4bit(RoutedExperts):
     def __init__(self, source: Any, **options: Any) -> None:
         super().__init__()
         mlp, self.num_experts = source.mlp, source.num_experts
+        self.__dict__["source_class"] = type(source)
         self.hidden_size, self.act_fn = source.hidden_size, mlp.activation_fn
         shape = (self.num_experts, -1, self.hidden_size)
         self.mlp = nn.ModuleDict(
@@ -248,7 +254,9 @@ def _retrieved(source: nn.Module, quant_type: str = "nf4", **options: Any) -> nn
 
 
 def _parallel(source: Any, **options: Any) -> GroupedLinear4bit:
-    return _with_weight(ParallelExperts4bit, source.weight, None, False, options)
+    layer = _with_weight(ParallelExperts4bit, source.weight, None, False, options)
+    _take_over(layer, source)
+    return layer
 
 
 _KINDS: tuple[tuple[Callable[[nn.Module], bool], Callable[..., nn.Module]], ...] = (
@@ -280,3 +288,34 @@ def unknown_experts(module: nn.Module) -> list[str]:
     """The names of its own parameters of three dimensions, the first of which counts experts by an attribute."""
     counts = {value for name, value in module.__dict__.items() if "experts" in name and isinstance(value, int)}
     return [name for name, parameter in _own_parameters(module).items() if parameter.shape[0] in counts]
+
+
+def dense_experts(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module | None:
+    """The module whose place ``module`` has taken, with the dequantized weights; None if it is no such one.
+
+    Raises:
+        NotImplementedError: experts in matrices or embeddings.
+    """
+    source_class: Any = module.__dict__.get("source_class")
+    if source_class is None:
+        return None
+    if isinstance(module, StackedExperts4bit):
+        raise NotImplementedError(f"{source_class.__name__}: experts below each other are not dequantized in place")
+    dense = source_class.__new__(source_class)
+    nn.Module.__init__(dense)
+    _take_over(dense, module)
+    del dense.__dict__["source_class"]
+    if isinstance(module, ParallelExperts4bit):
+        dense.weight = _dense_weight(module, dtype)
+    for name, layer in module.named_children():
+        if isinstance(layer, GroupedLinear4bit):
+            delattr(dense, name)
+            setattr(dense, name, _dense_weight(layer, dtype))
+            if layer.bias is not None:
+                setattr(dense, f"{name}_bias", layer.bias)
+    return dense.train(module.training)
+
+
+def _dense_weight(layer: GroupedLinear4bit, dtype: torch.dtype | None) -> nn.Parameter:
+    values = functional.dequantize_4bit(layer.weight.data, layer.quant_state or layer.weight.quant_state)
+    return nn.Parameter(values.to(dtype or values.dtype), requires_grad=False)
