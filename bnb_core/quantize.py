@@ -19,8 +19,11 @@ from bnb_core.checks import (
     check_flag,
 )
 from bnb_core.functional import DEFAULT_BLOCKSIZE_4BIT
+from bnb_core.nn.experts import GroupedLinear4bit
+from bnb_core.nn.fused_experts import quantized_experts, unknown_experts
 from bnb_core.nn.linear4bit import Linear4bit
 from bnb_core.nn.linear8bit import Linear8bitLt
+from bnb_core.nn.parametrize import replace_parameter_4bit
 
 METHODS = (*reversed(QUANT_TYPES), "int8")
 
@@ -36,7 +39,7 @@ class QuantizationConfig:
         compute_dtype: with 4 bits, what inputs are converted to; None takes it from the first input.
         quant_storage: with 4 bits, the dtype that the packed bytes are viewed as.
         threshold: with int8, the magnitude from which on an input column is an outlier.
-        skip_modules: names of linear layers that stay as they are.
+        skip_modules: names of linear layers and of experts that stay as they are.
     """
 
     method: str = "nf4"
@@ -57,6 +60,10 @@ class QuantizationConfig:
 def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -> nn.Module:
     """Replace every linear layer of ``model`` by a quantized one with the same weight, in place, and freeze it.
 
+    With 4 bits so are the experts of a mixture: those that Transformers and models written like its own fuse into
+    parameters of three dimensions become :class:`~bnb_core.nn.Experts4bit`; others of three dimensions, in a module
+    that says how many experts it has, are dequantized when they are read (nn/parametrize.py).
+
     Each new layer is quantized on the device on which the old one was; one on meta stays there, to be loaded.
 
     Args:
@@ -67,8 +74,8 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
         The model.
 
     Warns:
-        UserWarning: the model has parameters of three dimensions, such as fused experts, which stay as they are;
-            the warning names them and their bytes.
+        UserWarning: the model has parameters of three dimensions that stay as they are, such as fused experts with
+            int8; the warning names them and their bytes.
 
     Raises:
         TypeError: the config is no :class:`QuantizationConfig`.
@@ -80,33 +87,50 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
     if type(model) is nn.Linear:
         raise ValueError("model: expected a module that holds the linear layers, got an nn.Linear itself")
     layer: partial[Any]
+    options: dict[str, Any] = {}
     if config.method == "int8":
         layer = partial(Linear8bitLt, has_fp16_weights=False, threshold=config.threshold, device="meta")
     else:
-        layer = partial(
-            Linear4bit,
-            compute_dtype=config.compute_dtype,
-            compress_statistics=config.double_quantization,
-            quant_type=config.method,
-            quant_storage=config.quant_storage,
-            device="meta",
-        )
-    replacements: dict[nn.Linear, nn.Module] = {}
+        options = {
+            "compute_dtype": config.compute_dtype,
+            "compress_statistics": config.double_quantization,
+            "quant_type": config.method,
+            "quant_storage": config.quant_storage,
+        }
+        layer = partial(Linear4bit, **options, device="meta")
+    # Experts whose size the usual block does not divide have smaller ones.
+    blocksize = {} if config.blocksize == DEFAULT_BLOCKSIZE_4BIT else {"blocksize": config.blocksize}
+    replacements: dict[nn.Module, nn.Module | None] = {}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if type(child) is nn.Linear and name not in config.skip_modules:
-                if child not in replacements:
+            if child is None or name in config.skip_modules:
+                continue
+            if child not in replacements:
+                if type(child) is nn.Linear:
                     replacements[child] = _quantized(child, layer, config)
-                setattr(parent, name, replacements[child])
+                else:
+                    replacements[child] = quantized_experts(child, **options, **blocksize) if options else None
+            replacement = replacements[child]
+            if replacement is not None:
+                setattr(parent, name, replacement)
+            elif options:
+                _quantize_unknown_experts(child, config)
     _warn_of_stacked_weights(model)
     return model.requires_grad_(False)
+
+
+def _quantize_unknown_experts(module: nn.Module, config: QuantizationConfig) -> None:
+    """Those that no module here takes the place of are dequantized when they are read."""
+    for name in unknown_experts(module):
+        if not getattr(module, name).is_meta:
+            replace_parameter_4bit(module, name, config.double_quantization, config.method, config.blocksize)
 
 
 def _warn_of_stacked_weights(model: nn.Module) -> None:
     stacked = {
         f"{prefix}.{name}".lstrip("."): parameter.nbytes
         for prefix, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if not isinstance(module, (nn.modules.conv._ConvNd, GroupedLinear4bit))
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3 and parameter.is_floating_point()
     }

@@ -115,7 +115,50 @@ def gated(activation: Callable[[Tensor], Tensor], gate_and_up: Tensor) -> Tensor
     return activation(gate) * up
 
 
-class Experts4bit(nn.Module):
+class RoutedExperts(nn.Module):
+    """Experts that each token sees a few of: tokens are sorted by expert, and their results added up.
+
+    Subclasses set ``num_experts`` and say what experts make of the sorted rows.
+    """
+
+    num_experts: int
+
+    def _of_rows(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """What its expert makes of each row; group e of the rows, by ``offsets``, is that of expert e."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The sum of what its experts make of each token. The host reads no tensor.
+
+        Args:
+            hidden_states: [tokens, hidden_size], f32, f16 or bf16.
+            top_k_index: i64[tokens, k], the experts of each token; one of num_experts and more stands for none.
+            top_k_weights: [tokens, k], how much each of them counts.
+
+        Returns:
+            [tokens, hidden_size] in the dtype of hidden_states.
+
+        Raises:
+            TypeError, ValueError: an argument that is not as above, by its name.
+        """
+        check_float("hidden_states", hidden_states)
+        check_dimensions("hidden_states", hidden_states, 2)
+        check_dimensions("top_k_index", top_k_index, 2)
+        top_k = top_k_index.shape[1]
+        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        weights = top_k_weights.reshape(-1)[order].masked_fill(experts >= self.num_experts, 0.0)
+        borders = torch.arange(1, self.num_experts, device=experts.device, dtype=experts.dtype)
+        inner = torch.searchsorted(experts, borders, out_int32=True)
+        offsets = nn.functional.pad(nn.functional.pad(inner, (1, 0)), (0, 1), value=len(experts))
+        counted = self._of_rows(hidden_states[order // top_k], offsets) * weights.unsqueeze(1)
+        in_place = torch.empty_like(counted).index_copy(0, order, counted)
+        return in_place.view(*top_k_index.shape, hidden_states.shape[1]).sum(dim=1).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}"
+
+
+class Experts4bit(RoutedExperts):
     """The experts of one layer: an up projection, with a gate beside it or not, an activation, a down projection.
 
     Args:
@@ -155,34 +198,6 @@ class Experts4bit(nn.Module):
         """What follows the second projection."""
         return projected
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The sum of what its experts make of each token. The host reads no tensor.
-
-        Args:
-            hidden_states: [tokens, hidden_size], f32, f16 or bf16.
-            top_k_index: i64[tokens, k], the experts of each token; one of num_experts and more stands for none.
-            top_k_weights: [tokens, k], how much each of them counts.
-
-        Returns:
-            [tokens, hidden_size] in the dtype of hidden_states.
-
-        Raises:
-            TypeError, ValueError: an argument that is not as above, by its name.
-        """
-        check_float("hidden_states", hidden_states)
-        check_dimensions("hidden_states", hidden_states, 2)
-        check_dimensions("top_k_index", top_k_index, 2)
-        top_k = top_k_index.shape[1]
-        experts, order = top_k_index.reshape(-1).sort(stable=True)
-        weights = top_k_weights.reshape(-1)[order].masked_fill(experts >= self.num_experts, 0.0)
-        borders = torch.arange(1, self.num_experts, device=experts.device, dtype=experts.dtype)
-        inner = torch.searchsorted(experts, borders, out_int32=True)
-        offsets = nn.functional.pad(nn.functional.pad(inner, (1, 0)), (0, 1), value=len(experts))
+    def _of_rows(self, rows: Tensor, offsets: Tensor) -> Tensor:
         first: Any = self.gate_up_proj if self.has_gate else self.up_proj
-        projected = self.down_proj(self._between(first(hidden_states[order // top_k], offsets)), offsets)
-        counted = self._after(projected) * weights.unsqueeze(1)
-        in_place = torch.empty_like(counted).index_copy(0, order, counted)
-        return in_place.view(*top_k_index.shape, hidden_states.shape[1]).sum(dim=1).to(hidden_states.dtype)
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}"
+        return self._after(self.down_proj(self._between(first(rows, offsets)), offsets))

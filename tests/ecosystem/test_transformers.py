@@ -270,7 +270,7 @@ EXPERTS = ("gate_up_proj", "down_proj")
 
 @pytest.mark.skipif(not IS_5, reason="before Transformers 5 experts are linear layers")
 def test_fused_experts_are_quantized_by_the_parameter(full_precision):
-    """Transformers leaves them out: it quantizes linear layers, and these are parameters of three dimensions."""
+    """As callers of the real bitsandbytes do it, which leaves them out."""
     model = models.load("mixtral", full_precision["mixtral"], "nf4")
     left_out = model.get_memory_footprint()
     for layer in model.model.layers:
