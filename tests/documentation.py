@@ -2,7 +2,7 @@
 
 A comment on the line before a block says what is special about it: `<!-- needs: transformers -->` leaves it to the
 ecosystem tests, `<!-- needs: a process of its own -->` to a test that starts one, `<!-- needs: a model from the
-hub -->` to nobody, and `<!-- before: statements -->` runs these first.
+hub -->` to nobody, `<!-- needs: several processes -->` to tests/distributed, and `<!-- before: statements -->` runs these first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ BLOCK = re.compile(
 )
 HUB = "a model from the hub"
 OWN_PROCESS = "a process of its own"
+SEVERAL_PROCESSES = "several processes"
 
 
 class Block(NamedTuple):

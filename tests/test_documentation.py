@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import documentation
 import pytest
-from documentation import HUB, OWN_PROCESS, PAGES, ROOT, blocks_of, python_blocks
+from documentation import HUB, OWN_PROCESS, PAGES, ROOT, SEVERAL_PROCESSES, blocks_of, python_blocks
 
 from bnb_core.cli.commands import COMMANDS
 from bnb_core.cli.commands import bnb_core as group
@@ -41,7 +41,7 @@ def test_blocks_that_change_the_process_run_in_their_own():
 
 def test_what_a_block_needs_is_known():
     needs = {block.needs for page in PAGES for block in blocks_of(page)}
-    assert needs <= {"", HUB, OWN_PROCESS, "transformers", "peft"}
+    assert needs <= {"", HUB, OWN_PROCESS, SEVERAL_PROCESSES, "transformers", "peft"}
 
 
 def commands_of(page):
@@ -66,7 +66,7 @@ def test_the_reference_of_commands_has_each_option():
     text = (ROOT / "docs" / "reference" / "commands.md").read_text()
     for name in COMMANDS:
         assert name in text
-    for name in ("quantize", "dequantize", "inspect", "chat"):
+    for name in ("quantize", "dequantize", "inspect", "chat", "plan"):
         section = text.partition(f"## bnb-core {name} ")[2].partition("\n## ")[0]
         for parameter in group.get_command(click.Context(group), name).params:
             for option in (*parameter.opts, *parameter.secondary_opts):
