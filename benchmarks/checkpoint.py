@@ -135,11 +135,9 @@ def main() -> None:
         before_work = time.perf_counter() - began
         status, peak, cpu = end(process)
         seconds = time.perf_counter() - began
-        rate = total / (seconds - before_work) / 1e6
-        print(
-            f"undisturbed: exit {status}, {seconds:.1f} s, of which {before_work:.1f} s before the first byte; "
-            f"{rate:.0f} MB/s of input, {cpu:.1f} s of CPU time, peak {peak / 2**20:.0f} MiB"
-        )
+        print(f"undisturbed: exit {status}, {seconds:.1f} s, of which {before_work:.1f} s before the first byte; "
+              f"{total / (seconds - before_work) / 1e6:.0f} MB/s of input, "
+              f"{cpu:.1f} s of CPU time, peak {peak / 2**20:.0f} MiB")  # fmt: skip
         moments = random.Random(arguments.seed)
         for _ in range(arguments.kills):
             process = start(source, killed, options)

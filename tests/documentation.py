@@ -2,7 +2,8 @@
 
 A comment on the line before a block says what is special about it: `<!-- needs: transformers -->` leaves it to the
 ecosystem tests, `<!-- needs: a process of its own -->` to a test that starts one, `<!-- needs: a model from the
-hub -->` to nobody, `<!-- needs: several processes -->` to tests/distributed, and `<!-- before: statements -->` runs these first.
+hub -->` to nobody, `<!-- needs: several processes -->` to tests/distributed, and `<!-- before:
+statements -->` runs these first.
 """
 
 from __future__ import annotations

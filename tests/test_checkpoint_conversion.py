@@ -256,3 +256,21 @@ def test_sizes_are_those_of_the_files_and_what_is_promised_comes_true(made, tmp_
     assert sizes.nbytes == promised[method] == sum(layer.nbytes for layer in sizes.layers)
     assert sizes.parameters == inspect_checkpoint(made).parameters
     assert inspect_checkpoint(tmp_path / "out").alternatives["bfloat16"] == inspect_checkpoint(made).nbytes
+
+
+@pytest.mark.parametrize("files", [["diffusion_pytorch_model"], ["a", "b"]], ids=["one file", "two without an index"])
+def test_files_keep_their_names_and_get_an_index_where_they_need_one(tmp_path, files):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in files:
+        save_file({f"{name}.weight": torch.randn(64, 64)}, source / f"{name}.safetensors")
+    quantize_checkpoint(source, tmp_path / "out")
+    expected = {"config.json", *(f"{name}.safetensors" for name in files)}
+    expected |= {"model.safetensors.index.json"} if len(files) > 1 else set()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+
+
+def test_an_index_of_another_name_keeps_it(source, tmp_path):
+    (source / INDEX).rename(source / "diffusion.safetensors.index.json")
+    quantize_checkpoint(source, tmp_path / "out")
+    assert (tmp_path / "out" / "diffusion.safetensors.index.json").exists() and not (tmp_path / "out" / INDEX).exists()

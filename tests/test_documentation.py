@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -67,7 +68,7 @@ def test_the_reference_of_commands_has_each_option():
     for name in COMMANDS:
         assert name in text
     for name in ("quantize", "dequantize", "inspect", "chat", "plan"):
-        section = text.partition(f"## bnb-core {name} ")[2].partition("\n## ")[0]
+        section = re.split(rf"^## bnb-core {name}\b.*$", text, flags=re.M)[1].partition("\n## ")[0]
         for parameter in group.get_command(click.Context(group), name).params:
             for option in (*parameter.opts, *parameter.secondary_opts):
                 assert option.startswith("-") is False or f"`{option}" in section, (name, option)
@@ -108,3 +109,13 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
         assert str(Path(page).relative_to(ROOT / "docs")) in navigation
+
+
+def test_notebooks_are_those_of_the_tutorials(tmp_path):
+    script = ROOT / "docs" / "notebooks.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True)
+    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    kept = {path.name: path.read_text() for path in (ROOT / "examples" / "notebooks").iterdir()}
+    assert made == kept, f"run {script} examples/notebooks"
+    code = [cell for text in kept.values() for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert len(code) == sum(len(python_blocks(page)) for page in (ROOT / "docs" / "tutorials").glob("*.md"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnb_core.checkpoints.folder import CONFIG, INDEX, WEIGHTS, CheckpointFolder
+from bnb_core.checkpoints.folder import CONFIG, INDEX, CheckpointFolder
 from bnb_core.checkpoints.headers import CheckpointFileError
 from bnb_core.checkpoints.partial import Partial, partial_folder
 from bnb_core.checkpoints.pipeline import reading_ahead, writing_behind
@@ -77,7 +77,8 @@ def convert(
             with writer:
                 _run([task for task in tasks[name] if (name, task.name) not in done], writer, progress)
                 sizes[name] = writer.finish()
-        _write_index(partial.checkpoint, sizes)
+        if folder.index is not None or len(sizes) > 1:
+            _write_index(partial.checkpoint / (folder.index or f"model{INDEX}"), sizes)
         for relative in folder.other_files():
             (partial.checkpoint / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder.path / relative, partial.checkpoint / relative)
@@ -128,12 +129,9 @@ def _next(buffers: Iterator[Any], count: int) -> Iterator[Any]:
         yield next(buffers)
 
 
-def _write_index(folder: Path, sizes: Mapping[str, Mapping[str, int]]) -> None:
-    """For one file Transformers wants none."""
-    if list(sizes) == [WEIGHTS]:
-        return
+def _write_index(path: Path, sizes: Mapping[str, Mapping[str, int]]) -> None:
     content = {
         "metadata": {"total_size": sum(nbytes for each in sizes.values() for nbytes in each.values())},
         "weight_map": {tensor: name for name, each in sizes.items() for tensor in sorted(each)},
     }
-    (folder / f"model{INDEX}").write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -27,6 +27,8 @@ class CheckpointFolder:
     shards: Mapping[str, Header]
     """By file name."""
     config: dict[str, Any] | None
+    index: str | None = None
+    """The name of the file that says which file holds which tensor."""
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -67,7 +69,7 @@ def open_checkpoint(path: Path) -> CheckpointFolder:
     _check_unique(shards)
     if index is not None:
         _check_indexed(index, shards)
-    return CheckpointFolder(path, shards, _config(path / CONFIG))
+    return CheckpointFolder(path, shards, _config(path / CONFIG), index.name if index else None)
 
 
 def _index_of(path: Path) -> Path | None:

@@ -75,8 +75,7 @@ class SpanReader:
         path = span.tensor.file
         if path not in self._files:
             self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        # Not from malloc, which keeps what is freed for each thread.
-        memory = mmap.mmap(-1, max(span.nbytes, 1))
+        memory = _fresh_memory(span.nbytes)
         view, at = memoryview(memory)[: span.nbytes], span.tensor.start + span.begin
         while view:
             got = _read_into(self._files[path], view, at)
@@ -84,6 +83,17 @@ class SpanReader:
                 raise CheckpointFileError(f"{path}: truncated: it ends within {span.tensor.name}")
             view, at = view[got:], at + got
         return torch.frombuffer(memory, dtype=torch.uint8)[: span.nbytes]
+
+
+def _fresh_memory(nbytes: int) -> mmap.mmap:
+    """Not from malloc, which keeps what is freed for each thread; in huge pages, where the system has them."""
+    if os.name == "nt":
+        return mmap.mmap(-1, max(nbytes, 1))
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _read_into(file: int, view: memoryview, at: int) -> int:
