@@ -107,7 +107,7 @@ def _code_on(device: torch.device, code: Tensor | None) -> Tensor:
     return code.to(device)
 
 
-def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
     """Double quantization (QLoRA, section 3): the scales less their mean, in 8 bits."""
     offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
     codes, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
@@ -158,7 +158,7 @@ def quantize_4bit(
         packed, scales = _filled(primitives.quantize_4bit, arguments, out=out, absmax=absmax)
     offset, state2 = None, None
     if compress_statistics:
-        scales, offset, state2 = _quantize_scales(scales)
+        scales, offset, state2 = quantize_absmax(scales)
     code = _codebook(quant_type, A.device)
     return packed, QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype, offset, state2)
 
@@ -279,7 +279,7 @@ def quantize_blockwise(
         codes, scales = _filled(primitives.quantize_blockwise, (A, code, blocksize), out=out, absmax=absmax)
     offset, state2 = None, None
     if nested:
-        scales, offset, state2 = _quantize_scales(scales)
+        scales, offset, state2 = quantize_absmax(scales)
     return codes, QuantState(scales, A.shape, code, blocksize, dtype=A.dtype, offset=offset, state2=state2)
 
 
