@@ -12,6 +12,7 @@ from torch import nn
 import bnb_core
 from bnb_core import functional
 from bnb_core.autograd import grouped_linear_4bit
+from bnb_core.autograd.grouped_low_rank import grouped_low_rank
 from bnb_core.nn import Experts4bit, GroupedLinear4bit
 
 EXPERTS, HIDDEN, INTERMEDIATE = 6, 64, 96
@@ -151,3 +152,37 @@ def test_offsets_that_are_none_are_refused_where_the_host_reads_them(backend, of
         bnb_core.primitives.grouped_gemm_4bit_backward(
             torch.randn(9, 32), layer.quant_state.weight_4bit(layer.weight), torch.tensor(offsets, dtype=torch.int32)
         )
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_low_rank_products_and_their_gradients(rank, dtype):
+    offsets = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
+    x, A, B = (torch.randn(*shape, dtype=dtype) for shape in ((9, 64), (3, rank, 64), (3, 32, rank)))
+    arguments = [tensor.requires_grad_() for tensor in (x, A, B)]
+    dY = torch.randn(9, 32, dtype=dtype)
+    got = grouped_low_rank(*arguments, offsets)
+    rows = [slice(0, 3), slice(3, 3), slice(3, 9)]
+    expected = torch.cat([x[m].double() @ A[e].double().t() @ B[e].double().t() for e, m in enumerate(rows)])
+    tolerance = {"rtol": 2e-2, "atol": 1.0} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(got.double(), expected, **tolerance)
+    for gradient, exact in zip(
+        torch.autograd.grad(got, arguments, dY), torch.autograd.grad(expected, arguments, dY.double()), strict=True
+    ):
+        torch.testing.assert_close(gradient, exact, **tolerance)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compress_statistics": False}, {"quant_storage": torch.bfloat16}, {"transposed": True}], ids=str
+)
+def test_a_change_is_added_to_each_weight_and_quantized_as_the_whole_would_be(backend, options):
+    layer = GroupedLinear4bit(3, 64, 32, **options).to("cpu")
+    change = torch.randn(3, *layer._weight_shape()[1:])
+    sums = functional.dequantize_4bit(layer.weight, layer.quant_state) + change
+    layer.add_(lambda e: change[e])
+    codes, state = functional.quantize_4bit(
+        sums, compress_statistics=options.get("compress_statistics", True), quant_type="nf4",
+        quant_storage=options.get("quant_storage", torch.uint8),
+    )  # fmt: skip
+    assert torch.equal(layer.weight.data.view(torch.uint8), codes.view(torch.uint8))
+    assert layer.quant_state == layer.weight.quant_state == state

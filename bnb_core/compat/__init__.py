@@ -92,7 +92,7 @@ def _version_of(distribution: str) -> str | None:
 
 def _give_the_name() -> None:
     from bnb_core import optim
-    from bnb_core.compat import names, transformers_experts
+    from bnb_core.compat import names, taught
 
     modules = names.modules()
     sys.modules.update(modules)
@@ -103,4 +103,4 @@ def _give_the_name() -> None:
     for optimizer in (getattr(optim, name) for name in optim.__all__):
         if issubclass(optimizer, torch.optim.Optimizer):
             optimizer.__module__ = optimizer.__module__.replace("bnb_core", names.NAME, 1)
-    transformers_experts.serve()
+    taught.serve()

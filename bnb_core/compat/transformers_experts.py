@@ -8,13 +8,9 @@ by nothing here: they are changed once they are imported by others, and only whi
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -29,35 +25,7 @@ MODULE = "transformers.quantizers.quantizer_bnb_4bit"
 _QUANTIZER = "Bnb4BitHfQuantizer"
 
 
-def serve() -> None:
-    """Teach the quantizer, now or when it is imported."""
-    present = sys.modules.get(MODULE)
-    if present is None:
-        sys.meta_path.insert(0, _AtImport())
-    else:
-        _teach(present)
-
-
-class _AtImport(MetaPathFinder):
-    """Finds the quantizer's module as others do, and teaches it once it has been run."""
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
-        if fullname != MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def run_and_teach(module: ModuleType) -> None:
-                run(module)
-                _teach(module)
-
-            vars(spec.loader)["exec_module"] = run_and_teach
-        return spec
-
-
-def _teach(module: ModuleType) -> None:
+def teach(module: ModuleType) -> None:
     """Add the steps below to the quantizer's; that of Transformers 4, whose experts are linear layers, stays."""
     quantizer = getattr(module, _QUANTIZER, None)
     if quantizer is None or not hasattr(quantizer, "update_weight_conversions") or hasattr(quantizer, "_knows_experts"):

@@ -13,6 +13,7 @@ from bnb_core.nn.embedding import (
 from bnb_core.nn.experts import Experts4bit, GroupedLinear4bit
 from bnb_core.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from bnb_core.nn.linear8bit import Int8Params, Linear8bitLt
+from bnb_core.nn.offload import ExpertCache, OffloadedLinear4bit, offload_experts
 from bnb_core.nn.outlier import OutlierAwareLinear
 from bnb_core.nn.params4bit import Params4bit
 from bnb_core.nn.sharded_load import load_from_rank_0
@@ -23,6 +24,7 @@ __all__ = [
     "Embedding8bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
+    "ExpertCache",
     "Experts4bit",
     "GroupedLinear4bit",
     "Int8Params",
@@ -30,10 +32,12 @@ __all__ = [
     "Linear8bitLt",
     "LinearFP4",
     "LinearNF4",
+    "OffloadedLinear4bit",
     "OutlierAwareLinear",
     "Params4bit",
     "StableEmbedding",
     "load_from_rank_0",
     "load_state_dict",
+    "offload_experts",
     "parametrize",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnb_core import functional
 from bnb_core.autograd import grouped_linear_4bit
 from bnb_core.checks import check_dimensions, check_float
 from bnb_core.nn.linear4bit import Weight4bitMixin
@@ -101,6 +102,40 @@ class GroupedLinear4bit(Weight4bitMixin, nn.Module):
         dtype = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return grouped_linear_4bit(x.to(dtype), weight, quant_state, offsets, bias, self.transposed).to(x.dtype)
+
+    @torch.no_grad()
+    def add_(self, change: Callable[[int], Tensor]) -> None:
+        """Add ``change(e)`` to the weight of each group e, in the weight's own shape, and quantize the sums anew.
+
+        One dequantized weight is in memory at a time.
+
+        Raises:
+            RuntimeError: the weight is not quantized yet.
+        """
+        weight, state = self.weight, getattr(self.weight, "quant_state", None) or self._current_quant_state()
+        if state is None:
+            raise RuntimeError(not_quantized(weight))
+        shape = self._weight_shape()[1:]
+        codes = weight.data.view(torch.uint8).view(self.groups, -1).clone()
+        scales = functional.dequantize_absmax(state).view(self.groups, -1).clone()
+        for e in range(self.groups):
+            of_group = QuantState(scales[e], shape, state.code, state.blocksize, state.quant_type, state.dtype)
+            values = functional.dequantize_4bit(codes[e].view(-1, 1), of_group)
+            changed = (values.float() + change(e)).to(values.dtype)
+            packed, requantized = functional.quantize_4bit(
+                changed, blocksize=state.blocksize, quant_type=str(state.quant_type)
+            )
+            codes[e], scales[e] = packed.view(-1), requantized.absmax
+        nested: list[Any] = [None, None]
+        absmax = scales.view(-1)
+        if state.nested:
+            absmax, *nested = functional.quantize_absmax(absmax)
+        new_state = QuantState(
+            absmax, torch.Size((self.groups, *shape)), state.code, state.blocksize, state.quant_type, state.dtype,
+            *nested,
+        )  # fmt: skip
+        stored = codes.view(-1).view(weight.dtype).view(-1, 1)
+        self._set_weight(Params4bit._from_codes(stored, new_state, module=self))
 
     def extra_repr(self) -> str:
         return (
