@@ -99,7 +99,8 @@ def test_every_error_says_what_it_is_about_and_more_than_a_word():
     raised = [
         (f"{path}:{node.lineno}", text_of(node.exc.args[0]))
         for path, node in nodes_of_the_library()
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args
+        if "conformance" not in path.parts and isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+        if node.exc.args
     ]
     found = [(place, text) for place, text in raised if text is not None]
     assert len(found) > 200
