@@ -74,14 +74,40 @@ def test_the_reference_of_commands_has_each_option():
                 assert option.startswith("-") is False or f"`{option}" in section, (name, option)
 
 
-def messages():
-    """All texts of the library, a formatted value as a space."""
-    for path in (ROOT / "bnb_core").rglob("*.py"):
+def text_of(node):
+    """Of a string, a formatted value as a space; None for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else " " for part in node.values)
+    return None
+
+
+def nodes_of_the_library():
+    for path in sorted((ROOT / "bnb_core").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
-            elif isinstance(node, ast.JoinedStr):
-                yield "".join(part.value if isinstance(part, ast.Constant) else " " for part in node.values)
+            yield path, node
+
+
+def messages():
+    """All texts of the library."""
+    return [text for _, node in nodes_of_the_library() if (text := text_of(node)) is not None]
+
+
+def test_every_error_says_what_it_is_about_and_more_than_a_word():
+    """Messages that only pass on another one, such as `key: error`, have no words of their own."""
+    raised = [
+        (f"{path}:{node.lineno}", text_of(node.exc.args[0]))
+        for path, node in nodes_of_the_library()
+        if "conformance" not in path.parts and isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+        if node.exc.args
+    ]
+    found = [(place, text) for place, text in raised if text is not None]
+    assert len(found) > 200
+    for place, text in found:
+        words = re.findall(r"[A-Za-z_]+", text)
+        passes_on = not words or re.search(r":\s+$", text)
+        assert passes_on or len(words) > 1, f"{place}: {text}"
 
 
 def test_errors_that_are_explained_are_those_of_the_library():

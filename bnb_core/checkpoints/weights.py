@@ -133,5 +133,8 @@ def _state(packed: StoredTensor, reader: SpanReader) -> dict[str, object]:
     shape, blocksize = state.get("shape"), state.get("blocksize")
     sound = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
     if not sound or type(blocksize) is not int or blocksize < 1 or state.get("dtype") not in quant_state.DTYPES:
-        raise CheckpointFileError(f"{packed.file}: {packed.name}: malformed: {shown(state)}")
+        raise CheckpointFileError(
+            f"{packed.file}: {packed.name}: expected JSON with a shape, a blocksize and a dtype of "
+            f"{', '.join(quant_state.DTYPES)}, got {shown(state)}"
+        )
     return state
