@@ -131,3 +131,31 @@ def test_stacked_weights_that_stay_in_float_are_named_with_their_bytes(recwarn):
     bnb_core.nn.parametrize.replace_parameter_4bit(experts, "up")
     bnb_core.quantize_model(model)
     assert not recwarn
+
+
+class _OtherExperts(nn.Module):
+    """Made as none of the classes that have modules to take their places."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts = 4
+        self.kernels = nn.Parameter(torch.randn(4, 64, 32))
+
+    def forward(self, x, expert):
+        return x @ self.kernels[expert]
+
+
+def test_experts_of_an_unknown_kind_are_dequantized_when_they_are_read(recwarn):
+    model = nn.ModuleDict({"experts": _OtherExperts()})
+    x = torch.randn(3, 64)
+    before = model["experts"](x, 2)
+    bnb_core.quantize_model(model)
+    assert not recwarn and {parameter.dtype for parameter in model.parameters()} == {torch.uint8}
+    assert (model["experts"](x, 2) - before).norm() < 0.2 * before.norm()
+
+
+def test_experts_named_in_skip_modules_stay_as_they_are():
+    model = nn.ModuleDict({"experts": _OtherExperts()})
+    with pytest.warns(UserWarning, match=r"experts\.kernels"):
+        bnb_core.quantize_model(model, QuantizationConfig(skip_modules=("experts",)))
+    assert model["experts"].kernels.is_floating_point()
