@@ -113,7 +113,12 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
 
     Returns:
         Their codes u8, the mean f32, and what decodes the codes.
+
+    Raises:
+        TypeError: the scales are no dense tensor of f32.
     """
+    check_dense("absmax", absmax)
+    check_dtype("absmax", absmax, (torch.float32,))
     offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
     codes, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
     return codes, offset, state2

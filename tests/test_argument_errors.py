@@ -179,6 +179,7 @@ CALLS: dict[str, Call] = {
         functional.dequantize_absmax,
         lambda: {"quant_state": _double_quantized()["quant_state"]},
     ),
+    "quantize_absmax": (functional.quantize_absmax, lambda: {"absmax": torch.ones(8)}),
     "dequantize_blockwise": (functional.dequantize_blockwise, _blockwise),
     "dequantize_blockwise, loose": (
         functional.dequantize_blockwise,
