@@ -9,11 +9,11 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -28,6 +28,11 @@ if sys.platform == "darwin":
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+
+# Python's stable interface as of the oldest Python that we serve: one build for all of them.
+HAS_STABLE_INTERFACE = not sysconfig.get_config_var("Py_GIL_DISABLED")
+PYTHON_INTERFACE = ["-DPy_LIMITED_API=0x030A0000"] if HAS_STABLE_INTERFACE else []
+
 HIPIFIED = Path("build/hipified")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -61,13 +66,12 @@ class KernelExtension(Extension):
         **options: object,
     ):
         headers = [str(header) for folder in header_folders for header in Path(folder).rglob("*.h")]
-        include = [pybind11.get_include(), *options.pop("include_dirs", [])]
         super().__init__(
             name,
             sources=list(source_flags),
             depends=[*headers, "setup.py"],
             language="c++",
-            include_dirs=include,
+            py_limited_api=HAS_STABLE_INTERFACE,
             **{"libraries": ["dl"], **options},
         )
         self.source_flags = source_flags
@@ -193,7 +197,7 @@ class BuildKernels(build_ext):
             object_file.parent.mkdir(parents=True, exist_ok=True)
             host = list(self.compiler.compiler_so_cxx)
             command = ext.command(host, source)
-            flags = [*include, *ext.source_flags[source], "-c", source, "-o", str(object_file)]
+            flags = [*include, *PYTHON_INTERFACE, *ext.source_flags[source], "-c", source, "-o", str(object_file)]
             if subprocess.run([*command, *flags]).returncode != 0:
                 raise SystemExit(f"{source} could not be compiled")
             return str(object_file)
@@ -219,4 +223,5 @@ def requested() -> list[str]:
 setup(
     ext_modules=[signature(), *(extension for name in requested() for extension in KERNEL_SETS[name]())],
     cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if HAS_STABLE_INTERFACE else {},
 )

@@ -94,8 +94,8 @@ void run_part(void* data) {
 
 }  // namespace
 
-void set_openmp(const char* path) {
-  void* library = dlopen(path, RTLD_NOLOAD | RTLD_LAZY);
+void set_openmp(const std::string& path) {
+  void* library = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
   if (!library || !dlsym(library, "GOMP_parallel")) library = RTLD_DEFAULT;
   OpenMP found{};
   void* symbol = find(library, "GOMP_parallel", found.parallel);

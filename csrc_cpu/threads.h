@@ -4,12 +4,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace bnb {
 
 // Takes the OpenMP entry points from the runtime that the library at `path` (libtorch_cpu.so) uses.
 // Throws std::runtime_error if they are not found. Until it is called, everything runs on one thread.
-void set_openmp(const char* path);
+void set_openmp(const std::string& path);
 
 // The file that the entry points were found in, null before set_openmp.
 const char* openmp_path();

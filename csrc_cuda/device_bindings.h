@@ -1,9 +1,6 @@
 // What every GPU's module has for Python besides the primitives, on hardware or simulated.
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <iterator>
 #include <string>
 #include <vector>
@@ -15,24 +12,19 @@
 
 namespace bnb {
 
-// Managed memory has its addresses as integers.
-inline void bind_device_extras(pybind11::module_& m) {
-  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  m.def("allocate_managed", &allocate_managed, pybind11::arg("bytes"), no_gil);
-  m.def("free_managed", &free_managed, pybind11::arg("address"), no_gil);
-  m.def(
-      "prefetch_managed",
-      [](uintptr_t address, size_t bytes, bool to_host, uintptr_t stream) {
-        prefetch_managed(address, bytes, to_host, reinterpret_cast<Stream>(stream));
-      },
-      no_gil);
-  m.attr("gemm_4bit_kernels") = pybind11::tuple(pybind11::cast(
-      std::vector<std::string>(std::begin(kGemm4bitKernelNames), std::end(kGemm4bitKernelNames))));
-  bind<&gpu::gemm_4bit_kernel>(
-      m, "gemm_4bit_kernel", "Which of gemm_4bit_kernels serves products of A and the weight, by its place.");
-  bind<&gpu::set_gemm_4bit_kernel>(m, "set_gemm_4bit_kernel",
-                                   "The one at this place serves, wherever it takes the product; -1: as the "
-                                   "table says. Gives the place before.");
+// Managed memory has its addresses as integers, and so has a stream.
+inline void bind_device_extras(Module& m) {
+  m.bind<&allocate_managed>("allocate_managed");
+  m.bind<&free_managed>("free_managed");
+  m.bind<&prefetch_managed>("prefetch_managed");
+  m.attribute("gemm_4bit_kernels",
+              std::vector<std::string>(std::begin(kGemm4bitKernelNames), std::end(kGemm4bitKernelNames)));
+  m.bind<&gpu::gemm_4bit_kernel>(
+      "gemm_4bit_kernel", "Which of gemm_4bit_kernels serves products of A and the weight, by its place.");
+  m.bind<&gpu::set_gemm_4bit_kernel>(
+      "set_gemm_4bit_kernel",
+      "The one at this place serves, wherever it takes the product; -1: as the "
+      "table says. Gives the place before.");
 }
 
 }  // namespace bnb

@@ -1,6 +1,5 @@
 // What a GPU's kernel module has besides the kernels: versions, and managed memory.
 #include <cuda_runtime.h>
-#include <pybind11/pybind11.h>
 
 #include "check.h"
 #include "device_bindings.h"
@@ -22,10 +21,10 @@ int runtime_version() {
 
 }  // namespace
 
-void bind_extras(pybind11::module_& m) {
-  m.def("driver_version", &driver_version, "The version of the driver's API; 0 without a driver.");
-  m.def("runtime_version", &runtime_version, "The version of the runtime in this module.");
-  m.attr("archs") = BNB_GPU_ARCHS;
+void bind_extras(Module& m) {
+  m.bind<&driver_version>("driver_version", "The version of the driver's API; 0 without a driver.");
+  m.bind<&runtime_version>("runtime_version", "The version of the runtime in this module.");
+  m.attribute("archs", BNB_GPU_ARCHS);
   bind_device_extras(m);
 }
 

@@ -2,12 +2,10 @@
 #include "bind.h"
 #include "kernels.h"
 
-namespace py = pybind11;
-
 namespace bnb {
 
 // Each kernel set defines what its own module has in addition.
-void bind_extras(py::module_& m);
+void bind_extras(Module& m);
 
 namespace {
 
@@ -62,28 +60,55 @@ void optimizer_update_8bit_blockwise(const Step& step, const TensorList& g, cons
   });
 }
 
+void bind_all(Module& m) {
+  m.bind<&Kernels::quantize_blockwise>("quantize_blockwise");
+  m.bind<&Kernels::dequantize_blockwise>("dequantize_blockwise");
+  m.bind<&Kernels::quantize_4bit>("quantize_4bit");
+  m.bind<&Kernels::dequantize_4bit>("dequantize_4bit");
+  m.bind<&Kernels::gemm_4bit>("gemm_4bit");
+  m.bind<&Kernels::gemm_4bit_backward>("gemm_4bit_backward");
+  m.bind<&Kernels::grouped_gemm_4bit>("grouped_gemm_4bit");
+  m.bind<&Kernels::grouped_gemm_4bit_backward>("grouped_gemm_4bit_backward");
+  m.bind<&Kernels::int8_vectorwise_quant>("int8_vectorwise_quant");
+  m.bind<&Kernels::int8_columnwise_quant>("int8_columnwise_quant");
+  m.bind<&Kernels::int8_vectorwise_dequant>("int8_vectorwise_dequant");
+  m.bind<&Kernels::int8_linear_matmul>("int8_linear_matmul");
+  m.bind<&Kernels::int8_mm_dequant>("int8_mm_dequant");
+  m.bind<&Kernels::int8_mixed_scaled_mm>("int8_mixed_scaled_mm");
+  m.bind<&Kernels::int8_linear_backward>("int8_linear_backward");
+  m.bind<&optimizer_update_32bit>("optimizer_update_32bit");
+  m.bind<&optimizer_update_8bit_blockwise>("optimizer_update_8bit_blockwise");
+  bind_extras(m);
+}
+
 }  // namespace
 }  // namespace bnb
 
-PYBIND11_MODULE(BNB_MODULE_NAME, m) {
-  using bnb::Kernels;
+#define BNB_TEXT(name) #name
+#define BNB_EXPANDED_TEXT(name) BNB_TEXT(name)
+#define BNB_INIT(name) PyInit_##name
+#define BNB_EXPANDED_INIT(name) BNB_INIT(name)
+
+PyMODINIT_FUNC BNB_EXPANDED_INIT(BNB_MODULE_NAME)() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   BNB_EXPANDED_TEXT(BNB_MODULE_NAME),
+                                   nullptr,
+                                   -1,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
+  PyObject* const module = bnb::create_module(definition);
+  if (!module) return nullptr;
   bnb::binding::exchange = bnb::dlpack::find_exchange();
-  bnb::bind<&Kernels::quantize_blockwise>(m, "quantize_blockwise");
-  bnb::bind<&Kernels::dequantize_blockwise>(m, "dequantize_blockwise");
-  bnb::bind<&Kernels::quantize_4bit>(m, "quantize_4bit");
-  bnb::bind<&Kernels::dequantize_4bit>(m, "dequantize_4bit");
-  bnb::bind<&Kernels::gemm_4bit>(m, "gemm_4bit");
-  bnb::bind<&Kernels::gemm_4bit_backward>(m, "gemm_4bit_backward");
-  bnb::bind<&Kernels::grouped_gemm_4bit>(m, "grouped_gemm_4bit");
-  bnb::bind<&Kernels::grouped_gemm_4bit_backward>(m, "grouped_gemm_4bit_backward");
-  bnb::bind<&Kernels::int8_vectorwise_quant>(m, "int8_vectorwise_quant");
-  bnb::bind<&Kernels::int8_columnwise_quant>(m, "int8_columnwise_quant");
-  bnb::bind<&Kernels::int8_vectorwise_dequant>(m, "int8_vectorwise_dequant");
-  bnb::bind<&Kernels::int8_linear_matmul>(m, "int8_linear_matmul");
-  bnb::bind<&Kernels::int8_mm_dequant>(m, "int8_mm_dequant");
-  bnb::bind<&Kernels::int8_mixed_scaled_mm>(m, "int8_mixed_scaled_mm");
-  bnb::bind<&Kernels::int8_linear_backward>(m, "int8_linear_backward");
-  bnb::bind<&bnb::optimizer_update_32bit>(m, "optimizer_update_32bit");
-  bnb::bind<&bnb::optimizer_update_8bit_blockwise>(m, "optimizer_update_8bit_blockwise");
-  bnb::bind_extras(m);
+  bnb::Module m(module);
+  try {
+    bnb::bind_all(m);
+  } catch (...) {
+    bnb::binding::set_error();
+  }
+  if (!PyErr_Occurred()) return module;
+  Py_DECREF(module);
+  return nullptr;
 }

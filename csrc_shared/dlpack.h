@@ -2,9 +2,9 @@
 // in torch from 2.10 on. It takes no header of torch's, and no build for each of its versions.
 #pragma once
 
-#include <Python.h>
-
 #include <cstdint>
+
+#include "python_module.h"
 
 namespace bnb::dlpack {
 

@@ -2,21 +2,24 @@
 // address as an integer; for a struct of kernels.h a tensor, or the NamedTuple of bnb_core/records.py.
 #pragma once
 
-#include <Python.h>
-
 #include <cmath>
 #include <cstring>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "dlpack.h"
 #include "kernels.h"
+#include "python_module.h"
 
 namespace bnb {
 namespace binding {
 
 inline const dlpack::Exchange* exchange = nullptr;  // the module's initialization looks for it
+
+// The text of a str, as long as it lives; null with an error of Python's.
+inline const char* text_of(PyObject* text) { return PyUnicode_AsUTF8AndSize(text, nullptr); }
 
 inline long long number_from(PyObject* tensor, const char* method) {
   PyObject* number = PyObject_CallMethod(tensor, method, nullptr);
@@ -84,7 +87,7 @@ class TensorView {
     }
     PyObject* const dtype = PyObject_GetAttrString(object_, "dtype");
     PyObject* const text = dtype ? PyObject_Str(dtype) : nullptr;
-    const char* const name = text ? PyUnicode_AsUTF8(text) : "";
+    const char* const name = text ? text_of(text) : "";
     const bool half = name && std::strstr(name, "float16");
     const DType result = !half ? DType::f32 : std::strstr(name, "bfloat16") ? DType::bf16 : DType::f16;
     Py_XDECREF(text);
@@ -115,9 +118,9 @@ class TensorList {
       size_ = 1;
       return;
     }
-    size_ = static_cast<size_t>(PyList_GET_SIZE(object));
+    size_ = static_cast<size_t>(PyList_Size(object));
     many_.resize(size_);
-    for (size_t i = 0; i < size_ && !PyErr_Occurred(); i++) add(PyList_GET_ITEM(object, i), many_[i]);
+    for (size_t i = 0; i < size_ && !PyErr_Occurred(); i++) add(PyList_GetItem(object, i), many_[i]);
   }
 
   size_t size() const { return size_; }
@@ -168,7 +171,7 @@ struct States8bit {
 // Which of the rows of a table has this name; an error of Python's is set where none has.
 template <class Table, class NameOf>
 int index_of_name(PyObject* object, const Table& table, const char* what, const NameOf& name_of) {
-  const char* const name = PyUnicode_Check(object) ? PyUnicode_AsUTF8(object) : nullptr;
+  const char* const name = PyUnicode_Check(object) ? text_of(object) : nullptr;
   int i = 0;
   for (const auto& row : table) {
     if (name && !std::strcmp(name, name_of(row))) return i;
@@ -191,8 +194,8 @@ class Fields {
 
   PyObject* next_object() {
     if (PyErr_Occurred()) return Py_None;
-    if (at_ < PyTuple_GET_SIZE(tuple_)) return PyTuple_GET_ITEM(tuple_, at_++);
-    PyErr_Format(PyExc_TypeError, "a tuple of %zd fields is too short", PyTuple_GET_SIZE(tuple_));
+    if (at_ < PyTuple_Size(tuple_)) return PyTuple_GetItem(tuple_, at_++);
+    PyErr_Format(PyExc_TypeError, "a tuple of %zd fields is too short", PyTuple_Size(tuple_));
     return Py_None;
   }
   template <class T>
@@ -209,14 +212,14 @@ class Fields {
 inline void read_shape(PyObject* shape, Weight4bit& weight) {
   weight.N = weight.K = 1;
   if (PyErr_Occurred()) return;
-  PyObject* const sizes = PySequence_Fast(shape, "shape: expected a sequence");
-  if (!sizes) return;
-  const Py_ssize_t dimensions = PySequence_Fast_GET_SIZE(sizes);
+  const Py_ssize_t dimensions = PySequence_Size(shape);
   for (Py_ssize_t i = 0; i < dimensions; i++) {
+    PyObject* const item = PySequence_GetItem(shape, i);
+    if (!item) return;
     int64_t& size = i + 1 < dimensions ? weight.N : weight.K;
-    size *= PyLong_AsLongLong(PySequence_Fast_GET_ITEM(sizes, i));
+    size *= PyLong_AsLongLong(item);
+    Py_DECREF(item);
   }
-  Py_DECREF(sizes);
 }
 
 inline Weight4bit read_weight_4bit(Fields fields) {
@@ -305,6 +308,9 @@ T from_python(PyObject* object) {
   } else if constexpr (std::is_same_v<T, OptimizerName>) {
     const auto name = [](const char* name) { return name; };
     return static_cast<OptimizerName>(index_of_name(object, kOptimizerNames, "optimizer_name", name));
+  } else if constexpr (std::is_same_v<T, std::string>) {
+    const char* const text = text_of(object);
+    return text ? T(text) : T();
   } else if constexpr (std::is_class_v<T>) {
     return read_fields<T>(Fields(object));
   } else if constexpr (std::is_pointer_v<T>) {

@@ -50,21 +50,28 @@ class Signature {
   // Whether the argument is of a kind that can be told; if not, or if it cannot be read, no error is set.
   bool add(PyObject* argument) {
     if (argument == Py_None) return add_value('N', 0);
-    if (PyObject_TypeCheck(argument, tensor_type)) return add_tensor(argument);
-    if (PyBool_Check(argument)) return add_value('B', argument == Py_True);
-    if (PyLong_CheckExact(argument)) return add_integer(argument);
-    if (PyFloat_CheckExact(argument)) return add_value('F', PyFloat_AS_DOUBLE(argument));
-    if (PyUnicode_CheckExact(argument)) return add_text(argument);
-    if (Py_TYPE(argument) == dtype_type) return add_value('D', argument);
-    return (PyTuple_Check(argument) || PyList_Check(argument)) && add_items(argument);
+    PyTypeObject* const type = Py_TYPE(argument);
+    if (type == tensor_type) return add_tensor(argument);
+    if (type == &PyLong_Type) return add_integer(argument);
+    if (type == &PyUnicode_Type) return add_text(argument);
+    if (type == dtype_type) return add_value('D', argument);
+    if (type == &PyBool_Type) return add_value('B', argument == Py_True);
+    if (type == &PyFloat_Type) return add_value('F', PyFloat_AsDouble(argument));
+    if (PyTuple_Check(argument) || PyList_Check(argument)) return add_items(argument);
+    return PyType_IsSubtype(type, tensor_type) && add_tensor(argument);
   }
 
   bool add_items(PyObject* sequence) {
-    const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence);
+    const bool is_tuple = PyTuple_Check(sequence);
+    const Py_ssize_t count = is_tuple ? PyTuple_Size(sequence) : PyList_Size(sequence);
     const PyTypeObject* const type = Py_TYPE(sequence);
     const bool plain = type == &PyTuple_Type || type == &PyList_Type || type == size_type;
     bool told = add_value('(', plain ? nullptr : type) && add_value(',', count);
-    for (Py_ssize_t i = 0; told && i < count; i++) told = add(PySequence_Fast_GET_ITEM(sequence, i));
+    for (Py_ssize_t i = 0; told && i < count; i++) {
+      PyObject* const item = is_tuple ? PyTuple_GetItem(sequence, i) : PyList_GetItem(sequence, i);
+      if (!item) PyErr_Clear();
+      told = item && add(item);
+    }
     return told;
   }
 
@@ -118,7 +125,7 @@ class Signature {
   // Whether the memory holds the values with the other sign, which DLPack does not tell.
   static bool is_negated(PyObject* tensor) {
     const WithoutSubclasses guard(tensor);
-    PyObject* negated = PyObject_CallOneArg(is_neg, tensor);
+    PyObject* negated = PyObject_CallFunctionObjArgs(is_neg, tensor, nullptr);
     if (!negated) PyErr_Clear();
     Py_XDECREF(negated);
     return negated != Py_False;
@@ -164,5 +171,5 @@ PyMODINIT_FUNC PyInit__signature() {
   static PyMethodDef methods[] = {{"signature", signature, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_signature", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
+  return create_module(definition);
 }

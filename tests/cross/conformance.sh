@@ -42,7 +42,7 @@ python() {
     qemu-aarch64 -L "$root" "$root/usr/bin/python3" "$@"
 }
 if [ ! -e "$site/torch" ]; then
-  pip install --quiet --target "$site" pip setuptools pybind11
+  pip install --quiet --target "$site" pip setuptools
   python -m pip install --quiet --target "$site" $torch numpy packaging safetensors pytest hypothesis click rich matplotlib
 fi
 
