@@ -198,7 +198,7 @@ class QuantizedWeightMixin(nn.Module):
         if not part_keys:
             raise ValueError(
                 f"{key}: has codes without their scales, such as set_model_state_dict sends with broadcast_from_rank0; "
-                "load on each rank, or by bnb_core.nn.load_from_rank_0"
+                "call bnb_core.nn.load_from_rank_0(model, state_dict), which takes None on other ranks, or load on each"
             )
         set_parts = self._part_setter(prefix, value, {name: dense_entry(name, state_dict[name]) for name in part_keys})
 

@@ -15,20 +15,21 @@ from bnb_core.sharding import is_sharded, local_part, part_of
 def load_from_rank_0(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None,
-    shard: Callable[[nn.Module], Any],
+    shard: Callable[[nn.Module], Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Fill a model that is on meta from a state dict that rank 0 has, without the whole of it anywhere else.
+    """Fill a model from a state dict that rank 0 has, without the whole of it anywhere else.
 
     Rank 0 sends one tensor after the other, and each process keeps its part, so that a mapping that reads a file entry
     by entry needs no more memory than the largest one. Scales of quantized weights stay whole on each process.
 
     Args:
-        model: on meta, made in the same way on each rank, quantized layers included.
+        model: made in the same way on each rank, quantized layers included; on meta, or sharded already. It takes the
+            place of ``set_model_state_dict`` with ``broadcast_from_rank0``, which sends no scales.
         state_dict: on rank 0; None on the others.
-        shard: called with the model, to shard it; :func:`torch.distributed.fsdp.fully_shard` of each layer, say. It is
-            called when quantized weights have the shape of their codes, still on meta.
-        device: where the parts go.
+        shard: called with the model on meta, to shard it; :func:`torch.distributed.fsdp.fully_shard` of each layer,
+            say. It is called when quantized weights have the shape of their codes. None for a model that is sharded.
+        device: where the parts of a model on meta go.
 
     Raises:
         ValueError, RuntimeError: what ``load_state_dict`` would raise, on every rank.
@@ -37,21 +38,58 @@ def load_from_rank_0(
     shapes = _of_rank_0({key: (value.shape, value.dtype) for key, value in state_dict.items()} if state_dict else None)
     parts = {key for name, module in model.named_modules() for key in _part_keys(name, module, shapes)}
     small = _of_rank_0({key: state_dict[key].cpu() for key in parts} if rank_0 and state_dict is not None else None)
-    on_meta = {
-        key: small[key] if key in parts else torch.empty(shape, dtype=dtype, device="meta")
-        for key, (shape, dtype) in shapes.items()
-    }
-    model.load_state_dict(on_meta, assign=True)
-    shard(model)
-    model.to_empty(device=device)
+    if shard is not None:
+        on_meta = {
+            key: small[key] if key in parts else torch.empty(shape, dtype=dtype, device="meta")
+            for key, (shape, dtype) in shapes.items()
+        }
+        model.load_state_dict(on_meta, assign=True)
+        shard(model)
+        model.to_empty(device=device)
+    # Asked for its keys, FSDP2 shards again what a forward has gathered.
+    own_keys = list(model.state_dict()) if shard is None else []
     tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    own_parts: dict[str, tuple[Any, dict[str, Tensor]]] = {
+        name: (module, {key: small[key] for key in _part_keys(name, module, small)})
+        for name, module in model.named_modules()
+    }
+    if shard is None:
+        own = {key: tensors[key] for key in own_keys if key in tensors}
+        _check_sharded(own, {key: value for key, value in shapes.items() if key not in parts}, own_parts)
+    setters = [
+        module._part_setter(f"{name}." if name else "", module.weight, own)
+        for name, (module, own) in own_parts.items()
+        if own
+    ]
     for key in shapes:
         if key not in parts:
             _fill(tensors[key], state_dict[key] if rank_0 and state_dict is not None else None, shapes[key])
-    for name, module in model.named_modules():
-        own = {key: small[key] for key in _part_keys(name, module, small)}
-        if own:
-            module._part_setter(f"{name}." if name else "", module.weight, own)()
+    for set_parts in setters:
+        set_parts()
+
+
+def _check_sharded(
+    tensors: Mapping[str, Tensor],
+    given: Mapping[str, tuple[torch.Size, torch.dtype]],
+    own_parts: Mapping[str, tuple[nn.Module, Mapping[str, Tensor]]],
+) -> None:
+    """Whether these tensors of a sharded model can take what is given, with the scales of each quantized module."""
+    missing = [key for key in tensors if key not in given]
+    unexpected = [key for key in given if key not in tensors]
+    if missing or unexpected:
+        lists = f"missing keys: {', '.join(missing) or 'none'}; unexpected keys: {', '.join(unexpected) or 'none'}"
+        raise ValueError(f"state_dict: {lists}")
+    for key, (shape, dtype) in given.items():
+        own = tensors[key]
+        if (own.shape, own.dtype) != (shape, dtype):
+            expected = f"{own.dtype} of shape {tuple(own.shape)}"
+            raise ValueError(f"{key}: expected {expected}, got {dtype} of shape {tuple(shape)}")
+    for name, (module, of_module) in own_parts.items():
+        key = f"{name}.weight" if name else "weight"
+        if getattr(module, "_cut", None) is not None:
+            raise ValueError(f"{key}: parallelize_module has cut this layer; load the state dict before")
+        if isinstance(module, QuantizedWeightMixin) and module._has_parts() and not of_module:
+            raise ValueError(f"{key}: has codes without their scales")
 
 
 def _part_keys(name: str, module: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:

@@ -244,8 +244,7 @@ class Optimizer8bit(SavedState):
             for pindex, p in enumerate(group["params"])
             if _has_dense_gradient(p)
         ]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._check_bounds(indices)
+        self.check_bounds(indices)
         if capturing and not (self.initialized and all("step" in self.state[p] for _, p, _, _ in indices)):
             raise RuntimeError(_UNPREPARED.format(type(self).__name__))
         self.prepare(indices)
@@ -258,8 +257,10 @@ class Optimizer8bit(SavedState):
             self.update_step(group, p, gindex, pindex)
         return loss
 
-    def _check_bounds(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
+    def check_bounds(self, indices: list[tuple[dict[str, Any], Tensor, int, int]]) -> None:
         """Whether the norms of parameters that are spread over processes can be had, where they bound the update."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
         for group, p, gindex, pindex in indices:
             hidden = is_flattened(p) and torch.distributed.get_world_size() > 1
             if (hidden or (self.capturable and is_sharded(p))) and self.get_config(gindex, pindex, group)["max_unorm"]:

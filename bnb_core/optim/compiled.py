@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from bnb_core import primitives
+from bnb_core.optim.sharded import check_sharded, local_gradient
 from bnb_core.primitive import Primitive
 from bnb_core.records import OptimizerState8bit, OptimizerState32bit, OptimizerStep
-from bnb_core.sharding import is_sharded
+from bnb_core.sharding import is_sharded, local_part
 
 
 @torch.no_grad()
@@ -69,8 +70,10 @@ def init_group(
     optimizer.check_group(group)
     settings.extend((name, value) for name, value in group.items() if name != "params" and not _is_tensor(value))
     indices = [(group, group["params"][place], gindex, place) for place in places]
-    if any(is_sharded(p) for _, p, _, _ in indices):
-        raise RuntimeError("step: that of sharded parameters (DTensors) is not compiled; call it outside of what is")
+    for _, p, _, _ in indices:
+        if is_sharded(p):
+            check_sharded(p)
+    optimizer.check_bounds(indices)
     optimizer.prepare(indices)
     for _, p, _, place in indices:
         config, state = optimizer.get_config(gindex, place, group), optimizer.state[p]
@@ -96,11 +99,12 @@ def _update(step: OptimizerStep, p: Tensor, state: dict[str, Any], lr: float | T
     count = state["step"].add_(1.0)
     if isinstance(lr, Tensor):
         step = step._replace(lr_tensor=lr.detach().to(p.device, torch.float64))
+    grad, p = (local_gradient(p), local_part(p)) if is_sharded(p) else (p.grad, p)
     if "state1" not in state:  # as in _update_stateless, each step is the first
         count = count.clamp(max=1.0)
         state["state1"] = torch.empty(p.shape, dtype=torch.float32, device=p.device)
     update, record = primitive_and_record(state)
-    update(step._replace(step_tensor=count), p.grad, p, record, state.get("unorm_vec"))
+    update(step._replace(step_tensor=count), grad, p, record, state.get("unorm_vec"))
 
 
 def primitive_and_record(state: Mapping[str, Any]) -> tuple[Primitive, OptimizerState8bit | OptimizerState32bit]:

@@ -22,6 +22,10 @@ from bnb_core.primitives import OPTIMIZER_BLOCKSIZE, OPTIMIZERS
 Codebook = Callable[[str, torch.device], Tensor]
 """That of a state, by its name, on a device."""
 _UNSCALED = -1.0
+_COPIES = (
+    "expected entries that differ, got copies of one, as torch's FSDP1 gathers of original parameters on a CPU if it "
+    "offloads to the CPU; save by FSDP.optim_state_dict with FullOptimStateDictConfig(offload_to_cpu=False)"
+)
 
 
 def per_element(state: Mapping[str, Any], optimizer_name: str, p: Tensor, with_scales: bool) -> dict[str, Any]:
@@ -59,6 +63,20 @@ def expected_per_element(
         return None
     keys = [*names, *map(_scales_of, names)] if has_scales else names
     return dict.fromkeys(keys, (torch.float32, tuple(p.shape)))
+
+
+def check_gathered(name: str, state: Mapping[str, Any]) -> None:
+    """Check the state of a parameter that FSDP1 manages for what torch does to it on CPUs.
+
+    Args:
+        name: what errors call the state.
+
+    Raises:
+        ValueError: all of its tensors are the same, and not zero.
+    """
+    first, *others = [value for value in state.values() if isinstance(value, Tensor)] or [torch.zeros(0)]
+    if others and bool(first.any()) and all(torch.equal(first, other) for other in others):
+        raise ValueError(f"{name}: {_COPIES}")
 
 
 def in_blocks(state: Mapping[str, Any], optimizer_name: str, p: Tensor, codebook: Codebook) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnb_core.optim.checkpoint import STATE_KEYS, ParameterState, checked_groups, checked_state, flat, grouped
 from bnb_core.optim.flat_parameters import is_flattened
-from bnb_core.optim.per_element import expected_per_element, in_blocks, per_element
+from bnb_core.optim.per_element import check_gathered, expected_per_element, in_blocks, per_element
 from bnb_core.optim.sharded_state import in_local_blocks, is_in_runs, saved_in_runs
 from bnb_core.optim.state_buffers import StateBuffers
 from bnb_core.sharding import is_sharded, local_part
@@ -126,6 +126,8 @@ class SavedState(StateBuffers):
             if is_sharded(p) or is_in_runs(saved, self.optimizer_name, p):
                 saved = in_local_blocks(name, saved, self.optimizer_name, p)
             state = checked_state(name, saved, self.optimizer_name, part, stateless)
+            if is_flattened(p):
+                check_gathered(name, state)
             if expected_per_element(state, self.optimizer_name, part) is not None:
                 state = in_blocks(state, self.optimizer_name, part, self._qmap)
             if state:

@@ -62,6 +62,35 @@ def test_training_goes_on_from_a_saved_state(
         assert resumed == after
 
 
+def _from_full_optim_state_dict(kind: str, use_orig_params: bool) -> tuple[list[float], list[float] | str]:
+    model, optimizer = _setup(kind, use_orig_params, 0, "full")
+    train(model, optimizer, steps=3)
+    weights = copy.deepcopy(model.state_dict())
+    saved = FSDP.full_optim_state_dict(model, optimizer, rank0_only=False)
+    after = train(model, optimizer, first=3)
+    other, resumed = _setup(kind, use_orig_params, 5, "full")
+    other.load_state_dict(weights)
+    try:
+        resumed.load_state_dict(FSDP.optim_state_dict_to_load(other, resumed, saved))
+    except ValueError as error:
+        assert not resumed.state
+        return after, str(error)
+    return after, train(other, resumed, first=3)
+
+
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW32bit", "Lion8bit"])
+def test_the_older_full_state_of_flat_parameters_resumes(kind: str, ranks: Ranks):
+    for after, resumed in ranks.run(2, _from_full_optim_state_dict, kind, False):
+        assert resumed == after
+
+
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW32bit", "AdEMAMix8bit", "Lion8bit"])
+def test_full_state_that_torch_has_overwritten_is_refused(kind: str, ranks: Ranks):
+    for _, message in ranks.run(2, _from_full_optim_state_dict, kind, True):
+        assert message.startswith("state[")
+        assert "FullOptimStateDictConfig(offload_to_cpu=False)" in message
+
+
 def _forms(use_orig_params: bool, layers: list[tuple[int, int]]) -> dict[str, str]:
     model = FSDP(
         nn.Sequential(*(nn.Linear(*sizes) for sizes in layers)), use_orig_params=use_orig_params, device_id=CPU

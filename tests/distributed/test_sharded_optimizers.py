@@ -9,6 +9,7 @@ import pytest
 import torch
 from ranks import Ranks
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -172,3 +173,49 @@ def _clipped_norm() -> float:
 
 def test_gradients_are_clipped_by_the_norm_of_the_whole_model(ranks: Ranks):
     assert ranks.run(4, _clipped_norm) == [pytest.approx(_clipped_norm(), rel=1e-5)] * 4
+
+
+def _compiled_and_not(kind: str, settings: dict[str, Any]) -> tuple[int, int]:
+    """Graphs and graph breaks; the backend runs what the compiler has captured, without code of its own."""
+    results = []
+    torch._dynamo.reset()
+    counters.clear()
+    for compiled in (False, True):
+        model = build()
+        fully_shard(model)
+        optimizer = optimizer_for(kind, model.parameters(), capturable=True, **settings)
+        step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager") if compiled else optimizer.step
+        steps = SimpleNamespace(step=step, zero_grad=optimizer.zero_grad)
+        losses = train(model, steps)
+        states = [state for p in model.parameters() for state in optimizer.state[p].values()]
+        results.append((losses, [p.detach().to_local() for p in model.parameters()] + states))
+    (losses, tensors), (of_compiled, others) = results
+    assert of_compiled == losses
+    for tensor, other in zip(tensors, others, strict=True):
+        assert torch.equal(other, tensor)
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("AdamW8bit", {}), ("AdEMAMix8bit", {}), ("SGD32bit", {"momentum": 0.0})],
+)
+def test_a_compiled_step_takes_the_bits_of_one_that_is_not(kind: str, settings: dict[str, Any], ranks: Ranks):
+    for graphs, breaks in ranks.run(2, _compiled_and_not, kind, settings):
+        assert (graphs, breaks) == (1, 0)
+
+
+def _bounded_and_compiled() -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)]))
+    p.grad = torch.ones_like(p)
+    optimizer = optim.AdamW([p], args=BOUND, capturable=True)
+    with pytest.raises(Exception, match="capturable=False") as raised:
+        torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
+    same_bits("p", p.detach().to_local(), torch.ones(4, 8))
+    return str(raised.value)
+
+
+def test_a_compiled_step_refuses_norms_of_shards(ranks: Ranks):
+    for message in ranks.run(2, _bounded_and_compiled):
+        assert "max_unorm: a capturable optimizer cannot bound" in message

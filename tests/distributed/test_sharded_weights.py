@@ -117,7 +117,38 @@ def _broadcast_without_scales() -> str:
 def test_codes_that_are_sent_without_scales_are_refused(ranks: Ranks):
     _, message = ranks.run(2, _broadcast_without_scales)
     assert "0.weight: has codes without their scales" in message
-    assert "load_from_rank_0" in message
+    assert "load_from_rank_0(model, state_dict)" in message
+
+
+def _into_shards(layer: str) -> list[str]:
+    plain, x = one_layer(layer)
+    full = plain.state_dict() if torch.distributed.get_rank() == 0 else None
+    other = fully_shard(one_layer(layer, seed=5)[0])
+    before, messages = other(x), []
+    scales = [key for key in plain.state_dict() if key not in dict(plain.named_parameters())]
+    for name, change in {
+        "missing": lambda full: {key: value for key, value in full.items() if key != "0.weight"},
+        "unexpected": lambda full: {**full, "1.weight": torch.ones(2)},
+        "shape": lambda full: {**full, "0.weight": full["0.weight"][:-1]},
+        "scales": lambda full: {key: value for key, value in full.items() if key not in scales},
+    }.items():
+        with pytest.raises(ValueError) as raised:
+            load_from_rank_0(other, None if full is None else change(full))
+        messages.append(f"{name}: {raised.value}")
+        torch.testing.assert_close(other(x), before, rtol=0, atol=0)
+    load_from_rank_0(other, full)
+    torch.testing.assert_close(other(x), plain(x), rtol=0, atol=0)
+    _same_state(plain.state_dict(), get_model_state_dict(other, options=FULL))
+    return messages
+
+
+@layers
+def test_rank_0_reads_into_a_model_that_is_sharded(layer: str, ranks: Ranks):
+    for missing, unexpected, shape, scales in ranks.run(2, _into_shards, layer):
+        assert "missing keys: 0.weight" in missing
+        assert "unexpected keys: 1.weight" in unexpected
+        assert "0.weight: expected torch." in shape
+        assert "0.weight: has codes without their scales" in scales
 
 
 def _policies(layer: str) -> list[str]:
