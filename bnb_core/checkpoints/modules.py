@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from bnb_core.checkpoints.partial import partial_folder
 from bnb_core.checkpoints.quantizing import bits_and_bytes_config
 from bnb_core.checkpoints.weights import StoredWeight, weights_of
 from bnb_core.checks import QUANT_STORAGES, as_device, check_whole
-from bnb_core.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt, load_state_dict
+from bnb_core.nn import Embedding4bit, Embedding8bit, GroupedLinear4bit, Linear4bit, Linear8bitLt, load_state_dict
+from bnb_core.nn.fused_experts import quantized_experts
 from bnb_core.nn.parametrize import replace_parameter_4bit_prequantized
 from bnb_core.quant_state import DTYPES
 from bnb_core.quantize import QuantizationConfig
@@ -151,7 +152,9 @@ def load_quantized(
     quantization = folder.quantization or {}
     state = {key: value for name in folder.shards for key, value in load_file(folder.path / name).items()}
     others = {}
-    for weight in weights_of(folder):
+    weights = weights_of(folder)
+    _replace_experts(model, weights)
+    for weight in weights:
         if weight.is_quantized and not _replace_layer(model, weight, quantization):
             others[weight.name] = {part.name: state.pop(part.name) for part in weight.parts}
             _make_room(model, weight)
@@ -173,6 +176,8 @@ def _replace_layer(model: nn.Module, weight: StoredWeight, quantization: Mapping
         layer = model.get_submodule(name)
     except AttributeError:
         raise CheckpointFileError(f"{weight.tensor.file}: {weight.name}: the model has no module {name!r}") from None
+    if isinstance(layer, GroupedLinear4bit) and last == "weight":
+        return True
     if last != "weight" or not dot or not isinstance(layer, (nn.Linear, nn.Embedding)):
         return False
     if not isinstance(layer, (Linear4bit, Linear8bitLt, Embedding4bit, Embedding8bit)):
@@ -181,6 +186,21 @@ def _replace_layer(model: nn.Module, weight: StoredWeight, quantization: Mapping
             new.bias = layer.bias
         model.set_submodule(name, new)
     return True
+
+
+def _replace_experts(model: nn.Module, weights: Sequence[StoredWeight]) -> None:
+    """Put quantized experts in the places of modules that have parameters of these names, on meta."""
+    modules = dict(model.named_modules())
+    for weight in weights:
+        name = weight.name.removesuffix(".weight")
+        owner = next((owner for owner in (name, name.rpartition(".")[0]) if owner in modules), None)
+        if len(weight.shape) == 3 and weight.state is not None and owner is not None:
+            nested = "nested_blocksize" in weight.state
+            options = {"compress_statistics": nested, "quant_type": weight.format}
+            experts = quantized_experts(modules[owner].to("meta"), **options)
+            if experts is not None:
+                model.set_submodule(owner, experts)
+                modules = dict(model.named_modules())
 
 
 def _quantized_layer(layer: nn.Linear | nn.Embedding, weight: StoredWeight, quantization: Mapping[str, Any]) -> Any:
