@@ -175,14 +175,15 @@ class Encode4bit(Encode):
         return QuantState(absmax, self.shape, code, config.blocksize, config.method, self.dtype, offset, state2)
 
     def run(self, buffers: Iterator[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        config, scales = self.config, []
+        config, at = self.config, 0
+        absmax = torch.empty(block_count(math.prod(self.shape), config.blocksize))
         for values in self._values(buffers, WHOLE_BLOCKS):
             packed, state = functional.quantize_4bit(
                 values, blocksize=config.blocksize, quant_type=config.method, quant_storage=config.quant_storage
             )
-            scales.append(state.absmax.cpu())
+            absmax[at : at + len(state.absmax)] = state.absmax
+            at += len(state.absmax)
             yield self.name, packed.cpu()
-        absmax = torch.cat(scales)
         self._check(absmax)
         for key, value in self._quant_state(absmax).as_dict(packed=True).items():
             yield f"{self.name}.{key}", value
