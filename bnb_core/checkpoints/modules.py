@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bnb_core.checkpoints.config_json import quantization_config
 from bnb_core.checkpoints.folder import CONFIG, INDEX, QUANTIZATION, WEIGHTS, CheckpointFolder, open_checkpoint
 from bnb_core.checkpoints.headers import DTYPES as STORED_DTYPES
 from bnb_core.checkpoints.headers import NAMES, CheckpointFileError
 from bnb_core.checkpoints.partial import partial_folder
-from bnb_core.checkpoints.quantizing import bits_and_bytes_config
 from bnb_core.checkpoints.weights import StoredWeight, weights_of
 from bnb_core.checks import QUANT_STORAGES, as_device, check_whole
 from bnb_core.nn import Embedding4bit, Embedding8bit, GroupedLinear4bit, Linear4bit, Linear8bitLt, load_state_dict
@@ -106,7 +106,7 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, (Linear4bit, Linear8bitLt)) and _is_codes(m)}
     if quantized:
         skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        content[QUANTIZATION] = bits_and_bytes_config(_config_of_layer(next(iter(quantized.values()))), skipped)
+        content[QUANTIZATION] = quantization_config(_config_of_layer(next(iter(quantized.values()))), skipped)
     return json.loads(json.dumps(content, default=str))
 
 
@@ -215,7 +215,7 @@ def _quantized_layer(layer: nn.Linear | nn.Embedding, weight: StoredWeight, quan
         threshold = float(quantization.get("llm_int8_threshold", 6.0))
         return Linear8bitLt(*options, has_fp16_weights=False, threshold=threshold, device="meta")
     nested = "nested_blocksize" in (weight.state or {})
-    compute_dtype = DTYPES.get(str(quantization.get("bnb_4bit_compute_dtype")))
+    compute_dtype = DTYPES.get(str(quantization.get("bnb_4bit_compute_dtype", quantization.get("compute_dtype"))))
     return Linear4bit(*options, compute_dtype, nested, weight.format, storage, device="meta")
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bnb_core.checkpoints.choice import Choice, choose, choose_experts, model_type_of, skipped_modules
+from bnb_core.checkpoints.config_json import dtype_name, quantization_config
 from bnb_core.checkpoints.convert import SYNC_BYTES, Progress, convert, piece_bytes
 from bnb_core.checkpoints.experts import Experts, find_experts, is_of_one
 from bnb_core.checkpoints.folder import QUANTIZATION, CheckpointFolder, open_checkpoint
@@ -163,31 +164,7 @@ def transformers_config(
     weights = [tensor for tensor in folder.tensors.values() if choices[tensor.name].kept_because is None]
     skipped = skipped_modules(choices, folder.tensors.values(), experts, model_type_of(folder.config))
     compute_dtype = config.compute_dtype or DTYPES[weights[0].dtype]
-    return bits_and_bytes_config(replace(config, compute_dtype=compute_dtype), skipped)
-
-
-def bits_and_bytes_config(config: QuantizationConfig, skipped: list[str]) -> dict[str, Any]:
-    """As Transformers' BitsAndBytesConfig writes itself, with the names of the modules that stay as they are."""
-    is_4bit = config.method != "int8"
-    return {
-        "quant_method": "bitsandbytes",
-        "_load_in_4bit": is_4bit,
-        "_load_in_8bit": not is_4bit,
-        "load_in_4bit": is_4bit,
-        "load_in_8bit": not is_4bit,
-        "bnb_4bit_compute_dtype": _name(config.compute_dtype) if is_4bit else "float32",
-        "bnb_4bit_quant_storage": _name(config.quant_storage) if is_4bit else "uint8",
-        "bnb_4bit_quant_type": config.method if is_4bit else "fp4",
-        "bnb_4bit_use_double_quant": is_4bit and config.double_quantization,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skipped,
-        "llm_int8_threshold": config.threshold,
-    }
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+    return quantization_config(replace(config, compute_dtype=compute_dtype), skipped)
 
 
 def _options(config: QuantizationConfig) -> dict[str, Any]:
@@ -195,8 +172,8 @@ def _options(config: QuantizationConfig) -> dict[str, Any]:
         "method": config.method,
         "double_quantization": config.double_quantization,
         "blocksize": config.blocksize,
-        "compute_dtype": _name(config.compute_dtype),
-        "quant_storage": _name(config.quant_storage),
+        "compute_dtype": dtype_name(config.compute_dtype),
+        "quant_storage": dtype_name(config.quant_storage),
         "threshold": config.threshold,
         "skip_modules": list(config.skip_modules),
     }
