@@ -54,7 +54,10 @@ def dequantize_checkpoint(
     weights = weights_of(folder)
     quantized = [weight for weight in weights if weight.is_quantized]
     if not quantized:
-        raise CheckpointFileError(f"{path}: holds no weight that bitsandbytes or bnb_core has quantized")
+        raise CheckpointFileError(
+            f"{path}: holds no weight that bitsandbytes or bnb_core has quantized"
+            "; give a folder that one of them has written"
+        )
     names = _names_of_experts(quantized)
     piece, model_type = piece_bytes(folder), model_type_of(folder.config)
     tasks: dict[str, list[Task]] = {name: [] for name in folder.shards}

@@ -78,7 +78,7 @@ def _unshared(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise TypeError(f"{key}: expected a tensor in the state dict, got {type(value).__name__}")
         if value.is_meta:
-            raise ValueError(f"{key}: is on the meta device and has no data")
+            raise ValueError(f"{key}: is on the meta device and has no data; load or initialize it first")
         identity = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
         if value.numel() and identity in seen:
             continue
@@ -175,7 +175,10 @@ def _replace_layer(model: nn.Module, weight: StoredWeight, quantization: Mapping
     try:
         layer = model.get_submodule(name)
     except AttributeError:
-        raise CheckpointFileError(f"{weight.tensor.file}: {weight.name}: the model has no module {name!r}") from None
+        raise CheckpointFileError(
+            f"{weight.tensor.file}: {weight.name}: the model has no module {name!r}"
+            "; give the model that the folder was made of"
+        ) from None
     if isinstance(layer, GroupedLinear4bit) and last == "weight":
         return True
     if last != "weight" or not dot or not isinstance(layer, (nn.Linear, nn.Embedding)):
@@ -224,7 +227,10 @@ def _make_room(model: nn.Module, weight: StoredWeight) -> None:
     owner, _, name = weight.name.rpartition(".")
     module = model.get_submodule(owner)
     if weight.state is None or not isinstance(module._parameters.get(name), nn.Parameter):
-        raise CheckpointFileError(f"{weight.tensor.file}: {weight.name}: the model has no parameter for these codes")
+        raise CheckpointFileError(
+            f"{weight.tensor.file}: {weight.name}: the model has no parameter for these codes"
+            "; give the model that the folder was made of"
+        )
     empty = torch.empty(weight.tensor.shape, dtype=STORED_DTYPES[weight.tensor.dtype], device="meta")
     module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
@@ -274,5 +280,8 @@ def _from_transformers(folder: CheckpointFolder, device: torch.device) -> nn.Mod
 
     found = getattr(transformers, str(architectures[0]), None)
     if found is None:
-        raise CheckpointFileError(f"{folder.path}: Transformers {transformers.__version__} has no {architectures[0]}")
+        raise CheckpointFileError(
+            f"{folder.path}: Transformers {transformers.__version__} has no {architectures[0]}"
+            "; update it, or give the model"
+        )
     return found.from_pretrained(folder.path, dtype="auto", device_map={"": device})

@@ -76,7 +76,10 @@ def quantize_checkpoint(
     experts = find_experts(folder.tensors, model_type_of(folder.config)) if fuse_experts else []
     choices = choices_for(folder, config, experts, fuse_experts)
     if not any(choice.kept_because is None for choice in choices.values()):
-        raise CheckpointFileError(f"{path}: holds no weight of a linear layer that could be quantized")
+        raise CheckpointFileError(
+            f"{path}: holds no weight of a linear layer that could be quantized"
+            ", expected a matrix in f32, f16 or bf16 that --skip does not name"
+        )
     tasks = _tasks(folder, choices, experts, config, place)
     new_config = {**(folder.config or {}), QUANTIZATION: transformers_config(folder, choices, config, experts)}
     options = {**_options(config), "fuse_experts": fuse_experts}

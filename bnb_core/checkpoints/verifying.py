@@ -144,7 +144,10 @@ def _check_same(weight: StoredWeight, tensor: StoredTensor, reader: SpanReader) 
         )
     for ours, theirs in zip(spans_of(stored, PIECE), spans_of(tensor, PIECE), strict=True):
         if not torch.equal(reader.read(ours), reader.read(theirs)):
-            raise CheckpointFileError(f"{stored.file}: {stored.name}: differs from the original, but is not quantized")
+            raise CheckpointFileError(
+                f"{stored.file}: {stored.name}: differs from the original, but is not quantized"
+                "; expected the same bytes, so quantize the original again"
+            )
 
 
 def report(errors: list[Errors]) -> list[dict[str, Any]]:
