@@ -53,7 +53,8 @@ def test_the_folder_is_the_model_that_transformers_quantizes(full_precision, tmp
     if all_of_it:
         assert found.keys() == wanted.keys()
     for key, value in found.items():
-        if key in wanted and wanted[key].dtype == value.dtype and ".quant_state." not in key:
+        is_router = not all_of_it and ".gate." in key
+        if key in wanted and wanted[key].dtype == value.dtype and ".quant_state." not in key and not is_router:
             assert same_bytes(value, wanted[key]), key
     if all_of_it:
         assert torch.equal(logits(name, model), logits(name, expected))
