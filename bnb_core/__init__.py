@@ -10,7 +10,7 @@ from bnb_core.checkpoints import (
     save_quantized,
     verify_checkpoint,
 )
-from bnb_core.compat import install_as_bitsandbytes
+from bnb_core.compat import install_as_bitsandbytes, transformers_config
 from bnb_core.quantize import QuantizationConfig, quantize_model
 from bnb_core.registry import backends, use_backend
 from bnb_core.version import __version__
@@ -37,6 +37,7 @@ __all__ = [
     "quantize_model",
     "save_quantized",
     "supported_torch_devices",
+    "transformers_config",
     "use_backend",
     "utils",
     "verify_checkpoint",

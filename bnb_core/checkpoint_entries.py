@@ -45,7 +45,10 @@ def dense_entry(key: str, value: object, on_meta: bool = False) -> Tensor:
     elif not is_traceable_wrapper_subclass(value):
         stored = value.untyped_storage().nbytes()
         if value.numel() * value.itemsize > MOST_EXPANSION * stored:
-            raise ValueError(f"{key}: {described(value)} is stored in {stored} bytes, no whole tensor")
+            raise ValueError(
+                f"{key}: {described(value)} is stored in {stored} bytes, no whole tensor"
+                "; expected one that is stored whole"
+            )
     return value.detach()
 
 
@@ -68,5 +71,5 @@ def element_count(key: str, shape: object) -> int:
             raise ValueError(f"{key}: expected sizes from 0 to 2**63 - 1, got {shown(size)}")
         count *= max(size, 1)  # a size of 0 hides none of the others
         if count >= MOST_ELEMENTS:
-            raise ValueError(f"{key}: its sizes multiply to 2**63 or more, got {shown(shape)}")
+            raise ValueError(f"{key}: expected sizes that multiply to less than 2**63, got {shown(shape)}")
     return 0 if 0 in shape else count

@@ -240,7 +240,7 @@ class Primitive:
             self._check_output(name, tensor, expected, arguments, device)
         for tensor, other in combinations(given, 2):
             if _share_memory(tensor, other):
-                raise ValueError("out: two of its tensors share memory")
+                raise ValueError("out: two of its tensors share memory; expected one memory for each")
         for tensor, expected in zip(given, outputs, strict=True):
             if expected.zeroed:
                 tensor.zero_()
@@ -259,7 +259,9 @@ class Primitive:
         _check_fits(name, tensor, expected.dtype, expected.shape, device)
         for argument_name, argument in self._tensors(arguments):
             if _share_memory(argument, tensor):
-                raise ValueError(f"{name}: shares its memory with {argument_name}, which is still to be read")
+                raise ValueError(
+                    f"{name}: shares its memory with {argument_name}, which is still to be read; give other memory"
+                )
 
     def _fake(self, *flat: Any) -> Any:
         outputs, device = self._checked(self.structured(flat))

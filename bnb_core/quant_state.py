@@ -100,9 +100,9 @@ class QuantState:
         """Raise ValueError if this cannot describe a 4-bit tensor, as one that was put together by hand may not."""
         for name in ("shape", "dtype", "blocksize", "quant_type"):
             if getattr(self, name) is None:
-                raise ValueError(f"quant_state: its {name} is None")
+                raise ValueError(f"quant_state: its {name} is None, expected a tensor")
         if self.nested and (self.state2 is None or self.offset is None):
-            raise ValueError("quant_state: it is nested, but its state2 or its offset is None")
+            raise ValueError("quant_state: it is nested, but its state2 or its offset is None; expected both")
 
     def weight_4bit(self, packed: Tensor) -> Weight4bit:
         """What the primitives take: the packed codes with this state.
@@ -230,7 +230,7 @@ class _Entries:
             prefix, separator, quant_type = key.rpartition(PACKED_KEY)
             if separator and (not prefix or prefix.endswith(".")):
                 if packed_type is not None:
-                    raise ValueError(f"{key}: a second packed quant state")
+                    raise ValueError(f"{key}: a second packed quant state, expected one")
                 packed_type = quant_type
                 self._add_packed(key, value)
             else:
@@ -238,7 +238,7 @@ class _Entries:
         if packed_type is not None and self.values.get("quant_type") != packed_type:
             raise ValueError(
                 f"{self.key_of['quant_state']}: holds quant_type {self.values.get('quant_type')!r}, "
-                f"its key says {packed_type!r}"
+                f"its key says {packed_type!r}; expected the same"
             )
         self.nested = any(name in self.key_of for name in NESTED_TENSOR_KEYS + NESTED_VALUE_KEYS)
 
@@ -256,13 +256,15 @@ class _Entries:
 
     def _add(self, name: str, key: str, value: Any) -> None:
         if name in self.key_of:
-            raise ValueError(f"{key}: given twice")
+            raise ValueError(f"{key}: given twice; expected it once")
         if name in TENSOR_KEYS:
             self.tensors[name] = dense_entry(key, value)
         elif name in VALUE_KEYS + NESTED_VALUE_KEYS:
             self.values[name] = value
         else:
-            raise ValueError(f"{key}: not a part of a 4-bit quant state")
+            raise ValueError(
+                f"{key}: not a part of a 4-bit quant state; expected {', '.join(TENSOR_KEYS)} or {PACKED_KEY}..."
+            )
         self.key_of[name] = key
 
     def check(self) -> None:
@@ -271,7 +273,10 @@ class _Entries:
             wanted += NESTED_TENSOR_KEYS + NESTED_VALUE_KEYS
         for name in wanted:
             if name not in self.key_of:
-                raise ValueError(f"{name}: missing from the quant state, which has {', '.join(sorted(self.key_of))}")
+                raise ValueError(
+                    f"{name}: missing from the quant state, which has {', '.join(sorted(self.key_of))}; "
+                    "expected all parts of the weight"
+                )
         if self.values["quant_type"] is None:
             check_any_blocksize(self.values["blocksize"], self.key_of["blocksize"])
         else:

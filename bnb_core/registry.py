@@ -265,9 +265,9 @@ def _loaded(name: str) -> Backend:
     try:
         backend = entry.load()
         if not isinstance(backend, Backend):
-            raise TypeError(f"{entry.value} is a {type(backend).__name__}, not a bnb_core.registry.Backend")
+            raise TypeError(f"{entry.value} is a {type(backend).__name__}, expected a bnb_core.registry.Backend")
         if backend.name != name:
-            raise ValueError(f"its entry point is called {name!r}, the backend {backend.name!r}")
+            raise ValueError(f"its entry point is called {name!r}, the backend {backend.name!r}; expected one name")
         return backend
     except (SettingError, KeyboardInterrupt):
         raise
@@ -333,7 +333,7 @@ def registered(backend: Backend) -> Iterator[None]:
         BackendError: its name is taken.
     """
     if backend.name in _names():
-        raise BackendError(f"backend {backend.name!r} is registered already")
+        raise BackendError(f"backend {backend.name!r} is registered already; give it another name")
     _registered[backend.name] = backend
     _forget_lookups()
     try:
@@ -396,7 +396,7 @@ def parse_override(text: str) -> dict[str, str]:
         if primitive != EVERY_PRIMITIVE and primitive not in _primitives:
             raise BackendError(f"unknown primitive {primitive!r} in {text!r}; primitives are: {', '.join(_primitives)}")
         if primitive in override:
-            raise BackendError(f"{text!r} names a backend for {primitive!r} twice")
+            raise BackendError(f"{text!r} names a backend for {primitive!r} twice; name one")
         _check_name(name)
         override[primitive] = name
     return override
@@ -575,7 +575,10 @@ def served_by(primitive: str, device_type: str) -> str:
     for candidate in candidates:
         if candidate.kernel.is_on(device_type):
             return candidate.backend
-    raise BackendError(f"{primitive}: backend {candidates[0].backend!r} has no kernel for it on {device_type} now")
+    raise BackendError(
+        f"{primitive}: backend {candidates[0].backend!r} has no kernel for it on {device_type} "
+        "now; bnb-core info shows what serves where"
+    )
 
 
 def serving(device_type: str) -> dict[str, str]:

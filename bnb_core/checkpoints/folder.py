@@ -62,7 +62,7 @@ def open_checkpoint(path: Path) -> CheckpointFolder:
     if path.is_file():
         return CheckpointFolder(path.parent, {path.name: read_header(path)}, None)
     if not path.is_dir():
-        raise CheckpointFileError(f"{path}: no such folder")
+        raise CheckpointFileError(f"{path}: no such folder; give a folder of safetensors files, or one such file")
     index = _index_of(path)
     names = _shard_names(path) if index is None else _indexed_names(index)
     shards = {name: read_header(path / name) for name in names}
@@ -83,14 +83,16 @@ def _shard_names(path: Path) -> list[str]:
     """Where there is no index."""
     names = sorted(each.name for each in path.glob("*.safetensors"))
     if not names:
-        raise CheckpointFileError(f"{path}: no safetensors files in this folder")
+        raise CheckpointFileError(
+            f"{path}: no safetensors files in this folder; convert its weights to safetensors first"
+        )
     return [WEIGHTS] if WEIGHTS in names else names
 
 
 def _weight_map(index: Path) -> dict[str, Any]:
     weight_map = _json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointFileError(f"{index}: expected a weight_map")
+        raise CheckpointFileError(f"{index}: expected a weight_map of names of tensors to names of files")
     return weight_map
 
 
@@ -100,7 +102,9 @@ def _indexed_names(index: Path) -> list[str]:
         if not name or Path(name).name != name:
             raise CheckpointFileError(f"{index}: expected names of files in this folder, got {name!r}")
         if not (index.parent / name).is_file():
-            raise CheckpointFileError(f"{index.parent / name}: missing, though {index.name} names it")
+            raise CheckpointFileError(
+                f"{index.parent / name}: missing, though {index.name} names it; copy or download that file, too"
+            )
     return names
 
 
@@ -108,7 +112,10 @@ def _check_indexed(index: Path, shards: Mapping[str, Header]) -> None:
     found = {tensor.name: name for name, header in shards.items() for tensor in header.tensors}
     for tensor, name in _weight_map(index).items():
         if found.get(tensor) != name:
-            raise CheckpointFileError(f"{index.parent / name}: lacks {tensor}, which {index.name} says it holds")
+            raise CheckpointFileError(
+                f"{index.parent / name}: lacks {tensor}, which {index.name} says it holds"
+                "; take the index and the files from the same place"
+            )
 
 
 def _check_unique(shards: Mapping[str, Header]) -> None:
@@ -116,7 +123,9 @@ def _check_unique(shards: Mapping[str, Header]) -> None:
     for header in shards.values():
         for tensor in header.tensors:
             if tensor.name in seen:
-                raise CheckpointFileError(f"{tensor.file}: {tensor.name}: also in {seen[tensor.name].name}")
+                raise CheckpointFileError(
+                    f"{tensor.file}: {tensor.name}: also in {seen[tensor.name].name}; expected each tensor in one file"
+                )
             seen[tensor.name] = tensor.file
 
 

@@ -80,16 +80,23 @@ def read_header(path: Path) -> Header:
         prefix = file.read(LENGTH.size)
         length = LENGTH.unpack(prefix)[0] if len(prefix) == LENGTH.size else 0
         if not 2 <= length <= MOST_HEADER_BYTES:
-            raise CheckpointFileError(f"{path}: no safetensors file: its header would have {length} bytes")
+            raise CheckpointFileError(
+                f"{path}: no safetensors file: its header would have {length} bytes"
+                "; give a file that ends in .safetensors, downloaded whole"
+            )
         text = file.read(length)
     if len(text) < length:
-        raise CheckpointFileError(f"{path}: truncated: a header of {length} bytes in a file of {size}")
+        raise CheckpointFileError(
+            f"{path}: truncated: a header of {length} bytes in a file of {size}; copy or download the file again"
+        )
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointFileError(f"{path}: no safetensors file: its header is not JSON: {error}") from None
     if not isinstance(entries, dict):
-        raise CheckpointFileError(f"{path}: no safetensors file: its header is a {type(entries).__name__}")
+        raise CheckpointFileError(
+            f"{path}: no safetensors file: its header is a {type(entries).__name__}, expected a JSON object"
+        )
     metadata = entries.pop(METADATA, {})
     if not isinstance(metadata, dict):
         raise CheckpointFileError(f"{path}: {METADATA}: expected an object, got {shown(metadata)}")
@@ -109,7 +116,10 @@ def _entry(path: Path, data: int, name: str, entry: Any) -> StoredTensor:
         raise CheckpointFileError(f"{path}: {name}: no entry of a safetensors header: {shown(entry)}")
     tensor = StoredTensor(name, dtype, shape, path, data + begin, end - begin)
     if dtype in DTYPES and tensor.numel * DTYPES[dtype].itemsize != tensor.nbytes:
-        raise CheckpointFileError(f"{path}: {name}: {dtype} of shape {shape} does not have {tensor.nbytes} bytes")
+        raise CheckpointFileError(
+            f"{path}: {name}: {dtype} of shape {shape} does not have {tensor.nbytes} bytes"
+            "; copy or download the file again"
+        )
     return tensor
 
 
@@ -117,12 +127,16 @@ def _check_contiguous(path: Path, tensors: Iterable[StoredTensor], data: int, si
     end = data
     for tensor in tensors:
         if tensor.start != end:
-            raise CheckpointFileError(f"{path}: {tensor.name}: its data overlap or leave a hole")
+            raise CheckpointFileError(
+                f"{path}: {tensor.name}: its data overlap or leave a hole, expected one tensor after the other"
+            )
         end += tensor.nbytes
     if end > size:
-        raise CheckpointFileError(f"{path}: truncated: its header tells of {end} bytes, the file has {size}")
+        raise CheckpointFileError(
+            f"{path}: truncated: its header tells of {end} bytes, the file has {size}; copy or download the file again"
+        )
     if end < size:
-        raise CheckpointFileError(f"{path}: {size - end} bytes follow the last tensor")
+        raise CheckpointFileError(f"{path}: {size - end} bytes follow the last tensor, expected none")
 
 
 def header_bytes(entries: Mapping[str, Mapping[str, Any]], length: int | None = None) -> bytes:

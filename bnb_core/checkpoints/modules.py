@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bnb_core.checkpoints.config_json import quantization_config
 from bnb_core.checkpoints.folder import CONFIG, INDEX, QUANTIZATION, WEIGHTS, CheckpointFolder, open_checkpoint
 from bnb_core.checkpoints.headers import DTYPES as STORED_DTYPES
 from bnb_core.checkpoints.headers import NAMES, CheckpointFileError
 from bnb_core.checkpoints.partial import partial_folder
-from bnb_core.checkpoints.quantizing import bits_and_bytes_config
 from bnb_core.checkpoints.weights import StoredWeight, weights_of
 from bnb_core.checks import QUANT_STORAGES, as_device, check_whole
-from bnb_core.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt, load_state_dict
+from bnb_core.nn import Embedding4bit, Embedding8bit, GroupedLinear4bit, Linear4bit, Linear8bitLt, load_state_dict
+from bnb_core.nn.fused_experts import quantized_experts
 from bnb_core.nn.parametrize import replace_parameter_4bit_prequantized
 from bnb_core.quant_state import DTYPES
 from bnb_core.quantize import QuantizationConfig
@@ -77,7 +78,7 @@ def _unshared(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise TypeError(f"{key}: expected a tensor in the state dict, got {type(value).__name__}")
         if value.is_meta:
-            raise ValueError(f"{key}: is on the meta device and has no data")
+            raise ValueError(f"{key}: is on the meta device and has no data; load or initialize it first")
         identity = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
         if value.numel() and identity in seen:
             continue
@@ -105,7 +106,7 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, (Linear4bit, Linear8bitLt)) and _is_codes(m)}
     if quantized:
         skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        content[QUANTIZATION] = bits_and_bytes_config(_config_of_layer(next(iter(quantized.values()))), skipped)
+        content[QUANTIZATION] = quantization_config(_config_of_layer(next(iter(quantized.values()))), skipped)
     return json.loads(json.dumps(content, default=str))
 
 
@@ -151,7 +152,9 @@ def load_quantized(
     quantization = folder.quantization or {}
     state = {key: value for name in folder.shards for key, value in load_file(folder.path / name).items()}
     others = {}
-    for weight in weights_of(folder):
+    weights = weights_of(folder)
+    _replace_experts(model, weights)
+    for weight in weights:
         if weight.is_quantized and not _replace_layer(model, weight, quantization):
             others[weight.name] = {part.name: state.pop(part.name) for part in weight.parts}
             _make_room(model, weight)
@@ -172,7 +175,12 @@ def _replace_layer(model: nn.Module, weight: StoredWeight, quantization: Mapping
     try:
         layer = model.get_submodule(name)
     except AttributeError:
-        raise CheckpointFileError(f"{weight.tensor.file}: {weight.name}: the model has no module {name!r}") from None
+        raise CheckpointFileError(
+            f"{weight.tensor.file}: {weight.name}: the model has no module {name!r}"
+            "; give the model that the folder was made of"
+        ) from None
+    if isinstance(layer, GroupedLinear4bit) and last == "weight":
+        return True
     if last != "weight" or not dot or not isinstance(layer, (nn.Linear, nn.Embedding)):
         return False
     if not isinstance(layer, (Linear4bit, Linear8bitLt, Embedding4bit, Embedding8bit)):
@@ -181,6 +189,21 @@ def _replace_layer(model: nn.Module, weight: StoredWeight, quantization: Mapping
             new.bias = layer.bias
         model.set_submodule(name, new)
     return True
+
+
+def _replace_experts(model: nn.Module, weights: Sequence[StoredWeight]) -> None:
+    """Put quantized experts in the places of modules that have parameters of these names, on meta."""
+    modules = dict(model.named_modules())
+    for weight in weights:
+        name = weight.name.removesuffix(".weight")
+        owner = next((owner for owner in (name, name.rpartition(".")[0]) if owner in modules), None)
+        if len(weight.shape) == 3 and weight.state is not None and owner is not None:
+            nested = "nested_blocksize" in weight.state
+            options = {"compress_statistics": nested, "quant_type": weight.format}
+            experts = quantized_experts(modules[owner].to("meta"), **options)
+            if experts is not None:
+                model.set_submodule(owner, experts)
+                modules = dict(model.named_modules())
 
 
 def _quantized_layer(layer: nn.Linear | nn.Embedding, weight: StoredWeight, quantization: Mapping[str, Any]) -> Any:
@@ -195,7 +218,7 @@ def _quantized_layer(layer: nn.Linear | nn.Embedding, weight: StoredWeight, quan
         threshold = float(quantization.get("llm_int8_threshold", 6.0))
         return Linear8bitLt(*options, has_fp16_weights=False, threshold=threshold, device="meta")
     nested = "nested_blocksize" in (weight.state or {})
-    compute_dtype = DTYPES.get(str(quantization.get("bnb_4bit_compute_dtype")))
+    compute_dtype = DTYPES.get(str(quantization.get("bnb_4bit_compute_dtype", quantization.get("compute_dtype"))))
     return Linear4bit(*options, compute_dtype, nested, weight.format, storage, device="meta")
 
 
@@ -204,7 +227,10 @@ def _make_room(model: nn.Module, weight: StoredWeight) -> None:
     owner, _, name = weight.name.rpartition(".")
     module = model.get_submodule(owner)
     if weight.state is None or not isinstance(module._parameters.get(name), nn.Parameter):
-        raise CheckpointFileError(f"{weight.tensor.file}: {weight.name}: the model has no parameter for these codes")
+        raise CheckpointFileError(
+            f"{weight.tensor.file}: {weight.name}: the model has no parameter for these codes"
+            "; give the model that the folder was made of"
+        )
     empty = torch.empty(weight.tensor.shape, dtype=STORED_DTYPES[weight.tensor.dtype], device="meta")
     module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
@@ -254,5 +280,8 @@ def _from_transformers(folder: CheckpointFolder, device: torch.device) -> nn.Mod
 
     found = getattr(transformers, str(architectures[0]), None)
     if found is None:
-        raise CheckpointFileError(f"{folder.path}: Transformers {transformers.__version__} has no {architectures[0]}")
+        raise CheckpointFileError(
+            f"{folder.path}: Transformers {transformers.__version__} has no {architectures[0]}"
+            "; update it, or give the model"
+        )
     return found.from_pretrained(folder.path, dtype="auto", device_map={"": device})

@@ -105,7 +105,9 @@ def partial_folder(out: Path) -> Iterator[Partial]:
             try:
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise CheckpointFileError(f"{folder}: another process is making {out}") from None
+                raise CheckpointFileError(
+                    f"{folder}: another process is making {out}; wait for it, or choose another name"
+                ) from None
         partial = Partial(out, folder, journal)
         yield partial
         shutil.rmtree(folder)

@@ -80,7 +80,9 @@ class SpanReader:
         while view:
             got = _read_into(self._files[path], view, at)
             if not got:
-                raise CheckpointFileError(f"{path}: truncated: it ends within {span.tensor.name}")
+                raise CheckpointFileError(
+                    f"{path}: truncated: it ends within {span.tensor.name}; copy or download the file again"
+                )
             view, at = view[got:], at + got
         return torch.frombuffer(memory, dtype=torch.uint8)[: span.nbytes]
 

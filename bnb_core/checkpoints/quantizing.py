@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bnb_core.checkpoints.choice import Choice, choose, model_type_of, skipped_modules
+from bnb_core.checkpoints.choice import Choice, choose, choose_experts, model_type_of, skipped_modules
+from bnb_core.checkpoints.config_json import dtype_name, quantization_config
 from bnb_core.checkpoints.convert import SYNC_BYTES, Progress, convert, piece_bytes
+from bnb_core.checkpoints.experts import Experts, find_experts, is_of_one
 from bnb_core.checkpoints.folder import QUANTIZATION, CheckpointFolder, open_checkpoint
-from bnb_core.checkpoints.headers import DTYPES, CheckpointFileError
-from bnb_core.checkpoints.tasks import ENCODERS, Copy, Task
+from bnb_core.checkpoints.headers import DTYPES, CheckpointFileError, StoredTensor
+from bnb_core.checkpoints.tasks import ENCODERS, EXPERT_ENCODERS, Copy, Renamed, Task
 from bnb_core.checks import as_device
 from bnb_core.quantize import QuantizationConfig
 
@@ -40,8 +42,9 @@ def quantize_checkpoint(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     sync_bytes: int = SYNC_BYTES,
+    fuse_experts: bool = True,
 ) -> Result:
-    """Quantize the linear layers of a folder of safetensors files; Transformers loads the result.
+    """Quantize the linear layers and experts of a folder of safetensors files; Transformers loads the result.
 
     Memory is bounded by twice the largest tensor and 256 MiB, however large the model. Killed, it goes on where it was
     when it is called again, and gives the same bytes. Nothing is at ``out`` before all of it is.
@@ -54,6 +57,9 @@ def quantize_checkpoint(
         device: what quantizes; the bits are the same on each.
         progress: what is told of the bytes read.
         sync_bytes: how many are written between moments from which a killed run is gone on with.
+        fuse_experts: with 4 bits, the experts of a layer become one tensor for each projection, as Transformers 5 has
+            them. False quantizes them one by one where the checkpoint has one tensor for each, for Transformers 4;
+            fused ones stay as they are.
 
     Returns:
         What was done.
@@ -67,20 +73,17 @@ def quantize_checkpoint(
     place = as_device("device", device)
     folder = open_checkpoint(Path(path))
     _refuse_quantized(folder)
-    choices = choices_for(folder, config)
+    experts = find_experts(folder.tensors, model_type_of(folder.config)) if fuse_experts else []
+    choices = choices_for(folder, config, experts, fuse_experts)
     if not any(choice.kept_because is None for choice in choices.values()):
-        raise CheckpointFileError(f"{path}: holds no weight of a linear layer that could be quantized")
-    piece = piece_bytes(folder)
-    tasks: dict[str, list[Task]] = {name: [] for name in folder.shards}
-    for shard, header in folder.shards.items():
-        for tensor in header.tensors:
-            choice = choices[tensor.name]
-            if choice.kept_because is None:
-                tasks[shard].append(ENCODERS[config.method](tensor, choice.transposed, config, piece, place))
-            else:
-                tasks[shard].append(Copy(tensor, piece))
-    new_config = {**(folder.config or {}), QUANTIZATION: transformers_config(folder, choices, config)}
-    written = convert(folder, Path(out), tasks, new_config, _options(config), progress or Progress(), sync_bytes)
+        raise CheckpointFileError(
+            f"{path}: holds no weight of a linear layer that could be quantized"
+            ", expected a matrix in f32, f16 or bf16 that --skip does not name"
+        )
+    tasks = _tasks(folder, choices, experts, config, place)
+    new_config = {**(folder.config or {}), QUANTIZATION: transformers_config(folder, choices, config, experts)}
+    options = {**_options(config), "fuse_experts": fuse_experts}
+    written = convert(folder, Path(out), tasks, new_config, options, progress or Progress(), sync_bytes)
     kept = Counter(choice.kept_because for choice in choices.values() if choice.kept_because)
     remarks = [
         f"{name}: stays {folder.tensors[name].dtype} of shape {folder.tensors[name].shape}: {choice.kept_because}"
@@ -91,10 +94,57 @@ def quantize_checkpoint(
     return Result(before, written, len(choices) - kept.total(), dict(kept), remarks)
 
 
-def choices_for(folder: CheckpointFolder, config: QuantizationConfig) -> dict[str, Choice]:
-    """What becomes of each tensor."""
+def choices_for(
+    folder: CheckpointFolder, config: QuantizationConfig, experts: Sequence[Experts], fuse_experts: bool
+) -> dict[str, Choice]:
+    """What becomes of each tensor. Of experts that are fused, the first part has the word that is worth one."""
     model_type = model_type_of(folder.config)
-    return {name: choose(tensor, config.skip_modules, model_type) for name, tensor in folder.tensors.items()}
+    choices = {name: choose(tensor, config.skip_modules, model_type) for name, tensor in folder.tensors.items()}
+    fused = {part.name for each in experts for part in each.parts}
+    alone = [name for name, choice in choices.items() if choice.kept_because is None and is_of_one(name)]
+    if fuse_experts:
+        unfit = Choice("an expert of a layer whose experts do not fit together", worth_a_word=True)
+        choices |= dict.fromkeys((name for name in alone if name not in fused), unfit)
+    for each in experts:
+        choice = choose_experts(each, config, model_type)
+        choices |= dict.fromkeys((part.name for part in each.parts), choice._replace(worth_a_word=False))
+        choices[each.parts[0].name] = choice
+    return choices
+
+
+def _tasks(
+    folder: CheckpointFolder,
+    choices: Mapping[str, Choice],
+    experts: Sequence[Experts],
+    config: QuantizationConfig,
+    device: torch.device,
+) -> dict[str, list[Task]]:
+    """By file, without those that would be empty; experts are in the file of their first part."""
+    piece = piece_bytes(folder)
+    quantized = [each for each in experts if choices[each.parts[0].name].kept_because is None]
+    first = {each.parts[0].name: each for each in quantized}
+    parts = {part.name for each in quantized for part in each.parts}
+    biases = {each.bias.name: each.bias_name for each in quantized if each.bias is not None}
+
+    def task_of(tensor: StoredTensor) -> Task | None:
+        if tensor.name in first:
+            each = first[tensor.name]
+            own = replace(config, blocksize=each.blocksize(config.blocksize) or config.blocksize)
+            return EXPERT_ENCODERS[config.method](each, own, piece, device)
+        if tensor.name in parts:
+            return None
+        if tensor.name in biases:
+            return Renamed(Copy(tensor, piece), biases[tensor.name])
+        choice = choices[tensor.name]
+        if choice.kept_because is None:
+            return ENCODERS[config.method](tensor, choice.transposed, config, piece, device)
+        return Copy(tensor, piece)
+
+    tasks = {
+        shard: [task for task in map(task_of, header.tensors) if task is not None]
+        for shard, header in folder.shards.items()
+    }
+    return {shard: each for shard, each in tasks.items() if each}
 
 
 def _refuse_quantized(folder: CheckpointFolder) -> None:
@@ -108,37 +158,16 @@ def _refuse_quantized(folder: CheckpointFolder) -> None:
 
 
 def transformers_config(
-    folder: CheckpointFolder, choices: Mapping[str, Choice], config: QuantizationConfig
+    folder: CheckpointFolder,
+    choices: Mapping[str, Choice],
+    config: QuantizationConfig,
+    experts: Sequence[Experts],
 ) -> dict[str, Any]:
     """The quantization_config for Transformers, which finds out itself what a weight's blocks are."""
     weights = [tensor for tensor in folder.tensors.values() if choices[tensor.name].kept_because is None]
-    skipped = skipped_modules(choices, folder.tensors.values())
+    skipped = skipped_modules(choices, folder.tensors.values(), experts, model_type_of(folder.config))
     compute_dtype = config.compute_dtype or DTYPES[weights[0].dtype]
-    return bits_and_bytes_config(replace(config, compute_dtype=compute_dtype), skipped)
-
-
-def bits_and_bytes_config(config: QuantizationConfig, skipped: list[str]) -> dict[str, Any]:
-    """As Transformers' BitsAndBytesConfig writes itself, with the names of the modules that stay as they are."""
-    is_4bit = config.method != "int8"
-    return {
-        "quant_method": "bitsandbytes",
-        "_load_in_4bit": is_4bit,
-        "_load_in_8bit": not is_4bit,
-        "load_in_4bit": is_4bit,
-        "load_in_8bit": not is_4bit,
-        "bnb_4bit_compute_dtype": _name(config.compute_dtype) if is_4bit else "float32",
-        "bnb_4bit_quant_storage": _name(config.quant_storage) if is_4bit else "uint8",
-        "bnb_4bit_quant_type": config.method if is_4bit else "fp4",
-        "bnb_4bit_use_double_quant": is_4bit and config.double_quantization,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skipped,
-        "llm_int8_threshold": config.threshold,
-    }
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+    return quantization_config(replace(config, compute_dtype=compute_dtype), skipped)
 
 
 def _options(config: QuantizationConfig) -> dict[str, Any]:
@@ -146,8 +175,8 @@ def _options(config: QuantizationConfig) -> dict[str, Any]:
         "method": config.method,
         "double_quantization": config.double_quantization,
         "blocksize": config.blocksize,
-        "compute_dtype": _name(config.compute_dtype),
-        "quant_storage": _name(config.quant_storage),
+        "compute_dtype": dtype_name(config.compute_dtype),
+        "quant_storage": dtype_name(config.quant_storage),
         "threshold": config.threshold,
         "skip_modules": list(config.skip_modules),
     }

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from bnb_core.checkpoints.choice import choose, model_type_of
+from bnb_core.checkpoints.experts import STORED_OTHERWISE, Experts, find_experts
 from bnb_core.checkpoints.folder import CheckpointFolder, open_checkpoint
 from bnb_core.checkpoints.headers import NAMES, StoredTensor
-from bnb_core.checkpoints.tasks import ENCODERS
+from bnb_core.checkpoints.tasks import ENCODERS, EXPERT_ENCODERS, Task
 from bnb_core.checkpoints.weights import StoredWeight, weights_of
 from bnb_core.quantize import QuantizationConfig
 
@@ -49,7 +53,7 @@ class Sizes(NamedTuple):
     """Format to bytes, the largest first."""
     layers: list[Layer]
     alternatives: dict[str, int]
-    """Format to the bytes of the whole model with its linear layers in it, the rest as it is."""
+    """Format to the bytes of the whole model with its linear layers and experts in it, the rest as it is."""
 
 
 def inspect_checkpoint(path: str | os.PathLike[str]) -> Sizes:
@@ -87,11 +91,16 @@ def _by_format(weights: list[StoredWeight]) -> dict[str, int]:
 
 
 def _alternatives(folder: CheckpointFolder, weights: list[StoredWeight]) -> dict[str, int]:
-    linear = [weight for weight in weights if _is_linear(weight, model_type_of(folder.config))]
-    rest = sum(weight.nbytes for weight in weights) - sum(weight.nbytes for weight in linear)
-    result = {name: rest + sum(weight.numel * size for weight in linear) for name, size in DENSE.items()}
+    model_type = model_type_of(folder.config)
+    experts = [each for each in find_experts(folder.tensors, model_type) if model_type not in STORED_OTHERWISE]
+    parts = {part.name for each in experts for part in each.parts}
+    linear = [w for w in weights if w.name not in parts and _is_linear(w, model_type)]
+    numel = sum(w.numel for w in linear) + sum(each.numel for each in experts)
+    rest = sum(w.nbytes for w in weights) - sum(w.nbytes for w in linear) - sum(each.nbytes for each in experts)
+    result = {name: rest + numel * size for name, size in DENSE.items()}
     for name, config in FORMATS.items():
-        result[name] = rest + sum(_encoded_bytes(weight, config) for weight in linear)
+        of_experts = sum(_encoded_bytes(each.name, each.shape, config) for each in experts)
+        result[name] = rest + sum(_encoded_bytes(w.name, w.shape, config) for w in linear) + of_experts
     return result
 
 
@@ -100,10 +109,18 @@ def _is_linear(weight: StoredWeight, model_type: str | None) -> bool:
     return weight.is_quantized or choose(weight.tensor, (), model_type).kept_because is None
 
 
-def _encoded_bytes(weight: StoredWeight, config: QuantizationConfig) -> int:
-    rows = max(weight.numel // weight.shape[-1], 1) if weight.numel else 0
-    plain = StoredTensor(
-        weight.name, NAMES[torch.bfloat16], (rows, weight.shape[-1]), weight.tensor.file, 0, 2 * weight.numel
-    )
-    task = ENCODERS[config.method](plain, False, config, max(plain.nbytes, 1), torch.device("cpu"))
+def _encoded_bytes(name: str, shape: Sequence[int], config: QuantizationConfig) -> int:
+    numel = math.prod(shape)
+    plain = StoredTensor(name, NAMES[torch.bfloat16], tuple(shape), Path(), 0, 2 * numel)
+    piece, device = max(plain.nbytes, 1), torch.device("cpu")
+    task: Task
+    if len(shape) == 3:
+        experts = Experts("", name, (plain,), tuple(shape))
+        blocksize = experts.blocksize(config.blocksize)
+        if blocksize is None or config.method not in EXPERT_ENCODERS:
+            return plain.nbytes
+        task = EXPERT_ENCODERS[config.method](experts, replace(config, blocksize=blocksize), piece, device)
+    else:
+        flat = plain._replace(shape=(numel // shape[-1] if numel else 0, shape[-1]))
+        task = ENCODERS[config.method](flat, False, config, piece, device)
     return sum(output.nbytes for output in task.outputs) + sum(task.texts.values())

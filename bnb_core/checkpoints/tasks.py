@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from bnb_core import functional, quant_state
+from bnb_core.checkpoints.experts import Experts
 from bnb_core.checkpoints.headers import DTYPES, NAMES, CheckpointFileError, StoredTensor
 from bnb_core.checks import BLOCKSIZES
+from bnb_core.formats import FORMATS
 from bnb_core.functional import QuantState
 from bnb_core.primitives import block_count, packed_numel
 from bnb_core.quant_state import PACKED_KEY
@@ -111,7 +113,7 @@ class Encode(Task):
         self.transposed = transposed
         self.device = device
         rows, columns = tensor.shape
-        self.shape = (columns, rows) if transposed else (rows, columns)
+        self.shape: tuple[int, ...] = (columns, rows) if transposed else (rows, columns)
         self.piece = piece
         self.texts = {}
 
@@ -140,17 +142,19 @@ class Encode4bit(Encode):
         self, tensor: StoredTensor, transposed: bool, config: QuantizationConfig, piece: int, device: torch.device
     ) -> None:
         super().__init__(tensor, transposed, piece, device)
-        self.config = config
-        self.spans = self._spans(whole_blocks(tensor, piece))
-        blocks = block_count(tensor.numel, config.blocksize)
-        storage = config.quant_storage
+        self._lay_out(config, self._spans(whole_blocks(tensor, piece)))
+
+    def _lay_out(self, config: QuantizationConfig, spans: tuple[Span, ...]) -> None:
+        self.config, self.spans = config, spans
+        numel, storage = math.prod(self.shape), config.quant_storage
+        blocks = block_count(numel, config.blocksize)
         like = self._quant_state(torch.empty(0), LONGEST_OFFSET if config.double_quantization else None)
         entries = like.as_dict(packed=True)
         self.text_name = next(f"{self.name}.{key}" for key in entries if key.startswith(PACKED_KEY))
         shapes = {"absmax": (blocks,), "nested_absmax": (block_count(blocks, NESTED_BLOCKSIZE),), "quant_map": (16,)}
         shapes["nested_quant_map"] = (256,)
         self.outputs = (
-            Output(self.name, NAMES[storage], (packed_numel(tensor.numel, storage), 1)),
+            Output(self.name, NAMES[storage], (packed_numel(numel, storage), 1)),
             *(
                 Output(f"{self.name}.{key}", NAMES[value.dtype], shapes[key])
                 for key, value in entries.items()
@@ -158,6 +162,9 @@ class Encode4bit(Encode):
             ),
         )
         self.texts = {self.text_name: entries[self.text_name.removeprefix(f"{self.name}.")].numel()}
+
+    def _check(self, absmax: Tensor) -> None:
+        _check_finite(self.tensor, absmax)
 
     def _quant_state(self, absmax: Tensor, offset: Tensor | None = None) -> QuantState:
         config, state2 = self.config, None
@@ -168,15 +175,16 @@ class Encode4bit(Encode):
         return QuantState(absmax, self.shape, code, config.blocksize, config.method, self.dtype, offset, state2)
 
     def run(self, buffers: Iterator[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        config, scales = self.config, []
+        config, at = self.config, 0
+        absmax = torch.empty(block_count(math.prod(self.shape), config.blocksize))
         for values in self._values(buffers, WHOLE_BLOCKS):
             packed, state = functional.quantize_4bit(
                 values, blocksize=config.blocksize, quant_type=config.method, quant_storage=config.quant_storage
             )
-            scales.append(state.absmax.cpu())
+            absmax[at : at + len(state.absmax)] = state.absmax
+            at += len(state.absmax)
             yield self.name, packed.cpu()
-        absmax = torch.cat(scales)
-        _check_finite(self.tensor, absmax)
+        self._check(absmax)
         for key, value in self._quant_state(absmax).as_dict(packed=True).items():
             yield f"{self.name}.{key}", value
 
@@ -209,8 +217,39 @@ class EncodeInt8(Encode):
         yield self.format_name, torch.tensor(LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"], dtype=torch.uint8)
 
 
-ENCODERS = {"nf4": Encode4bit, "fp4": Encode4bit, "int8": EncodeInt8}
+class EncodeExperts4bit(Encode4bit):
+    """A projection of all experts of a layer, from one tensor or from one for each expert, part after part.
+
+    Args:
+        config: its block size divides the elements of an expert.
+    """
+
+    def __init__(self, experts: Experts, config: QuantizationConfig, piece: int, device: torch.device) -> None:
+        self.name, self.shape, self.parts = experts.name, experts.shape, experts.parts
+        self.dtype, self.device = DTYPES[self.parts[0].dtype], device
+        self._lay_out(config, tuple(s for part in experts.parts for s in spans_of(part, whole_blocks(part, piece))))
+
+    def _check(self, absmax: Tensor) -> None:
+        not_finite = (~absmax.isfinite()).nonzero()
+        first = int(not_finite[0]) if len(not_finite) else 0
+        _check_finite(self.parts[first * self.config.blocksize // self.parts[0].numel], absmax)
+
+    def _values(self, buffers: Iterator[Tensor], unit: int) -> Iterator[Tensor]:
+        unit, rest = self.config.blocksize, torch.empty(0, dtype=self.dtype)
+        for buffer in buffers:
+            values = buffer.view(self.dtype)
+            if rest.numel():
+                values = torch.cat([rest, values])
+            whole = values.numel() // unit * unit
+            rest = values[whole:]
+            if whole:
+                yield values[:whole].to(self.device)
+
+
+ENCODERS = {**dict.fromkeys(FORMATS, Encode4bit), "int8": EncodeInt8}
 """By the method of a QuantizationConfig: what converts a linear layer's weight. Another shape gets its row here."""
+EXPERT_ENCODERS = dict.fromkeys(FORMATS, EncodeExperts4bit)
+"""The same for experts."""
 
 
 def _check_finite(tensor: StoredTensor, scales: Tensor) -> None:
@@ -310,6 +349,19 @@ class DecodeInt8(Decode):
             values = functional.int8_vectorwise_dequant(codes.to(self.device), scales[rows].to(self.device))
             yield self.name, values.to(self.dtype).cpu()
             row += len(codes)
+
+
+class Renamed(Task):
+    """Another task's only output under another name."""
+
+    def __init__(self, task: Task, name: str) -> None:
+        self.name, self.spans, self.texts = name, task.spans, {}
+        self.task = task
+        self.outputs = (task.outputs[0]._replace(name=name),)
+
+    def run(self, buffers: Iterator[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for _, piece in self.task.run(buffers):
+            yield self.name, piece
 
 
 class Transposed(Task):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bnb_core.checkpoints.choice import is_transposed, model_type_of
 from bnb_core.checkpoints.convert import Progress
+from bnb_core.checkpoints.experts import Experts, find_experts
 from bnb_core.checkpoints.folder import open_checkpoint
 from bnb_core.checkpoints.headers import DTYPES, CheckpointFileError, StoredTensor
 from bnb_core.checkpoints.pipeline import SpanReader
@@ -56,40 +57,59 @@ def verify_checkpoint(
     """
     progress = progress or Progress()
     before, after = open_checkpoint(Path(original)), open_checkpoint(Path(path))
-    tensors, weights = before.tensors, weights_of(after)
-    missing, surplus = tensors.keys() - {w.name for w in weights}, {w.name for w in weights} - tensors.keys()
-    if missing or surplus:
-        name = min(missing or surplus)
-        raise CheckpointFileError(f"{path}: {name}: {'missing' if missing else 'not in the original'}")
     model_type = model_type_of(before.config)
-    progress.total(sum(tensor.nbytes for tensor in tensors.values()))
+    tensors, weights = before.tensors, weights_of(after)
+    fused = {weight.name for weight in weights if weight.is_quantized and len(weight.shape) == 3}
+    experts = {each.name: each for each in find_experts(tensors, model_type) if each.name in fused}
+    for each in experts.values():
+        tensors = {**tensors, **({} if each.bias is None else {each.bias_name: each.bias})}
+        for tensor in (*each.parts, *(() if each.bias is None else (each.bias,))):
+            del tensors[tensor.name]
+    names, expected = {weight.name for weight in weights}, tensors.keys() | experts.keys()
+    if names != expected:
+        name = min(expected - names or names - expected)
+        raise CheckpointFileError(f"{path}: {name}: {'missing' if name in expected else 'not in the original'}")
+    progress.total(sum(tensor.nbytes for tensor in before.tensors.values()))
     results = []
     with SpanReader() as reader:
         for weight in weights:
+            if weight.name in experts:
+                results.append(_errors_of_experts(weight, experts[weight.name], reader))
+                progress.advance(experts[weight.name].nbytes)
+                continue
             tensor = tensors[weight.name]
             if weight.is_quantized:
-                results.append(_errors(weight, tensor, is_transposed(weight.name, model_type), reader))
+                results.append(_errors_of_matrix(weight, tensor, is_transposed(weight.name, model_type), reader))
             else:
                 _check_same(weight, tensor, reader)
             progress.advance(tensor.nbytes)
     return sorted(results, key=lambda each: each.sqnr)
 
 
-def _errors(weight: StoredWeight, tensor: StoredTensor, transposed: bool, reader: SpanReader) -> Errors:
+def _errors_of_matrix(weight: StoredWeight, tensor: StoredTensor, transposed: bool, reader: SpanReader) -> Errors:
     shape = tensor.shape[::-1] if transposed else tensor.shape
-    if tuple(weight.shape) != shape:
+    return _errors(weight, shape, _values(tensor, transposed, reader), reader)
+
+
+def _errors_of_experts(weight: StoredWeight, experts: Experts, reader: SpanReader) -> Errors:
+    values = (piece for part in experts.parts for piece in _values(part, False, reader))
+    return _errors(weight, experts.shape, values, reader)
+
+
+def _errors(weight: StoredWeight, shape: Sequence[int], original: Iterator[Tensor], reader: SpanReader) -> Errors:
+    if tuple(weight.shape) != tuple(shape):
         raise CheckpointFileError(f"{weight.tensor.file}: {weight.name}: of shape {weight.shape}, expected {shape}")
     task = weight.decoded(torch.float32, PIECE, torch.device("cpu"))
     decoded = (piece for _, piece in task.run(reader.read(span) for span in task.spans))
     largest, noise, signal = 0.0, 0.0, 0.0
-    for values, result in _side_by_side(_values(tensor, transposed, reader), decoded):
+    for values, result in _side_by_side(original, decoded):
         difference = values.double() - result.double()
         if difference.numel():
             largest = max(largest, difference.abs().max().item())
         noise += difference.square().sum().item()
         signal += values.double().square().sum().item()
     sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
-    return Errors(weight.name, weight.described, tensor.numel, largest, math.sqrt(noise / max(tensor.numel, 1)), sqnr)
+    return Errors(weight.name, weight.described, weight.numel, largest, math.sqrt(noise / max(weight.numel, 1)), sqnr)
 
 
 def _values(tensor: StoredTensor, transposed: bool, reader: SpanReader) -> Iterator[Tensor]:
@@ -124,7 +144,10 @@ def _check_same(weight: StoredWeight, tensor: StoredTensor, reader: SpanReader) 
         )
     for ours, theirs in zip(spans_of(stored, PIECE), spans_of(tensor, PIECE), strict=True):
         if not torch.equal(reader.read(ours), reader.read(theirs)):
-            raise CheckpointFileError(f"{stored.file}: {stored.name}: differs from the original, but is not quantized")
+            raise CheckpointFileError(
+                f"{stored.file}: {stored.name}: differs from the original, but is not quantized"
+                "; expected the same bytes, so quantize the original again"
+            )
 
 
 def report(errors: list[Errors]) -> list[dict[str, Any]]:

@@ -90,7 +90,9 @@ def weights_of(folder: CheckpointFolder) -> list[StoredWeight]:
     for name, owner in owners.items():
         if owner is not None:
             if owner not in tensors:
-                raise CheckpointFileError(f"{tensors[name].file}: {name}: belongs to {owner}, which is missing")
+                raise CheckpointFileError(
+                    f"{tensors[name].file}: {name}: belongs to {owner}, which is missing; expected both in the folder"
+                )
             parts.setdefault(owner, []).append(tensors[name])
     with SpanReader() as reader:
         return [_weight(tensors[name], parts.get(name, ()), reader) for name, owner in owners.items() if owner is None]
@@ -116,11 +118,14 @@ def _weight(tensor: StoredTensor, parts: Sequence[StoredTensor], reader: SpanRea
         if not any(part.name.endswith(SCALES) for part in parts) or tensor.dtype != "I8":
             raise CheckpointFileError(
                 f"{tensor.file}: {tensor.name}: has {', '.join(part.name for part in parts)}, but neither a quant "
-                "state nor int8 codes with their scales"
+                "state nor int8 codes with their scales; expected one of them"
             )
         return StoredWeight(tensor, tuple(parts), "int8")
     if len(packed) > 1 or packed[0].nbytes > MOST_PACKED_BYTES or packed[0].dtype != "U8":
-        raise CheckpointFileError(f"{tensor.file}: {packed[-1].name}: expected one quant state of a few bytes")
+        raise CheckpointFileError(
+            f"{tensor.file}: {packed[-1].name}: expected one quant state in U8 of at most {MOST_PACKED_BYTES} bytes, "
+            f"got {len(packed)}, the first in {packed[0].dtype} of {packed[0].nbytes}"
+        )
     state = _state(packed[0], reader)
     return StoredWeight(tensor, tuple(parts), str(state["quant_type"]), state)
 

@@ -44,7 +44,7 @@ def command(
     An empty line ends.
     """
     if not path.is_dir():
-        raise BadInput(f"{path}: no such folder")
+        raise BadInput(f"{path}: no such folder; give a folder that Transformers has saved")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(f"chat needs {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -52,7 +52,7 @@ def command(
         model: Any = load_quantized(path, device=torch.device(device))
         tokenizer = _tokenizer(path)
     if not hasattr(model, "generate") or not model.can_generate():
-        raise BadInput(f"{path}: a {type(model).__name__} does not write text")
+        raise BadInput(f"{path}: a {type(model).__name__} does not write text; give a model that generates")
     click.echo(f"{type(model).__name__}, {size(model.get_memory_footprint())} of weights, on {model.device}", err=True)
     turns = []
     talk: list[dict[str, str]] = []

@@ -64,7 +64,7 @@ def command(
         return
     selected = bool(primitives) or pattern != "*"
     if perf and (selected or thorough):
-        raise BadInput("--perf: times every primitive, without --primitive, --case and --thorough")
+        raise BadInput("--perf: times every primitive, without --primitive, --case and --thorough; leave them out")
     if backend_name is None:
         raise BadInput(f"--backend: expected one of {', '.join(registry.backends())}, got nothing")
     try:
@@ -128,7 +128,7 @@ def select_cases(primitives: Sequence[str], pattern: str, thorough: bool) -> lis
         and (thorough or not case.large)
     ]
     if not cases:
-        raise ValueError(f"--case: no case matches {pattern!r}")
+        raise ValueError(f"--case: no case matches {pattern!r}; --list shows the cases")
     return cases
 
 
@@ -144,7 +144,9 @@ def chosen_isas(backend: Backend, isa: str | None) -> list[str | None]:
     """The instruction sets to run on, in turn; None for a backend that has no choice."""
     if backend.instruction_sets is None:
         if isa is not None:
-            raise ValueError(f"--isa: backend {backend.name!r} has no instruction sets to choose from, got {isa!r}")
+            raise ValueError(
+                f"--isa: backend {backend.name!r} has no instruction sets to choose from, got {isa!r}; leave it out"
+            )
         return [None]
     available = backend.instruction_sets.available()
     if isa is None:

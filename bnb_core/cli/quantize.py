@@ -45,6 +45,11 @@ STORAGES = {str(dtype).removeprefix("torch."): dtype for dtype in QUANT_STORAGES
     "--storage", type=click.Choice(list(STORAGES)), default="uint8", show_default=True,
     help="The dtype that 4-bit codes are viewed as; for FSDP that of the other parameters.",
 )  # fmt: skip
+@click.option(
+    "--separate-experts",
+    is_flag=True,
+    help="Leave experts that are one tensor each separate, for Transformers 4; else a layer's become one tensor.",
+)
 @device_option
 @click.option("--verify", is_flag=True, help="Read the result again and show the error of each weight.")
 @click.option("--picture", type=PathOption(), help="With --verify: draw the errors into this file (.png, .svg, .pdf).")
@@ -57,6 +62,7 @@ def command(
     double_quant: bool,
     skip: tuple[str, ...],
     storage: str,
+    separate_experts: bool,
     device: str,
     verify: bool,
     picture: Path | None,
@@ -74,7 +80,9 @@ def command(
     with refusals_in_one_line(out):
         _check_picture(picture, verify)
         with progress_bar("quantizing") as progress:
-            result = quantize_checkpoint(path, out, config, torch.device(device), progress)
+            result = quantize_checkpoint(
+                path, out, config, torch.device(device), progress, fuse_experts=not separate_experts
+            )
     seconds = time.perf_counter() - began
     tell(result, out, seconds, f"quantized to {method}")
     content: dict[str, Any] = {**result._asdict(), "seconds": seconds, "out": str(out), "method": method}

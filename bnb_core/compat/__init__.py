@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
 from bnb_core import functional
+from bnb_core.quantize import QuantizationConfig
 
-__all__ = ["install_as_bitsandbytes", "serve_installed_package"]
+__all__ = ["install_as_bitsandbytes", "serve_installed_package", "transformers_config"]
 
 functional.further_names = partial(import_module, "bnb_core.compat.functional_names")
 
@@ -52,6 +54,36 @@ def install_as_bitsandbytes() -> None:
         sys.meta_path.insert(0, metadata.FaceFinder())
     if present is None:
         kernel_packages.load()
+
+
+def transformers_config(config: QuantizationConfig | None = None) -> Any:
+    """What ``from_pretrained(quantization_config=...)`` of Transformers takes for any 4-bit format and block size.
+
+    The model's config.json has it as ``"quant_method": "bnb_core"``. Such a folder is loaded by ``from_pretrained``
+    alone wherever ``bitsandbytes`` is bnb_core: after :func:`install_as_bitsandbytes`, or ``import bitsandbytes``.
+
+    Args:
+        config: None for NF4 with double quantization. Its default of ``skip_modules`` leaves to Transformers which
+            layers are output heads.
+
+    Raises:
+        TypeError: the config is no QuantizationConfig.
+        ValueError: its method is int8, which Transformers knows: ``BitsAndBytesConfig(load_in_8bit=True)``.
+        RuntimeError: ``bitsandbytes`` is another one.
+        ImportError: Transformers is not installed.
+    """
+    config = QuantizationConfig() if config is None else config
+    if not isinstance(config, QuantizationConfig):
+        raise TypeError(f"config: expected a QuantizationConfig, got {type(config).__name__}")
+    if config.method == "int8":
+        raise ValueError(
+            "config: expected a 4-bit method, got int8; give Transformers BitsAndBytesConfig(load_in_8bit=True)"
+        )
+    install_as_bitsandbytes()
+    auto = import_module("transformers.quantizers.auto")
+    formats = import_module("bnb_core.compat.transformers_formats")
+    formats.register(auto)
+    return formats.config_of(config)
 
 
 def serve_installed_package() -> None:

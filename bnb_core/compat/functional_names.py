@@ -71,7 +71,10 @@ def check_matmul(
     left, right = (A.mT if transposed_A else A), (B.mT if transposed_B else B)
     batches = {tensor.shape[0] for tensor in (left, right) if tensor.dim() == 3}
     if left.shape[-1] != right.shape[-2] or len(batches) > 1:
-        raise ValueError(f"B: shape {tuple(right.shape)} cannot be multiplied from the left by {tuple(left.shape)}")
+        raise ValueError(
+            f"B: shape {tuple(right.shape)} cannot be multiplied from the left by {tuple(left.shape)}"
+            ", expected as many rows as that has columns"
+        )
     shape = (*batches, left.shape[-2], right.shape[-1])
     if out is not None:
         check_dense("out", out)

@@ -64,7 +64,10 @@ class GroupedLora(_LoraModule):
             raise ValueError(f"r: expected a positive int, got {r}")
         for option in ("use_dora", "lora_bias", "fan_in_fan_out"):
             if getattr(config, option, False):
-                raise ValueError(f"{option}: experts in 4 bits do not have it")
+                raise ValueError(
+                    f"{option}: experts in 4 bits do not have it"
+                    "; leave it out, or leave the experts out of target_modules"
+                )
         if config.init_lora_weights not in (True, False, "gaussian"):
             given = config.init_lora_weights
             raise ValueError(f"init_lora_weights: expected True, False or 'gaussian' for experts, got {given!r}")
@@ -115,7 +118,10 @@ class GroupedLora(_LoraModule):
         for adapter in _check_adapters(self, adapter_names):
             if adapter in self.lora_A:
                 if safe_merge and not all(bool(factor.isfinite().all()) for factor in self._factors(adapter)):
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken; "
+                        "expected finite factors"
+                    )
                 self._change(adapter, 1.0)
                 self.merged_adapters.append(adapter)
 

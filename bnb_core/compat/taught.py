@@ -1,4 +1,4 @@
-"""Modules of other libraries that are told of experts once they are imported, while ``bitsandbytes`` is bnb_core.
+"""Modules of other libraries that learn of experts and formats when they are imported, where bitsandbytes is bnb_core.
 
 Nothing here imports them.
 """
@@ -22,8 +22,15 @@ def _teach_peft(module: ModuleType) -> None:
     peft_experts.teach(module)
 
 
+def _register_formats(module: ModuleType) -> None:
+    from bnb_core.compat import transformers_formats  # imports Transformers
+
+    transformers_formats.register(module)
+
+
 _LESSONS: dict[str, Callable[[ModuleType], None]] = {
     transformers_experts.MODULE: transformers_experts.teach,
+    "transformers.quantizers.auto": _register_formats,
     "peft.tuners.lora.bnb": _teach_peft,
 }
 

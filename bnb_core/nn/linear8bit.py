@@ -154,17 +154,23 @@ class Weight8bitMixin(QuantizedWeightMixin):
         if (holds_codes or part_keys) and not isinstance(self.weight, Int8Params):
             raise ValueError(
                 f"{(part_keys or ['weight'])[0]}: Loading a quantized checkpoint into non-quantized "
-                f"{type(self).__name__}: its weight is a {type(self.weight).__name__}, such as a tied one"
+                f"{type(self).__name__}: its weight is a {type(self.weight).__name__}, such as a tied one; "
+                "load before layers are tied"
             )
         if part_keys and not holds_codes:
-            raise ValueError(f"{part_keys[0]}: belongs to int8 codes, but the weight is {weight.dtype}")
+            raise ValueError(
+                f"{part_keys[0]}: belongs to int8 codes, but the weight is {weight.dtype}, expected torch.int8"
+            )
         return holds_codes
 
     def _weight_of_codes(self, prefix: str, codes: Tensor, parts: dict[str, Any]) -> Int8Params:
         """``weight_format`` may be missing, as older checkpoints have none."""
         weight_key = f"{prefix}weight"
         if self.weight.has_fp16_weights:
-            raise ValueError(f"{weight_key}: int8 codes cannot be loaded into a weight with has_fp16_weights=True")
+            raise ValueError(
+                f"{weight_key}: int8 codes cannot be loaded into a weight with has_fp16_weights=True"
+                "; make the layer with has_fp16_weights=False"
+            )
         codes = checked_entry(weight_key, codes, (torch.int8,), self._weight_shape(), on_meta=True)
         scales = self._scales_of_parts(prefix, codes, parts)
         device = self._device_for(codes)
@@ -175,7 +181,9 @@ class Weight8bitMixin(QuantizedWeightMixin):
         """The scales of a state dict, checked."""
         weight_key, scales_key, format_key = f"{prefix}weight", f"{prefix}SCB", f"{prefix}weight_format"
         if scales_key not in parts:
-            raise ValueError(f"{scales_key}: missing, though {weight_key} is int8")
+            raise ValueError(
+                f"{scales_key}: missing, though {weight_key} is int8; expected the scales of each row beside it"
+            )
         scales = checked_entry(scales_key, parts[scales_key], (torch.float32,), (codes.shape[0],))
         if format_key in parts:
             weight_format = checked_entry(format_key, parts[format_key], (torch.uint8,), ())

@@ -88,7 +88,7 @@ class OffloadedLinear4bit(nn.Module):
         self._name, self._cache = name, cache
         self._files = {key: file for key, file in files.items() if key.startswith(f"{name}.weight")}
         if f"{name}.weight" not in self._files:
-            raise ValueError(f"{name}.weight: no file has it")
+            raise ValueError(f"{name}.weight: no file has it; give the folder with the weights of this model")
         state = self._read_state()
         if tuple(state.shape) != source._weight_shape():  # type: ignore[arg-type]
             raise ValueError(f"{name}.weight: expected shape {source._weight_shape()}, got {tuple(state.shape)}")  # type: ignore[arg-type]
@@ -206,7 +206,7 @@ def _files_by_key(path: Path) -> dict[str, Path]:
     found = {}
     paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not paths or not all(file.exists() for file in paths):
-        raise ValueError(f"path: no safetensors file at {path}")
+        raise ValueError(f"path: no safetensors file at {path}; give such a file, or a folder with some")
     for file in paths:
         with safe_open(file, framework="pt") as opened:
             found.update(dict.fromkeys(opened.keys(), file))

@@ -87,7 +87,8 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
     parameter = getattr(module, name)
     if not isinstance(parameter, nn.Parameter):
         raise TypeError(
-            f"param_name: Parameter {name!r} is not an instance of nn.Parameter, but a {type(parameter).__name__}"
+            f"param_name: Parameter {name!r} is not an instance of nn.Parameter, but a "
+            f"{type(parameter).__name__}; give the name of a parameter"
         )
     return parameter
 
@@ -143,7 +144,9 @@ def _load_checked(module: nn.Module, state_dict: dict[str, Any], prefix: str, na
     part_keys = [k for k in state_dict if k.startswith(key + ".")]
     if key not in state_dict:
         if part_keys:
-            raise ValueError(f"{key}: missing, though the state dict has {part_keys[0]}")
+            raise ValueError(
+                f"{key}: missing, though the state dict has {part_keys[0]}; expected the codes beside their parts"
+            )
         return
     parametrization, original = _of(module, name)[0], _of(module, name).original
     present = parametrization.quant_state

@@ -103,7 +103,7 @@ class DetachedCodes(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ARITHMETIC:
             raise ValueError(
-                "codes of a quantized weight cannot be averaged or computed with: average the modules that train, such "
+                "codes of a quantized weight cannot be averaged or computed with; average the modules that train, such "
                 "as adapters, or dequantize the weight"
             )
         with torch._C.DisableTorchFunctionSubclass():

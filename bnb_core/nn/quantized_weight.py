@@ -170,7 +170,9 @@ class QuantizedWeightMixin(nn.Module):
         key, part_keys = f"{prefix}weight", self._part_keys(prefix, state_dict)
         if key not in state_dict:
             if part_keys:
-                raise ValueError(f"{key}: missing, though the state dict has {part_keys[0]}")
+                raise ValueError(
+                    f"{key}: missing, though the state dict has {part_keys[0]}; expected the codes beside their parts"
+                )
             return None, set()
         value = dense_entry(key, state_dict[key], on_meta=assign or self.weight.is_meta)
         if self._holds_codes(value, part_keys):

@@ -57,7 +57,7 @@ def flat(name: str, saved: object) -> dict[str, Any]:
     state = dict(_mapping(name, saved))
     for key, value in _mapping(f"{name}[{QUANT_STATE_KEY!r}]", state.pop(QUANT_STATE_KEY, {})).items():
         if key in state:
-            raise ValueError(f"{name}[{key!r}]: given twice, in {QUANT_STATE_KEY!r} and beside it")
+            raise ValueError(f"{name}[{key!r}]: given twice, in {QUANT_STATE_KEY!r} and beside it; expected it once")
         state[key] = value
     return state
 

@@ -35,7 +35,7 @@ def compiled_step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
         # Nothing can have changed yet, but what is compared here, the compiler looks at in later calls.
         changed = [name for name, value in settings if group[name] != value]
         if changed or optimizer.mng.version != version:
-            raise RuntimeError("a setting changed while the step was compiled")
+            raise RuntimeError("a setting changed while the step was compiled; compile the step again after a change")
         for p, (names, step, shares_lr) in zip(params, constants, strict=True):
             state = dict(zip(names, tensors, strict=False))
             tensors = tensors[len(names) :]

@@ -103,7 +103,10 @@ class GlobalOptimManager:
             ValueError: the module has no such attribute, or a key cannot be overridden.
         """
         if not hasattr(module, param_name):
-            raise ValueError(f"param_name: {type(module).__name__} has no parameter {param_name!r}")
+            raise ValueError(
+                f"param_name: {type(module).__name__} has no parameter {param_name!r}"
+                f", expected one of {', '.join(name for name, _ in module.named_parameters()) or 'none'}"
+            )
         _check_config("config", config)
         self._register(module, param_name, config)
 

@@ -118,7 +118,10 @@ class SavedState(StateBuffers):
         states = {}
         for index, saved in state_dict["state"].items():
             if index not in owners:
-                raise ValueError(f"state[{index!r}]: no parameter group has this parameter")
+                raise ValueError(
+                    f"state[{index!r}]: no parameter group has this parameter"
+                    "; expected the state of the parameters in param_groups"
+                )
             p, group = owners[index]
             stateless = not self.keeps_state({**group, **self._overrides.get(id(p), {})})
             name, part = f"state[{index!r}]", local_part(p)

@@ -56,7 +56,9 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any, on_step: Cal
                 raise value
             on_step(value)
     except (EOFError, BrokenPipeError):
-        raise click.ClickException(f"{function.__name__} failed in its process, which ended without a result") from None
+        raise click.ClickException(
+            f"{function.__name__} failed in its process, which ended without a result; its error is above"
+        ) from None
     finally:
         process.kill()
         process.wait()

@@ -89,7 +89,10 @@ def compare(model: nn.Module, text: data.Corpus, settings: Settings, path: Path)
                 same_logits = checkpoint.same_logits(copy, loaded, text.held_out, settings)
             on_step(row.perplexity)
     if not same_logits:
-        raise click.ClickException(f"{path}, loaded again, gives other logits than the model that was saved")
+        raise click.ClickException(
+            f"{path}, loaded again, gives other logits than the model that was saved; "
+            "bnb-core conformance tells which primitive is wrong"
+        )
     return rows, same_logits
 
 
