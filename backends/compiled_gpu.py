@@ -16,7 +16,7 @@ from bnb_core.records import flat
 from bnb_core.registry import Backend, Kernel
 
 from .gemm_4bit_kernel import ask_for_kernel
-from .gpu import GpuKernels
+from .gpu import COMPILED_ROWS_ALIKE, GpuKernels
 from .managed_memory import ManagedMemory
 from .native import NativeKernels, kernels_of, module_file
 
@@ -65,7 +65,7 @@ def make_backend(platform: GpuPlatform) -> Backend:
         name=platform.name,
         device_types=(DEVICE_TYPE,),
         priority=100,
-        kernels={name: _on_its_device(kernel) for name, kernel in kernels_of(kernels).items()},
+        kernels={name: _on_its_device(kernel) for name, kernel in kernels_of(kernels, COMPILED_ROWS_ALIKE).items()},
         details=lambda: {
             "built for": module.archs,
             "driver": _version(module.driver_version()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnb_core.primitive import aligned
+from bnb_core.primitive import TORCH_ALIGNMENT, aligned
 from bnb_core.records import Int8Weight, Weight4bit
+from bnb_core.row_passes import as_matrix
 
 from .torch_precision import exact_matmuls
 
@@ -34,11 +34,6 @@ class Dense(IntEnum):
 def dense_for(dtype: torch.dtype, terms: int) -> Dense:
     """How torch's matmul has to have a weight for sums of so many terms."""
     return Dense.IN_DTYPE if dtype == torch.float32 or terms >= LEAST_TERMS else Dense.IN_F32
-
-
-def as_matrix(tensor: Tensor) -> Tensor:
-    """[..., columns] as [rows, columns]; columns may be 0, for which view(-1, columns) is ambiguous."""
-    return tensor.view(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 class DenseProducts:
@@ -85,7 +80,12 @@ def _weight_dtype(dense: int, A: Tensor) -> torch.dtype:
 
 
 def _multiply(A: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = A @ weight + bias, the bias in the matmul's epilogue."""
+    """out = A @ weight + bias, the bias in the matmul's epilogue. Its sums are those of an aligned ``out``."""
+    if out.data_ptr() % TORCH_ALIGNMENT != 0:
+        apart = torch.empty_like(out)
+        _multiply(A, weight, bias, apart)
+        out.copy_(apart)
+        return
     rows, result = as_matrix(aligned(A)), as_matrix(out)
     with exact_matmuls(A.device, weight.dtype):
         if weight.dtype != A.dtype:

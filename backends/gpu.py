@@ -13,14 +13,33 @@ from torch import Tensor
 
 from bnb_core.primitive import aligned
 from bnb_core.records import Int8Rows, Int8Weight, Weight4bit
+from bnb_core.row_passes import ANY_NUMBER, RowsAlike, as_matrix
 
-from .dequantized import DenseProducts, as_matrix
+from .dequantized import DenseProducts
 
 INT_MM_ROWS = 17
 INT_MM_MULTIPLE = 8
 INT_MM_ALIGNMENT = 16
 """What torch._int_mm takes on a GPU: at least 17 rows, multiples of 8 in the other two sizes, and operands at addresses
 that are multiples of 16, which cuBLASLt presumes without a check."""
+
+ROWS_ALIKE = 64
+"""Which kernel serves a product goes by a table of numbers of rows, so that one number has one kernel: the largest that
+has kernels on tensor cores everywhere."""
+
+
+def _grouped_rows(A: Tensor, B: Weight4bit, offsets: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """csrc_cuda/grouped_gemm_4bit.cu chooses by the rows that a group has on average; its few rows are 4 in f32."""
+    return 1, 4 * B.shape[0]
+
+
+COMPILED_ROWS_ALIKE: dict[str, RowsAlike] = {
+    "gemm_4bit": lambda A, B, bias: (ROWS_ALIKE, ROWS_ALIKE),
+    "grouped_gemm_4bit": _grouped_rows,
+    "grouped_gemm_4bit_backward": lambda dY, B, offsets: (1, ANY_NUMBER),
+    "int8_mixed_scaled_mm": lambda A, CA, CB, outlier_mask, bias: (1, ANY_NUMBER),
+}
+"""Of the kernels in csrc_cuda."""
 
 
 class LargeProducts(DenseProducts):

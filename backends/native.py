@@ -6,7 +6,7 @@ the records of the primitives itself, a tuple for each of its structs, and a han
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -28,6 +28,7 @@ from bnb_core.records import (
     is_record,
 )
 from bnb_core.registry import Kernel
+from bnb_core.row_passes import RowsAlike
 
 Outputs = tuple[Tensor, ...]
 
@@ -194,10 +195,15 @@ def module_file(module: ModuleType) -> Path:
     return Path(module.__file__)
 
 
-def kernels_of(kernels: Any) -> dict[str, Kernel]:
-    """The table for a Backend: a kernel for each primitive, over contiguous tensors as NativeKernels takes them."""
+def kernels_of(kernels: Any, rows_alike: Mapping[str, RowsAlike] | None = None) -> dict[str, Kernel]:
+    """The table for a Backend: a kernel for each primitive, over contiguous tensors as NativeKernels takes them.
+
+    Args:
+        rows_alike: by primitive, where more than one row at a time is.
+    """
+    rows_alike = rows_alike or {}
     return {
-        **{name: Kernel(getattr(kernels, name)) for name in FILLING},
+        **{name: Kernel(getattr(kernels, name), rows_alike=rows_alike.get(name)) for name in FILLING},
         **{
             name: Kernel(_updating_in_place(getattr(kernels, name)), several=getattr(kernels, several, None))
             for name, several in IN_PLACE.items()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import batch_cases
 import expert_cases
 import limits
 import optimizer_cases
@@ -280,6 +281,7 @@ def all_cases() -> list[Case]:
         Case("dequantize_blockwise/fresh f32", partial(dequantize_blockwise, True), quick=False),
         *optimizer_cases.cases(),
         *expert_cases.cases(),
+        *batch_cases.cases(),
         *(Case(f"int8 linear/M={M}", partial(int8_linear, M), quick=M == 512) for M in (1, 512, 2048)),
         *(Case(f"int8 linear/1 % outliers M={M}", partial(int8_outliers, M), quick=M == 512) for M in (1, 512, 2048)),
         Case("overhead/gemv_4bit", tiny_gemv),

@@ -12,7 +12,7 @@ from bnb_core.checkpoints import (
 )
 from bnb_core.compat import install_as_bitsandbytes, transformers_config
 from bnb_core.quantize import QuantizationConfig, quantize_model
-from bnb_core.registry import backends, use_backend
+from bnb_core.registry import backends, batch_invariant, use_backend
 from bnb_core.version import __version__
 
 features = {"multi_backend"}
@@ -23,6 +23,7 @@ __all__ = [
     "QuantizationConfig",
     "__version__",
     "backends",
+    "batch_invariant",
     "dequantize_checkpoint",
     "features",
     "functional",

@@ -111,6 +111,13 @@ def refuse_offsets(offsets: Tensor, rows: int) -> NoReturn:
     raise ValueError(f"offsets: expected numbers that ascend from 0 to the {rows} rows, got {shown(offsets.tolist())}")
 
 
+def check_offsets(offsets: Tensor, rows: int) -> None:
+    """That they ascend from 0 to the rows, by their values, which the host reads."""
+    places = offsets.tolist()
+    if places[0] != 0 or places[-1] != rows or places != sorted(places):
+        refuse_offsets(offsets, rows)
+
+
 def check_code(name: str, code: Tensor) -> None:
     """A codebook of 256 f32 values. Its order is not looked at here: that would wait for the device."""
     check_dtype(name, code, (torch.float32,))

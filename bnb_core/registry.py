@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from pathlib import Path
@@ -25,10 +25,14 @@ from typing import Any, Protocol
 
 import torch
 
+from bnb_core.row_passes import RowsAlike, batch_invariant_function
+
 ENTRY_POINT_GROUP = "bnb_core.backends"
 ENVIRONMENT_VARIABLE = "BNB_BACKEND"
 EVERY_DEVICE = "*"
 EVERY_PRIMITIVE = "*"
+BATCH_INVARIANT = "batch invariant"
+"""In the choice of a context, beside primitives: whether rows must not depend on each other."""
 OUR_MODULES = "bnb_core.backends."
 
 
@@ -60,13 +64,16 @@ class Kernel:
     has allocated. ``supports(*arguments)`` returns None, or the reason why these arguments cannot be served.
     A kernel that comes and goes while the process runs has ``present(device_type)``, which says whether it is there
     now; where it is not, ``supports`` refuses. ``several``, where there is one, does the work of many calls: it takes a
-    list for each tensor that differs between them.
+    list for each tensor that differs between them. ``rows_alike``, of the arguments, says which calls give a row the
+    same bits whatever rows are beside it (row_passes.py); a kernel without it is called for one row at a time where
+    that counts.
     """
 
     function: Callable[..., None]
     supports: Callable[..., str | None] | None = None
     present: Callable[[str], bool] | None = None
     several: Callable[..., None] | None = None
+    rows_alike: RowsAlike | None = None
 
     def is_on(self, device_type: str) -> bool:
         return self.present is None or self.present(device_type)
@@ -421,16 +428,39 @@ def use_backend(name: str) -> Iterator[None]:
     override = parse_override(name)
     for backend in set(override.values()):
         available_backend(backend)
+    if BATCH_INVARIANT in _override_in_force():
+        override[BATCH_INVARIANT] = BATCH_INVARIANT
     with carry(override):
+        yield
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """In this context no row of a product depends, by a bit, on the other rows or on how many there are.
+
+    That holds for what layers and functions with 4-bit and int8 weights compute in a forward pass, on every backend:
+    kernels are called for as many rows at a time as they treat alike. An int8 product with a threshold takes each row's
+    own outliers. Gradients are computed as elsewhere. The context is that of a thread or task; a compiled function is
+    called in it.
+
+    Raises:
+        RuntimeError: torch.compile traces it.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("batch_invariant: cannot be entered in a compiled function; call the function in it instead")
+    with carry({**_override_in_force(), BATCH_INVARIANT: BATCH_INVARIANT}):
         yield
 
 
 def choice() -> Mapping[str, str] | None:
     """What :func:`use_backend` has chosen here, to be carried to where its context does not reach.
 
-    None while torch compiles: a compiled graph asks when it runs.
+    None while torch compiles: a compiled graph asks when it runs. Gradients may depend on their batch.
     """
-    return None if torch.compiler.is_compiling() else _override.get()
+    override = None if torch.compiler.is_compiling() else _override.get()
+    if override is None or BATCH_INVARIANT not in override:
+        return override
+    return {key: name for key, name in override.items() if key != BATCH_INVARIANT}
 
 
 @contextmanager
@@ -463,15 +493,23 @@ def _override_in_force() -> Mapping[str, str]:
 
 def _candidates(primitive: str, device_type: str, override: Mapping[str, str]) -> list[_Candidate]:
     """The kernels that may serve, in the order in which they are asked."""
-    return _look_up(primitive, device_type, override.get(primitive) or override.get(EVERY_PRIMITIVE))
+    name = override.get(primitive) or override.get(EVERY_PRIMITIVE)
+    return _look_up(primitive, device_type, name, BATCH_INVARIANT in override)
 
 
 @cache
-def _look_up(primitive: str, device_type: str, name: str | None) -> list[_Candidate]:
+def _look_up(primitive: str, device_type: str, name: str | None, batch_invariant: bool) -> list[_Candidate]:
     """The candidates where an override names that backend, or none."""
+    if batch_invariant:
+        candidates = _look_up(primitive, device_type, name, False)
+        return [_Candidate(c.backend, _batch_invariant(primitive, c.kernel)) for c in candidates]
     if name is None:
         return _by_priority(primitive, device_type)
     return [_strict_candidate(primitive, device_type, name)]
+
+
+def _batch_invariant(primitive: str, kernel: Kernel) -> Kernel:
+    return replace(kernel, function=batch_invariant_function(primitive, kernel))
 
 
 def _strict_candidate(primitive: str, device_type: str, name: str) -> _Candidate:
@@ -528,7 +566,7 @@ def _others_kernel(primitive: str, backend: str, kernel: Kernel) -> Kernel:
 
     supports, present = asked(kernel.supports, str), asked(kernel.present, lambda sentence: False)
     several = None if kernel.several is None else named(kernel.several)
-    return Kernel(named(kernel.function), supports, present, several)
+    return Kernel(named(kernel.function), supports, present, several, kernel.rows_alike)
 
 
 def _by_priority(primitive: str, device_type: str) -> list[_Candidate]:

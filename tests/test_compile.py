@@ -7,10 +7,12 @@ import torch
 from optimizers import build
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from bnb_core import functional as F
 from bnb_core import optim, primitives
+from bnb_core.autograd import int8_linear
 from bnb_core.conformance.suite.errors import valid_arguments
 from bnb_core.nn import Linear8bitLt, LinearNF4
 from bnb_core.primitive import Primitive
@@ -255,3 +257,37 @@ def test_a_training_step_with_a_capturable_optimizer_is_compiled_once():
     expected = losses(None)
     assert losses(counter) == expected
     assert counter.frame_count <= 4, "compiled anew at later steps"
+
+
+def test_outliers_that_change_from_call_to_call_are_of_one_graph():
+    """How many columns have some is known to the device alone: neither the graph nor its shapes depend on it."""
+    torch._dynamo.reset()
+    layer = Linear8bitLt(48, 8, has_fp16_weights=False, threshold=6.0).to("cpu")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for columns in ([], [3], [0, 7, 11, 47]):
+        x, dy = torch.randn(5, 48).clamp(-5, 5), torch.randn(5, 8)
+        x[1, columns] = 20.0
+        eager_x, compiled_x = (x.clone().requires_grad_() for _ in range(2))
+        expected, got = layer(eager_x), compiled(compiled_x)
+        assert torch.equal(got, expected), columns
+        expected.backward(dy)
+        got.backward(dy)
+        assert torch.equal(compiled_x.grad, eager_x.grad), columns
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_the_host_reads_nothing_of_a_layer_with_outliers():
+    """Fake tensors have no values, and raise where somebody asks for one: what a CUDA graph cannot hold."""
+    CB, SCB, _ = primitives.int8_vectorwise_quant(torch.randn(8, 48), 0.0)
+    x = torch.randn(5, 48)
+    x[1, 3] = 20.0
+
+    def layer(x, CB, SCB):
+        return int8_linear(x, CB, SCB, None, 6.0)
+
+    graph = make_fx(layer, tracing_mode="fake")(x, CB, SCB)
+    called = [str(node.target) for node in graph.graph.nodes if "." in str(node.target)]
+    assert called == ["bnb_core.int8_vectorwise_quant.default", "bnb_core.int8_mixed_scaled_mm.default"]
+    assert torch.equal(graph(x, CB, SCB), layer(x, CB, SCB))

@@ -67,6 +67,7 @@ import torch
 
 import bnb_core
 from bnb_core import functional, optim
+from bnb_core.autograd import int8_linear
 
 name, module = sys.argv[1:]
 with bnb_core.use_backend(name):
@@ -77,10 +78,15 @@ with bnb_core.use_backend(name):
     optimizer = optim.LAMB8bit([parameter])
     out, scales = torch.empty(1, 64), torch.rand(1024)
     pointers = [functional.get_ptr(tensor) for tensor in (torch.randn(1, 1024), packed, scales, state.code, out)]
+    CB, SCB, _ = functional.int8_vectorwise_quant(torch.randn(64, 1024))
     import_module("bnb_core.backends.sim." + module).set_capturing(True)
     functional.gemm_4bit(A, packed, state)
     functional.dequantize_4bit(packed, state)
     functional.int8_double_quant(A.float())
+    int8_linear(A, CB, SCB, None, 1.5)  # which columns have outliers is known to the device alone
+    with bnb_core.batch_invariant():
+        functional.gemm_4bit(A, packed, state)
+        int8_linear(A, CB, SCB, None, 1.5)
     optimizer.step()
     functional.lib.cgemm_4bit_inference_naive_fp32(64, 1, 1024, *pointers, 64, 512, 64, 64, None)
 """

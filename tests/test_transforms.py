@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
 from bnb_core import functional as F
+from bnb_core.autograd import grouped_linear_4bit
 from bnb_core.nn import Linear8bitLt, LinearNF4
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -80,3 +81,40 @@ def test_weights_have_no_batches():
     x, weights = torch.randn(5, 64), torch.stack([module.weight.data] * 2)
     with pytest.raises(NotImplementedError, match="vmap over quantized weights"):
         vmap(lambda weight: functional_call(module, {"weight": weight}, (x,)))(weights)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_groups(transposed):
+    """Of three experts, one of which has no row; a batch shares its offsets."""
+    N, K = 32, 64
+    packed, state = F.quantize_4bit(torch.randn(3, *((K, N) if transposed else (N, K))), quant_type="nf4")
+    weights = F.dequantize_4bit(packed, state)
+    weights = weights if transposed else weights.transpose(1, 2)
+    offsets, groups = torch.tensor([0, 2, 2, 5], dtype=torch.int32), torch.tensor([0, 0, 2, 2, 2])
+    x, dx, bias, dbias, dy = (torch.randn(s) for s in ((5, K), (5, K), (3, N), (3, N), (5, N)))
+
+    def product(x, bias):
+        return grouped_linear_4bit(x, packed, state, offsets, bias, transposed)
+
+    def expected(x, bias):
+        return torch.einsum("tk,tkn->tn", x, weights[groups]) + bias[groups]
+
+    for ours, theirs in zip(vjp(product, x, bias)[1](dy), vjp(expected, x, bias)[1](dy), strict=True):
+        close(ours, theirs)
+    for tangents in ((dx, dbias), (dx, torch.zeros_like(dbias))):
+        for ours, theirs in zip(jvp(product, (x, bias), tangents), jvp(expected, (x, bias), tangents), strict=True):
+            close(ours, theirs)
+    close(
+        grad(lambda x: product(x, bias).sin().sum())(x),
+        grad(lambda x: expected(x, bias).sin().sum())(x),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    batch = torch.randn(4, 5, K)
+    close(vmap(product, (0, None))(batch, bias), torch.stack([product(part, bias) for part in batch]))
+    close(
+        vmap(grad(lambda x: (product(x, bias) * dy).sum()))(batch),
+        torch.stack([grad(lambda x: (expected(x, bias) * dy).sum())(part) for part in batch]),
+    )
+    with pytest.raises(NotImplementedError, match="offsets"):
+        vmap(lambda offsets: grouped_linear_4bit(x, packed, state, offsets, None, transposed))(offsets[None])

@@ -14,6 +14,7 @@ from bnb_core.registry import Backend, InstructionSets, SettingError
 
 from ..native import NativeKernels, kernels_of, module_file
 from .kernels import CpuKernels
+from .rows_alike import rows_alike
 
 ISA_VARIABLE = "BNB_CPU_ISA"
 LEVELS = (
@@ -80,7 +81,7 @@ def _make_backend() -> Backend:
         name="cpu",
         device_types=("cpu",),
         priority=100,
-        kernels=kernels_of(CpuKernels(NativeKernels(module, stream=lambda device: 0))),
+        kernels=kernels_of(CpuKernels(NativeKernels(module, stream=lambda device: 0)), rows_alike(module.isa)),
         details=details,
         instruction_sets=InstructionSets(module.isas_available, module.isa, module.set_isa),
         library=module_file(module),

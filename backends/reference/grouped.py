@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bnb_core.checks import refuse_offsets
+from bnb_core.checks import check_offsets
 from bnb_core.records import Weight4bit
 
 from .matmul import product
@@ -17,11 +17,9 @@ from .quantize import dequantize_4bit
 
 def _groups(rows: Tensor, B: Weight4bit, offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows of each group, and its weight in f32."""
-    places = offsets.tolist()
-    if places[0] != 0 or places[-1] != len(rows) or places != sorted(places):
-        refuse_offsets(offsets, len(rows))
+    check_offsets(offsets, len(rows))
     weights = dequantize_4bit(B, torch.float32)
-    for e, (begin, end) in enumerate(pairwise(places)):
+    for e, (begin, end) in enumerate(pairwise(offsets.tolist())):
         yield rows[begin:end], weights[e]
 
 

@@ -14,7 +14,7 @@ import torch
 from bnb_core.registry import Backend, InstructionSets, SettingError
 
 from ..gemm_4bit_kernel import ask_for_kernel
-from ..gpu import GpuKernels
+from ..gpu import COMPILED_ROWS_ALIKE, GpuKernels
 from ..native import NativeKernels, kernels_of, module_file
 
 WARP_VARIABLE = "BNB_SIM_WARP"
@@ -48,7 +48,7 @@ def _make_backend(name: str, module_name: str, warp_size: int) -> Backend:
         name=name,
         device_types=("cpu",),
         priority=0,
-        kernels=kernels_of(GpuKernels(NativeKernels(module, _no_stream))),
+        kernels=kernels_of(GpuKernels(NativeKernels(module, _no_stream)), COMPILED_ROWS_ALIKE),
         by_name_only=True,
         details=lambda: {"warp": str(module.warp_size()), "order": module.order(), "threads": str(module.workers())},
         instruction_sets=InstructionSets(lambda: list(ORDERS), module.order, module.set_order),

@@ -90,8 +90,9 @@ def _why_no_triton(device_type: str) -> str | None:
 @cache
 def _kernels() -> dict[str, Kernel]:
     from . import kernels
+    from .rows_alike import ROWS_ALIKE
 
-    return kernels_of(LargeProducts(kernels))
+    return kernels_of(LargeProducts(kernels), ROWS_ALIKE)
 
 
 def _with_first_call(primitive: str) -> Callable[..., None]:

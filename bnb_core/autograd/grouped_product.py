@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from bnb_core import functional, primitives
 from bnb_core.autograd.product_4bit import keep_weight, kept_weight
-from bnb_core.autograd.rules import by_the_choice_of_the_forward, needs_gradient, transforms
-from bnb_core.primitive import NAMESPACE, goes_to_dispatcher
+from bnb_core.autograd.rules import by_the_choice_of_the_forward, needs_gradient, tangent, transforms
+from bnb_core.primitive import NAMESPACE, goes_to_dispatcher, plain
 from bnb_core.quant_state import QuantState
 from bnb_core.records import Weight4bit
 
@@ -22,14 +24,18 @@ def group_of_rows(offsets: Tensor, rows: int) -> Tensor:
 
 def product(A: Tensor, weights: Weight4bit, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """``A[m] @ W[e]^T + bias[e]`` for the rows m of each group e; differentiable in A and bias."""
-    if not needs_gradient(A, bias) or goes_to_dispatcher(A) or transforms():
+    if transforms():
+        return _TransformedProduct.apply(A, *map(plain, weights), offsets, bias)
+    if not needs_gradient(A, bias) or goes_to_dispatcher(A):
         return primitives.grouped_gemm_4bit(A, weights, offsets, bias)
     return _Product.apply(A, bias, offsets, weights)
 
 
 def untransposed_product(A: Tensor, weights: Weight4bit, offsets: Tensor) -> Tensor:
     """``A[m] @ W[e]``."""
-    if not needs_gradient(A) or goes_to_dispatcher(A) or transforms():
+    if transforms():
+        return _TransformedUntransposedProduct.apply(A, *map(plain, weights), offsets)
+    if not needs_gradient(A) or goes_to_dispatcher(A):
         return primitives.grouped_gemm_4bit_backward(A, weights, offsets)
     return _UntransposedProduct.apply(A, offsets, weights)
 
@@ -89,31 +95,85 @@ class _UntransposedProduct(torch.autograd.Function):
 _FIELDS = len(Weight4bit._fields)
 
 
-def _product_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *fields, offsets, bias = inputs
-    _keep(ctx, Weight4bit(*fields), offsets, bias)
+def _each(
+    function: Callable[..., Tensor], in_dims: Sequence[Any], A: Tensor, others: Sequence[Any], bias: Tensor | None
+) -> tuple[Tensor, int]:
+    """vmap's rule: one product after the other, as a batch of rows would have to be sorted by group anew."""
+    of_A, *of_others, of_bias = in_dims
+    if any(dim is not None for dim in tree_leaves(of_others)):
+        raise NotImplementedError("torch.vmap over quantized weights or offsets is not possible, only over A and bias")
+    batches = [None if dim is None or t is None else t.unbind(dim) for t, dim in ((A, of_A), (bias, of_bias))]
+    count = len(next(batch for batch in batches if batch is not None))
+    of_each = zip(*(batch or [tensor] * count for batch, tensor in zip(batches, (A, bias), strict=True)), strict=True)
+    return torch.stack([function(a, *others, b) for a, b in of_each]), 0
 
 
-def _product_backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad
-    dA = _gradient_of_product(ctx, dY) if needed[0] else None
-    return dA, *[None] * (_FIELDS + 1), _gradient_of_bias(ctx, dY) if needed[-1] else None
+class _TransformedProduct(torch.autograd.Function):
+    """For torch.func and forward mode: of A, the weights' fields, the offsets and the bias."""
+
+    @staticmethod
+    def forward(A: Tensor, *others: Any) -> Tensor:
+        *fields, offsets, bias = others
+        return primitives.grouped_gemm_4bit(A, Weight4bit(*fields), offsets, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        A, *fields, offsets, bias = inputs
+        _keep(ctx, Weight4bit(*fields), offsets, bias)
+        ctx.rows = A.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dY, needed = gradients[0], ctx.needs_input_grad
+        dA = _gradient_of_product(ctx, dY) if needed[0] else None
+        return dA, *[None] * (_FIELDS + 1), _gradient_of_bias(ctx, dY) if needed[-1] else None
+
+    @staticmethod
+    def jvp(ctx: Any, dA: Tensor | None, *others: Tensor | None) -> Tensor:
+        weights, offsets = kept_weight(ctx)
+        dbias = None if others[-1] is None else others[-1][group_of_rows(offsets, ctx.rows)]
+        return tangent(dA, dbias, lambda dA: product(dA, weights, offsets, None))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], A: Tensor, *others: Any) -> tuple[Tensor, int]:
+        return _each(_TransformedProduct.apply, in_dims, A, others[:-1], others[-1])
 
 
-def _untransposed_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *fields, offsets = inputs
-    _keep(ctx, Weight4bit(*fields), offsets)
+class _TransformedUntransposedProduct(torch.autograd.Function):
+    """The same for ``A @ W``."""
 
+    @staticmethod
+    def forward(A: Tensor, *others: Any) -> Tensor:
+        *fields, offsets = others
+        return primitives.grouped_gemm_4bit_backward(A, Weight4bit(*fields), offsets)
 
-def _untransposed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradient_of_untransposed(ctx, gradient), *[None] * (_FIELDS + 1)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *fields, offsets = inputs
+        _keep(ctx, Weight4bit(*fields), offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient_of_untransposed(ctx, gradients[0]), *[None] * (_FIELDS + 1)
+
+    @staticmethod
+    def jvp(ctx: Any, dA: Tensor, *others: None) -> Tensor:
+        return untransposed_product(dA, *kept_weight(ctx))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], A: Tensor, *others: Any) -> tuple[Tensor, int]:
+        def product_of(a: Tensor, *others: Any) -> Tensor:
+            return _TransformedUntransposedProduct.apply(a, *others[:-1])
+
+        return _each(product_of, (*in_dims, None), A, others, None)
 
 
 # The same gradients for calls by way of torch's dispatcher, whose operators have the fields as arguments.
-torch.library.register_autograd(f"{NAMESPACE}::grouped_gemm_4bit", _product_backward, setup_context=_product_context)
-torch.library.register_autograd(
-    f"{NAMESPACE}::grouped_gemm_4bit_backward", _untransposed_backward, setup_context=_untransposed_context
-)
+for _name, _function in (
+    ("grouped_gemm_4bit", _TransformedProduct),
+    ("grouped_gemm_4bit_backward", _TransformedUntransposedProduct),
+):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _function.backward, setup_context=_function.setup_context)
 
 
 def grouped_linear_4bit(

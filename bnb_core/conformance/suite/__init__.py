@@ -7,6 +7,7 @@ from functools import cache
 from bnb_core.conformance.case import Case
 from bnb_core.conformance.suite import (
     api,
+    batch_invariance,
     errors,
     gemm_4bit,
     grouped,
@@ -32,6 +33,7 @@ _FILES = (
     api,
     properties,
     threads,
+    batch_invariance,
     large,
 )
 
