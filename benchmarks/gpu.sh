@@ -3,7 +3,7 @@
 # the GPU, its compiler (nvcc or hipcc) and this checkout, installs into build/gpu, and writes nothing outside what
 # building leaves in the checkout (build/, bnb_core.egg-info/) and the files that the arguments name.
 #
-# BNB_BACKEND names another backend that serves this GPU, such as xpu, whose kernels in Triton run on NVIDIA's too.
+# BNB_BACKEND names another backend that serves this GPU, such as triton, whose kernels need no compiler.
 # `--sweep csrc_cuda/gemm_4bit_choices.h` times the kernels for 4-bit products, in at most six minutes once they are
 # built and were held to the suite, and writes which one is to serve which product on this card.
 #
@@ -42,11 +42,11 @@ done
 cd "$target"
 "$python" -m bnb_core info
 status=0
-if [ "$serving" = xpu ]; then  # Triton compiles as the suite runs, for minutes, into a cache on disk: all at once first
+if [ "$serving" = triton ]; then  # Triton compiles as the suite runs, for minutes, into a cache on disk: all at once first
   listing='from bnb_core.conformance.suite import all_cases; print(*sorted({case.primitive or "api" for case in all_cases()}))'
   for primitive in $("$python" -c "$listing"); do
     printf '%s\n' float32 float16 bfloat16 | sed "s/.*/--primitive $primitive --case *&*/"
-  done | xargs -P "$(nproc)" -L 1 "$python" -m bnb_core conformance --backend xpu > /dev/null 2>&1 || true
+  done | xargs -P "$(nproc)" -L 1 "$python" -m bnb_core conformance --backend triton > /dev/null 2>&1 || true
 fi
 "$python" -m bnb_core conformance --backend "$serving" || status=$?
 if [ "$serving" = cuda ]; then  # each kernel that csrc_cuda/gemm_4bit_choices.h may come to choose

@@ -1,7 +1,7 @@
 """The numbers of an optimizer's step, each by the same f64 operations wherever it is computed (docs/SPEC.md section 5).
 
 A GPU's own powers and exponentials differ from the host's in the last bit, so that none are used: compiled kernels have
-these functions in csrc_shared/step_numbers.h, Triton's in backends/xpu/step_numbers.py.
+these functions in csrc_shared/step_numbers.h, Triton's in backends/triton/step_numbers.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-// Functions of which glibc has a younger version than manylinux_2_28 allows (PEP 600), in their oldest one. The
-// linker turns every call of them, those of static libraries too, into a call of these (setup.py: --wrap). The
-// younger versions compute the same: they tell of another library to find them in, or leave errno alone.
+// Functions of which glibc has a younger version than manylinux_2_28 allows (PEP 600), in their oldest one.
+// The linker turns every call of them, those of static libraries too, into a call of these (setup.py:
+// --wrap). The younger versions compute the same: they tell of another library to find them in, or leave
+// errno alone.
 
 #if defined(__x86_64__)
 #define BNB_OLDEST "GLIBC_2.2.5"

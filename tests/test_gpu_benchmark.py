@@ -232,7 +232,7 @@ case "$*" in
   *"conformance --backend {backend}") exit {conformance} ;;
   *gemm_4bit_kernels*) echo "f32 dense" ;;
   *all_cases*) echo "api gemm_4bit" ;;
-  *"conformance --backend xpu --primitive "*) echo "$*" >> {compiled}; exit 7 ;;
+  *"conformance --backend triton --primitive "*) echo "$*" >> {compiled}; exit 7 ;;
   *"conformance --backend cuda --primitive gemm_4bit") echo "$BNB_GEMM_4BIT_KERNEL" >> {kernels} ;;
   *conformance*) exit 9 ;;
   *benchmarks/gpu.py*) echo "$PWD: $*" > {output}; exit {benchmark} ;;
@@ -241,7 +241,7 @@ esac
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-@pytest.mark.parametrize(("asked", "backend"), [("", "cuda"), ("xpu", "xpu")])
+@pytest.mark.parametrize(("asked", "backend"), [("", "cuda"), ("triton", "triton")])
 @pytest.mark.parametrize(("conformance", "timing", "status"), [(0, 0, 0), (3, 0, 3), (0, 4, 4), (3, 4, 4)])
 def test_the_script_times_where_it_was_called_whatever_the_suite_finds(
     tmp_path, conformance, timing, status, asked, backend
@@ -271,8 +271,8 @@ def test_the_script_times_where_it_was_called_whatever_the_suite_finds(
     assert kernels.exists() == (backend == "cuda")
     if kernels.exists():
         assert kernels.read_text() == "f32\ndense\n"
-    if backend == "xpu":
-        command = "-m bnb_core conformance --backend xpu --primitive {} --case *{}*"
+    if backend == "triton":
+        command = "-m bnb_core conformance --backend triton --primitive {} --case *{}*"
         classes = [(name, dtype) for name in ("api", "gemm_4bit") for dtype in ("float32", "float16", "bfloat16")]
         assert sorted(compiled.read_text().splitlines()) == sorted(command.format(*each) for each in classes)
 

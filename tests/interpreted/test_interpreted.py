@@ -18,9 +18,9 @@ from bnb_core.records import Int8Rows, Int8Weight, OptimizerState32bit, Optimize
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from bnb_core.backends.xpu import _with_first_call, int8_matmul, optimizer  # noqa: E402
-from bnb_core.backends.xpu.interpreter import InterpreterBuilder, mended  # noqa: E402
-from bnb_core.backends.xpu.launch import launch, tile_of_program, tiles  # noqa: E402
+from bnb_core.backends.triton import _with_first_call, int8_matmul, optimizer  # noqa: E402
+from bnb_core.backends.triton.interpreter import InterpreterBuilder, mended  # noqa: E402
+from bnb_core.backends.triton.launch import launch, tile_of_program, tiles  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="needs Triton: pip install bnb_cor
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from bnb_core.backends.xpu import gemm_4bit, grouped_gemm_4bit, int8_matmul, int8_quantize  # noqa: E402
+from bnb_core.backends.triton import gemm_4bit, grouped_gemm_4bit, int8_matmul, int8_quantize  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
@@ -179,7 +179,7 @@ CASES = [
 
 def kernels_in(file: str) -> dict[str, Any]:
     """The functions of a file that are launched."""
-    module = import_module(f"bnb_core.backends.xpu.{file}")
+    module = import_module(f"bnb_core.backends.triton.{file}")
     return {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
@@ -276,6 +276,6 @@ def test_fused_multiply_adds_are_noticed(monkeypatch, target):
 
 
 def test_every_kernel_is_compiled():
-    folder = Path(import_module("bnb_core.backends.xpu").__file__).parent
+    folder = Path(import_module("bnb_core.backends.triton").__file__).parent
     kernels = {name for file in folder.glob("[a-z]*.py") for name in kernels_in(file.stem)}
     assert {case.kernel for case in SPECIALIZATIONS.values()} == kernels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,9 @@ HERE = Path(__file__).parent
 MINORS = range(10, 15)
 """Of the Pythons 3.x that the wheel is for."""
 
+TORCHS_GLIBC = (2, 28)
+"""What torch's own wheels ask of a Linux (PEP 600): manylinux_2_28."""
+
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
 
@@ -29,6 +33,10 @@ def interpreter(minor: int) -> str | None:
         if subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
             return str(path)
     return None
+
+
+def oldest_glibc(wheel: Path) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"manylinux_(\d+)_(\d+)", wheel.name)[0])
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +73,8 @@ def test_it_uses_nothing_but_pythons_stable_interface(released):
 
 
 def test_its_name_says_which_pythons_and_linuxes_it_is_for(released):
-    assert released.name.endswith("-cp310-abi3-manylinux_2_28_x86_64.whl")
+    assert re.search(r"-cp310-abi3-manylinux_2_\d+_x86_64\.whl$", released.name)
+    assert oldest_glibc(released) <= TORCHS_GLIBC
 
 
 def test_it_serves_where_no_compiler_is(released, tmp_path):
@@ -84,8 +93,7 @@ def test_it_serves_where_no_compiler_is(released, tmp_path):
         ).stdout
 
     assert "cpu" in said("info")
-    for backend in ("reference", "cpu"):
-        assert " 0 failed, 0 failed as expected, 0 skipped" in said("conformance", "--backend", backend)
+    assert " 0 failed, 0 failed as expected, 0 skipped" in said("conformance", "--backend", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -97,5 +105,6 @@ def aarch64(tmp_path_factory):
 @needs(CROSS_COMPILER, remedy="apt install g++-aarch64-linux-gnu")
 def test_the_wheel_for_aarch64_holds_to_the_same(aarch64, tmp_path):
     wheel = repaired(aarch64, tmp_path)
-    assert wheel.name.endswith("-cp310-abi3-manylinux_2_28_aarch64.whl")
+    assert re.search(r"-cp310-abi3-manylinux_2_\d+_aarch64\.whl$", wheel.name)
+    assert oldest_glibc(wheel) <= TORCHS_GLIBC
     subprocess.run([sys.executable, "-m", "abi3audit", "--strict", str(wheel)], check=True, timeout=300)

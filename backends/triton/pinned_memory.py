@@ -1,6 +1,6 @@
-"""Paged tensors on Intel GPUs: pinned host memory, which the GPU reads and writes in place, over the bus.
+"""Paged tensors where Triton serves: pinned host memory, which the GPU reads and writes in place, over the bus.
 
-SYCL's shared memory, which moves between host and device by itself, is not to be had from torch.
+Memory that moves between host and device by itself is not to be had from torch: neither SYCL's nor CUDA's.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class PinnedMemory:
         except Exception as error:
             raise RuntimeError(
                 f"paged memory on {tensor.device} is pinned host memory, and this Triton launches no kernel on it "
-                f"({type(error).__name__}: {error}). It needs a Triton for Intel GPUs with change 5799 of "
-                "intel-xpu-backend-for-triton (January 2026), or an optimizer that is not paged"
+                f"({type(error).__name__}: {error}). It needs a newer Triton (for Intel GPUs one with change 5799 of "
+                "intel-xpu-backend-for-triton, January 2026), or an optimizer that is not paged"
             ) from error
         self._kernels_take_it = True
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .first_call import told_when_long
 from .interpreter import mended
 
 TILE = 2**11
@@ -26,8 +27,17 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
     """
     if programs == 0:
         return
-    with _ready(next(argument for argument in arguments if isinstance(argument, Tensor)).device):
+    device = next(argument for argument in arguments if isinstance(argument, Tensor)).device
+    with _ready(device), _told(kernel, device, arguments, constants):
         kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
+
+
+def _told(kernel: Any, device: torch.device, arguments: tuple[Any, ...], constants: Any) -> AbstractContextManager[Any]:
+    """A variant is what Triton compiles by itself: the GPU, the kinds of the arguments, the constants."""
+    if device.type == "cpu":
+        return nullcontext()
+    kinds = tuple(argument.dtype if isinstance(argument, Tensor) else type(argument) for argument in arguments)
+    return told_when_long(kernel.__name__, (device, kinds, tuple(constants.items())))
 
 
 def _ready(device: torch.device) -> AbstractContextManager[Any]:
