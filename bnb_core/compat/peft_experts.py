@@ -1,10 +1,12 @@
 """LoRA of PEFT on experts in 4 bits: ``target_modules=["gate_up_proj", "down_proj"]``. Imports PEFT.
 
-``target_parameters`` is for parameters that are read as values; the experts here have codes.
+``target_parameters``, which names the experts of a model of full precision, means the same ones here, where they are
+layers.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import wraps
 from importlib import import_module
@@ -18,14 +20,20 @@ from bnb_core.nn.experts import GroupedLinear4bit
 
 _LoraLayer: Any = import_module("peft.tuners.lora.layer").LoraLayer
 _LoraModule: Any = type("_LoraModule", (nn.Module, _LoraLayer), {})
-_check_adapters: Any = import_module("peft.tuners.tuners_utils").check_adapters_to_merge
+_tuners: Any = import_module("peft.tuners.tuners_utils")
 
 
 def teach(module: ModuleType) -> None:
-    """Have PEFT's choice of a layer for 4 bits, which it looks up when it makes one, choose the one below."""
+    """Have PEFT's choice of a layer for 4 bits, which it looks up when it makes one, choose the one below.
+
+    And have ``target_parameters`` find it.
+    """
     choose: Any = vars(module).get("dispatch_bnb_4bit")
     if choose is None or hasattr(choose, "__wrapped__"):
         return
+    inject = getattr(_tuners.BaseTuner, "_inject_parameters", None)  # PEFT before 0.17 has none
+    if inject is not None:
+        _tuners.BaseTuner._inject_parameters = _with_experts(inject)
 
     @wraps(choose)
     def choose_with_experts(target: Any, adapter_name: str, **kwargs: Any) -> Any:
@@ -35,6 +43,46 @@ def teach(module: ModuleType) -> None:
         return choose(target, adapter_name, **kwargs)
 
     vars(module)["dispatch_bnb_4bit"] = choose_with_experts
+
+
+def _with_experts(inject: Any) -> Any:
+    @wraps(inject)
+    def inject_with_experts(
+        tuner: Any, peft_config: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> list[str]:
+        wanted = sorted(peft_config.target_parameters)
+        layers = {name: [n for n in _grouped_layers(model) if _means(name, n)] for name in wanted}
+        found = [layer for each in layers.values() for layer in each]
+        for layer in found:
+            parent, _, own_name = layer.rpartition(".")
+            owner = model.get_submodule(parent)
+            target = getattr(owner, own_name)
+            tuner._create_and_replace(peft_config, adapter_name, target, own_name, owner, current_key=layer)
+        others = [name for name, each in layers.items() if not each]
+        if not others:
+            return found
+        rest = copy.copy(peft_config)
+        rest.target_parameters = others
+        return [*found, *inject(tuner, rest, model, adapter_name, *args, **kwargs)]
+
+    return inject_with_experts
+
+
+def _grouped_layers(model: nn.Module) -> list[str]:
+    """The names of all layers of experts, with and without an adapter."""
+    modules = dict(model.named_modules())
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, GroupedLora)
+        or (isinstance(module, GroupedLinear4bit) and not name.endswith(".base_layer"))
+    ]
+
+
+def _means(target: str, layer: str) -> bool:
+    """Whether PEFT's rule for names of parameters, the end or the whole, has the target mean the layer's weight."""
+    target = target.removesuffix(".weight")
+    return layer == target or layer.endswith(f".{target}")
 
 
 class GroupedLora(_LoraModule):
@@ -115,7 +163,7 @@ class GroupedLora(_LoraModule):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Into the weights, which are quantized anew, one expert's at a time."""
-        for adapter in _check_adapters(self, adapter_names):
+        for adapter in _tuners.check_adapters_to_merge(self, adapter_names):
             if adapter in self.lora_A:
                 if safe_merge and not all(bool(factor.isfinite().all()) for factor in self._factors(adapter)):
                     raise ValueError(

@@ -131,6 +131,38 @@ def _weights(model):
     return {name: dequantize(layer.weight, layer.quant_state) for name, layer in layers.items()}
 
 
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def with_parameters(model, parameters=PARAMETERS, **options):
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=parameters, **options)
+    )
+
+
+@each_model
+@torch.no_grad()
+def test_target_parameters_means_the_experts_of_the_same_name(model, name, recwarn, tmp_path):
+    fill(model)
+    named = with_parameters(bnb_core.quantize_model(moe_models.make(name)))
+    assert adapters(named).keys() == adapters(model).keys()
+    values = {key: value for key, value in model.state_dict().items() if "lora_" in key}
+    assert not named.load_state_dict(values, strict=False).unexpected_keys
+    assert torch.equal(named(IDS).logits, model(IDS).logits)
+    named.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(bnb_core.quantize_model(moe_models.make(name)), tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert not [each for each in recwarn if "no parameter was matched" in str(each.message)]
+
+
+def test_target_parameters_takes_a_second_adapter_and_one_projection_alone():
+    model = with_parameters(bnb_core.quantize_model(moe_models.make("mixtral")), ["experts.down_proj.weight"])
+    assert all(name.endswith(".experts.down_proj") for name in adapters(model)) and adapters(model)
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj.weight"])
+    model.add_adapter("second", config)
+    assert all(set(layer.r) == {"default", "second"} for layer in adapters(model).values())
+
+
 @each_model
 @torch.no_grad()
 def test_saved_adapters_are_loaded(model, name, tmp_path):
