@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -143,10 +144,12 @@ def test_a_block_that_reaches_into_two_weights_is_refused():
         GroupedLinear4bit(4, 10, 20)
 
 
-@pytest.mark.parametrize("offsets", [[0, 3, 2, 9], [1, 3, 4, 9], [0, 3, 4, 8], [0, -1, 4, 9]])
-def test_offsets_that_are_none_are_refused_where_the_host_reads_them(backend, offsets):
+@pytest.mark.parametrize("mode", [nullcontext, bnb_core.batch_invariant])
+@pytest.mark.parametrize("offsets", [[0, 3, 2, 9], [1, 3, 4, 9], [0, 3, 4, 8], [0, 3, 4, 12], [0, -1, 4, 9]])
+def test_offsets_that_are_none_are_refused_where_the_host_reads_them(backend, offsets, mode):
     layer = GroupedLinear4bit(3, 64, 32).to("cpu")
-    with pytest.raises(ValueError, match=r"^offsets: expected numbers that ascend from 0 to the 9 rows, got \["):
+    wrong = pytest.raises(ValueError, match=r"^offsets: expected numbers that ascend from 0 to the 9 rows, got \[")
+    with wrong, mode():
         layer(torch.randn(9, 64), torch.tensor(offsets, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"^offsets:"):
         bnb_core.primitives.grouped_gemm_4bit_backward(

@@ -89,7 +89,7 @@ def _check_sharded(
         if getattr(module, "_cut", None) is not None:
             raise ValueError(f"{key}: parallelize_module has cut this layer; load the state dict before")
         if isinstance(module, QuantizedWeightMixin) and module._has_parts() and not of_module:
-            raise ValueError(f"{key}: has codes without their scales")
+            raise ValueError(f"{key}: has codes without their scales; give the entries of both")
 
 
 def _part_keys(name: str, module: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:

@@ -111,22 +111,6 @@ def _int8(context: Context, threshold: float, dtype: torch.dtype) -> None:
             raise Failure(f"row {row} is off what it is alone and without the mode by {float(error.max())}")
 
 
-def _refuses_offsets(context: Context) -> None:
-    """As without the mode, where the host has them."""
-    weight, _ = Sample(torch.float32).weight_of((3, 16, 64), context.generator("batch,offsets"))
-    for places in ([0, 2, 3, 12], [0, 5, 3, 10], [-1, 2, 4, 10], [0, 2, 4, 9]):
-        offsets = context.move(torch.tensor(places, dtype=torch.int32))
-        moved = weight.with_tensors([t if t is None else context.move(t) for t in weight.tensors()])
-        if offsets.device.type != "cpu":
-            return
-        with registry.batch_invariant():
-            try:
-                primitives.grouped_gemm_4bit(context.move(torch.zeros(10, 64)), moved, offsets, None)
-            except ValueError:
-                continue
-        raise Failure(f"offsets {places} of 10 rows were taken")
-
-
 def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         name = dtype_name(dtype)
@@ -143,7 +127,6 @@ def cases() -> Iterator[Case]:
         for called, threshold in (("int8_scaled_mm", 0.0), ("int8_mixed_scaled_mm", THRESHOLD)):
             run = partial(_int8, threshold=threshold, dtype=dtype)
             yield Case(called, f"batch invariant,{name}", run, {"batch": "invariant"})
-    yield Case("grouped_gemm_4bit", "batch invariant,offsets", _refuses_offsets)
 
 
 REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
