@@ -30,8 +30,10 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 NESTED = StateDictOptions()
 
 
-def _setup(kind: str, width: int, seed: int = 0, **settings: Any) -> tuple[nn.Module, Any]:
-    model = build(seed, width)
+def _setup(
+    kind: str, width: int, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
+) -> tuple[nn.Module, Any]:
+    model = build(seed, width).to(dtype)
     fully_shard(model)
     return model, optimizer_for(kind, model.parameters(), **settings)
 
@@ -131,8 +133,10 @@ def test_blocks_that_a_new_border_cuts_are_quantized_once(kind: str, ranks: Rank
                 same_bits(name, loaded[name], value)
 
 
-def _full_state(kind: str, width: int) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
-    model, optimizer = _setup(kind, width)
+def _full_state(
+    kind: str, width: int, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
+    model, optimizer = _setup(kind, width, dtype=dtype)
     train(model, optimizer, steps=3)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = get_optimizer_state_dict(model, optimizer, options=options)
@@ -140,8 +144,10 @@ def _full_state(kind: str, width: int) -> tuple[dict[str, Any], dict[str, Any], 
     return full, of_model, train(model, optimizer, first=3)
 
 
-def _from_full_state(kind: str, width: int, full: Any, of_model: Any, broadcast: bool) -> list[float]:
-    model, optimizer = _setup(kind, width, seed=5)
+def _from_full_state(
+    kind: str, width: int, full: Any, of_model: Any, broadcast: bool, dtype: torch.dtype = torch.float32
+) -> list[float]:
+    model, optimizer = _setup(kind, width, seed=5, dtype=dtype)
     if broadcast and torch.distributed.get_rank() != 0:
         full, of_model = {}, {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
@@ -157,6 +163,16 @@ def test_a_full_state_dict_loads_back(kind: str, broadcast: bool, ranks: Ranks):
         full, of_model, losses = ranks.run(2, _full_state, kind, width)[0]
         for loaded in ranks.run(2, _from_full_state, kind, width, full, of_model, broadcast):
             assert loaded == losses
+
+
+@pytest.mark.parametrize("broadcast", [False, True], ids=["on every rank", "broadcast from rank 0"])
+def test_a_full_state_dict_of_a_bf16_model_loads_back(broadcast: bool, ranks: Ranks):
+    """bitsandbytes' #1732: its state, gathered by get_optimizer_state_dict, stopped in an assertion."""
+    dtype = torch.bfloat16
+    full, of_model, losses = ranks.run(2, _full_state, "AdamW8bit", WIDTH, dtype)[0]
+    assert "__bnb_optimizer_quant_state__" in full["state"]["0.weight"]
+    for loaded in ranks.run(2, _from_full_state, "AdamW8bit", WIDTH, full, of_model, broadcast, dtype):
+        assert loaded == losses
 
 
 @pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW32bit", "AdEMAMix8bit", "Lion8bit"])

@@ -35,9 +35,10 @@ def train(model: nn.Module, optimizer: Any, steps: int = 4, first: int = 0, rows
     is_running = torch.distributed.is_initialized()
     rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_running else (0, 1)
     width = next(module for module in model.modules() if isinstance(module, nn.Linear)).in_features
+    dtype = next(model.parameters()).dtype
     losses = []
     for step in range(first, first + steps):
-        x = torch.randn(rows, width, generator=torch.Generator().manual_seed(step)).chunk(ranks)[rank]
+        x = torch.randn(rows, width, generator=torch.Generator().manual_seed(step)).to(dtype).chunk(ranks)[rank]
         loss = (model(x) - x.roll(1, -1)).square().mean()
         loss.backward()
         total = loss.detach().clone()
