@@ -18,7 +18,7 @@ from bnb_core.records import Int8Rows, Int8Weight, OptimizerState32bit, Optimize
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from bnb_core.backends.triton import _with_first_call, int8_matmul, optimizer  # noqa: E402
+from bnb_core.backends.triton import _with_first_calls, int8_matmul, optimizer  # noqa: E402
 from bnb_core.backends.triton.interpreter import InterpreterBuilder, mended  # noqa: E402
 from bnb_core.backends.triton.launch import launch, tile_of_program, tiles  # noqa: E402
 
@@ -93,7 +93,7 @@ def test_int8_products_are_the_same_where_there_is_no_dot_of_codes(monkeypatch, 
 def test_a_kernel_that_triton_is_imported_for_late_is_the_kernel():
     code, out = torch.linspace(-1, 1, 256), torch.empty(70)
     q, absmax = primitives.quantize_blockwise(torch.randn(70), code, 64)
-    _with_first_call("dequantize_blockwise")(q, absmax, code, 64, torch.float32, out=out)
+    _with_first_calls()["dequantize_blockwise"](q, absmax, code, 64, torch.float32, out=out)
     assert torch.equal(out, primitives.dequantize_blockwise(q, absmax, code, 64, torch.float32))
 
 
