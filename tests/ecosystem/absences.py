@@ -15,7 +15,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "backends.hpu",
         "backends.mps",
         "backends.triton",
-        "backends.triton",
+        "backends.xpu",
         "?*_ops",
     ),
     "Its kernels for Gaudi depend on it; the operators of torch serve there.": (
