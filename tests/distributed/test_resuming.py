@@ -137,11 +137,11 @@ def _full_state(
     kind: str, width: int, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
     model, optimizer = _setup(kind, width, dtype=dtype)
-    train(model, optimizer, steps=3)
+    train(model, optimizer, steps=3, dtype=dtype)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = get_optimizer_state_dict(model, optimizer, options=options)
     full, of_model = copy.deepcopy((full, get_model_state_dict(model, options=options)))
-    return full, of_model, train(model, optimizer, first=3)
+    return full, of_model, train(model, optimizer, first=3, dtype=dtype)
 
 
 def _from_full_state(
@@ -153,7 +153,7 @@ def _from_full_state(
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
     set_model_state_dict(model, of_model, options=options)
     set_optimizer_state_dict(model, optimizer, full, options=options)
-    return train(model, optimizer, first=3)
+    return train(model, optimizer, first=3, dtype=dtype)
 
 
 @pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW32bit", "AdEMAMix8bit", "PagedLion8bit"])

@@ -30,12 +30,18 @@ def optimizer_for(kind: str, params: Any, **settings: Any) -> Any:
     return getattr(optim, kind)(params, **settings)
 
 
-def train(model: nn.Module, optimizer: Any, steps: int = 4, first: int = 0, rows: int = 8) -> list[float]:
+def train(
+    model: nn.Module,
+    optimizer: Any,
+    steps: int = 4,
+    first: int = 0,
+    rows: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> list[float]:
     """Each rank has its rows of every batch; the losses are those of the whole batches."""
     is_running = torch.distributed.is_initialized()
     rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_running else (0, 1)
     width = next(module for module in model.modules() if isinstance(module, nn.Linear)).in_features
-    dtype = next(model.parameters()).dtype
     losses = []
     for step in range(first, first + steps):
         x = torch.randn(rows, width, generator=torch.Generator().manual_seed(step)).to(dtype).chunk(ranks)[rank]
