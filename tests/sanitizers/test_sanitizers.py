@@ -67,7 +67,7 @@ def _run(folder: Path, sanitizer: str, *arguments: str, **variables: str) -> sub
         **variables,
     }
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=1800)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=3600)
 
 
 @pytest.mark.parametrize("module", ["cpu._kernels", "sim._cuda_kernels", "sim._hip_kernels"])
