@@ -76,7 +76,7 @@ def _make_backend(name: str, gpus: Place, priority: int) -> Backend:
         kernels=_kernels() if is_first else _with_first_calls(),
         by_name_only=interprets,
         details=lambda: _details(place, gpus),
-        paged_memory=None if interprets else _paged_memory(place, is_first),
+        paged_memory=_paged_memory() if is_first and not interprets else None,
     )
 
 
@@ -137,10 +137,8 @@ def _with_first_calls() -> dict[str, Callable[..., None]]:
     return {primitive: with_first_call(primitive) for primitive in (*FILLING, *IN_PLACE)}
 
 
-def _paged_memory(place: Place, is_first: bool) -> Any:
-    """None where compiled kernels have the paged memory of the device."""
-    if not is_first:
-        return None
+def _paged_memory() -> Any:
+    """Compiled kernels, where they come first, have their own."""
     from .launch import touch
     from .pinned_memory import PinnedMemory
 
