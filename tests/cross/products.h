@@ -85,7 +85,7 @@ struct RandomWeight {
     }
     weight.scales =
         nested
-            ? BlockScales{nullptr, codes.data(), nested_absmax.data(), nested_code.data(), offset.data(), 256}
+            ? BlockScales{nullptr, codes.data(), nested_absmax.data(), nested_code.data(), offset.data(), 256, 0}
             : f32_scales(absmax.data());
     for (int64_t i = 0; i < N * K; i++) {
       const int code = i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4;

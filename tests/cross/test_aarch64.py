@@ -50,6 +50,11 @@ def _setup(machine: str) -> dict[str, object]:
         os.chdir(folder)
 
 
+def _targets(setup: dict[str, object]) -> dict[str, list[str]]:
+    """The source of each level with its flags."""
+    return {source: flags for source, flags in setup["kernels"].source_flags.items() if "/targets/" in source}
+
+
 def _build(compiler: str, sources: dict[str, list[str]], flags: list[str], folder: Path) -> Path:
     def compile_one(source: str) -> str:
         result = folder / Path(source).with_suffix(".o").name
@@ -82,14 +87,13 @@ def here(tmp_path_factory) -> list[str]:
 def program(tmp_path_factory) -> Path:
     """The same for aarch64, with the levels and the flags of a build there."""
     setup = _setup("aarch64")
-    targets = {source: flags for source, flags in setup["kernels"].source_flags.items() if "/targets/" in source}
-    sources = {source: [] for source in (PROGRAM, *NOT_FOR_PYTHON, "csrc_cpu/dispatch.cpp")} | targets
+    sources = {source: [] for source in (PROGRAM, *NOT_FOR_PYTHON, "csrc_cpu/dispatch.cpp")} | _targets(setup)
     folder = tmp_path_factory.mktemp("there") / "build"
     return _build("aarch64-linux-gnu-g++", sources, [*setup["FLAGS"], *setup["WARNINGS"]], folder)
 
 
 def test_builds_on_linux_and_on_macos_have_the_same_levels():
-    linux, macos, other = (_setup(machine)["kernels"].source_flags for machine in ("aarch64", "arm64", "riscv64"))
+    linux, macos, other = (_targets(_setup(machine)) for machine in ("aarch64", "arm64", "riscv64"))
     assert linux == macos
     added = {Path(source).stem: flags for source, flags in linux.items() if source not in other}
     assert list(added) == ["neon", "neon_dotprod", "neon_i8mm"]
