@@ -22,6 +22,7 @@ from bnb_core.cli.commands import bnb_core as program
 from bnb_core.conformance import oracle, runner
 from bnb_core.conformance.case import Case, Failure
 from bnb_core.conformance.suite import all_cases, gemm_4bit, quantize, required_classes, threads
+from bnb_core.conformance.values import DTYPES, dtype_name
 from bnb_core.formats import FORMATS
 from bnb_core.registry import InstructionSets
 
@@ -360,6 +361,7 @@ def test_the_report_says_where_it_comes_from(reports):
         (["--backend", "reference", "--isa", "avx2"], "no instruction sets"),
         (["--backend", "cpu", "--primitive", "gemm_3bit"], "gemm_4bit"),
         (["--backend", "cpu", "--case", "nothing like it"], "no case matches"),
+        (["--backend", "cpu", "--dtype", "float64"], "float16"),
         (["--backend", "gemm_4bit=cpu"], "registered are"),
         (["--backend", "cpu", "--device", "cuda"], "serves cpu"),
         (["--backend", "reference", "--device", "abacus"], "'abacus'"),
@@ -370,6 +372,22 @@ def test_the_report_says_where_it_comes_from(reports):
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, sentence):
     _assert_bad_input(_program(*arguments), sentence)
+
+
+def test_a_dtype_selects_its_cases_and_those_without_one():
+    selected = cli_conformance.select_cases((), ("bfloat16",), "*", thorough=False)
+    assert {case.traits.get("dtype") for case in selected} == {"bfloat16", "int8", None}
+    both = cli_conformance.select_cases(("gemm_4bit",), ("float32", "bfloat16"), "*", thorough=False)
+    left_out = [case for case in all_cases() if case.primitive == "gemm_4bit" and case not in both]
+    assert left_out and {case.traits["dtype"] for case in left_out} == {"float16"}
+
+
+def test_a_case_that_is_named_for_a_dtype_has_it():
+    """So that a run with --dtype leaves it out, and the table of a full one counts it there."""
+    dtypes = {dtype_name(dtype) for dtype in DTYPES}
+    without = [case for case in all_cases() if case.traits.keys().isdisjoint({"dtype", "quant_storage"})]
+    wrong = {case.id for case in without if case.reaches_kernel and dtypes & set(case.name.split(","))}
+    assert wrong == set()
 
 
 def test_the_backend_template_passes_and_prints_its_table(tmp_path):

@@ -18,6 +18,7 @@ from bnb_core import registry
 from bnb_core.conformance import report, runner
 from bnb_core.conformance.case import Case
 from bnb_core.conformance.suite import all_cases, required_classes
+from bnb_core.conformance.values import DTYPES, dtype_name
 from bnb_core.registry import Backend
 
 from .bench import time_primitives
@@ -40,6 +41,13 @@ SUMMARY = {
 @click.option("--backend", "backend_name", help="The backend to test; `bnb-core info` lists them.  [required]")
 @click.option("--isa", default=None, help="Instruction set of a cpu backend, or `all`; default: the one in use.")
 @click.option("--primitive", "primitives", multiple=True, help="Only this primitive; may be repeated. `api`: the API.")
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice([dtype_name(dtype) for dtype in DTYPES]),
+    help="Only cases of this dtype, and those without one; may be repeated.",
+)
 @click.option("--case", "pattern", default="*", help="Only cases whose name matches this pattern.")
 @click.option("--device", default=None, help="torch device; default: the backend's first.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random inputs.")
@@ -52,6 +60,7 @@ def command(
     backend_name: str | None,
     isa: str | None,
     primitives: Sequence[str],
+    dtypes: Sequence[str],
     pattern: str,
     device: str | None,
     seed: int,
@@ -62,15 +71,17 @@ def command(
     """Hold a backend to the contract: exit code 0 only if every case passes, none is missing and some were run."""
     if context.invoked_subcommand is not None:
         return
-    selected = bool(primitives) or pattern != "*"
+    selected = bool(primitives or dtypes) or pattern != "*"
     if perf and (selected or thorough):
-        raise BadInput("--perf: times every primitive, without --primitive, --case and --thorough; leave them out")
+        raise BadInput(
+            "--perf: times every primitive, without --primitive, --dtype, --case and --thorough; leave them out"
+        )
     if backend_name is None:
         raise BadInput(f"--backend: expected one of {', '.join(registry.backends())}, got nothing")
     try:
         backend = registry.available_backend(backend_name)
         chosen_device = runner.device_of(backend, device)
-        cases = select_cases(primitives, pattern, thorough)
+        cases = select_cases(primitives, dtypes, pattern, thorough)
         isas = chosen_isas(backend, isa)
         expected = runner.ExpectedFailures(backend.expected_failures)
     except ValueError as error:
@@ -110,7 +121,7 @@ def compare(context: click.Context, first: Path, second: Path) -> None:
     context.exit(1 if found else 0)
 
 
-def select_cases(primitives: Sequence[str], pattern: str, thorough: bool) -> list[Case]:
+def select_cases(primitives: Sequence[str], dtypes: Sequence[str], pattern: str, thorough: bool) -> list[Case]:
     """The cases that were asked for.
 
     Raises:
@@ -120,15 +131,17 @@ def select_cases(primitives: Sequence[str], pattern: str, thorough: bool) -> lis
     for name in primitives:
         if name not in known:
             raise ValueError(f"--primitive: expected one of {', '.join(known)}, got {name!r}")
+    left_out = {dtype_name(dtype) for dtype in DTYPES}.difference(dtypes) if dtypes else ()
     cases = [
         case
         for case in all_cases()
         if (not primitives or (case.primitive or "api") in primitives)
+        and case.traits.get("dtype") not in left_out
         and fnmatch.fnmatchcase(case.name, pattern)
         and (thorough or not case.large)
     ]
     if not cases:
-        raise ValueError(f"--case: no case matches {pattern!r}; --list shows the cases")
+        raise ValueError(f"--case: no case matches {pattern!r}; the report that --json writes lists them")
     return cases
 
 

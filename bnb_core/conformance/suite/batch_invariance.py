@@ -114,19 +114,20 @@ def _int8(context: Context, threshold: float, dtype: torch.dtype) -> None:
 def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         name = dtype_name(dtype)
+        traits = {"dtype": name, "batch": "invariant"}
         for check, shapes, primitive in (
             (_gemm, WEIGHTS, "gemm_4bit"),
             (_grouped, GROUPED_WEIGHTS, "grouped_gemm_4bit"),
         ):
             for shape in shapes:
                 run = partial(check, shape=shape, dtype=dtype, backward=False)
-                yield Case(primitive, f"batch invariant,{name},{shape}", run, {"batch": "invariant"})
+                yield Case(primitive, f"batch invariant,{name},{shape}", run, traits)
             # What weights that are stored the other way round are multiplied with in a forward pass.
             run = partial(check, shape=next(iter(shapes)), dtype=dtype, backward=True)
-            yield Case(f"{primitive}_backward", f"batch invariant,{name}", run, {"batch": "invariant"})
+            yield Case(f"{primitive}_backward", f"batch invariant,{name}", run, traits)
         for called, threshold in (("int8_scaled_mm", 0.0), ("int8_mixed_scaled_mm", THRESHOLD)):
             run = partial(_int8, threshold=threshold, dtype=dtype)
-            yield Case(called, f"batch invariant,{name}", run, {"batch": "invariant"})
+            yield Case(called, f"batch invariant,{name}", run, traits)
 
 
 REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {

@@ -346,7 +346,7 @@ def cases() -> Iterator[Case]:
             for dtype, layout in product(DTYPES, ("contiguous", "transposed")):
                 several = partial(_several, optimizer=optimizer, dtype=dtype, bits=bits, layout=layout)
                 name = f"several,{optimizer},{dtype_name(dtype)},{layout}"
-                yield Case(primitive.name, name, several, {"shape": "several"})
+                yield Case(primitive.name, name, several, {"dtype": dtype_name(dtype), "shape": "several"})
 
 
 _REQUIRED = {

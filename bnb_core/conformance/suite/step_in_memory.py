@@ -79,7 +79,7 @@ def cases() -> Iterator[Case]:
         for dtype in DTYPES:
             several = partial(_several, optimizer=optimizer, dtype=dtype, bits=bits)
             name = f"in memory,several,{optimizer},{dtype_name(dtype)}"
-            yield Case(primitive.name, name, several, {"in memory": "several"})
+            yield Case(primitive.name, name, several, {"dtype": dtype_name(dtype), "in memory": "several"})
 
 
 _REQUIRED = {"in memory": (*IN_MEMORY, "several")}
