@@ -54,11 +54,11 @@ def untransposed_product(A: Tensor, weight: Weight4bit) -> Tensor:
 def keep_weight(ctx: Any, weight: Weight4bit, *others: Tensor) -> None:
     """Have ctx keep what the gradient needs: a weight, and further tensors."""
     remember_choice(ctx)
-    # A parameter is kept as itself, and its data may be swapped while autograd waits.
-    weight = weight._replace(packed=plain(weight.packed))
     ctx.weight = weight
     ctx.is_transformed = transforms()  # a gradient may be taken when they are over, and wrappers dead
-    tensors = (*weight.tensors(), *others)
+    packed, *scales = weight.tensors()
+    # A parameter would be kept as itself, and its data may be swapped while autograd waits.
+    tensors = (plain(packed), *scales, *others)
     ctx.save_for_backward(*tensors)
     if ctx.is_transformed:
         ctx.save_for_forward(*tensors)
