@@ -391,7 +391,8 @@ def gemv_4bit(
         _check_not_transposed("transposed_A", transposed_A)
         _check_not_transposed("transposed_B", transposed_B)
     try:
-        one_row = A.numel() == (A.shape[-1] if A.dim() else 0)
+        shape = A.shape
+        one_row = len(shape) > 0 and A.numel() == shape[-1]
     except (AttributeError, RuntimeError, TypeError):
         check_dense("A", A)
         raise

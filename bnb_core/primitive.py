@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
 from bnb_core import registry
@@ -76,7 +76,7 @@ def goes_to_dispatcher(tensor: Tensor) -> bool:
         or type(tensor) not in _PLAIN_TYPES
         or tensor.is_meta
         or _len_torch_dispatch_stack() > 0
-        or _get_tracing_state() is not None
+        or _is_tracing()
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bnb_core.checkpoint_entries import checked_entry, dense_entry, described, element_count
 from bnb_core.checks import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES, check_any_blocksize
 from bnb_core.primitives import block_count, packed_numel
-from bnb_core.records import Weight4bit
+from bnb_core.records import NOT_NESTED, Weight4bit, make_weight_4bit
 from bnb_core.serialization import PackedValues, pack_dict_to_tensor, unpack_tensor_to_dict
 
 PACKED_KEY = "quant_state.bitsandbytes__"
@@ -115,14 +115,14 @@ class QuantState:
         if shape is None or blocksize is None or quant_type is None or self.dtype is None:
             self.check_complete()
         if not self.nested:
-            return Weight4bit(packed, shape, self.absmax, blocksize, quant_type)  # type: ignore[arg-type]
+            return make_weight_4bit((packed, shape, self.absmax, blocksize, quant_type, *NOT_NESTED))
         state2, offset = self.state2, self.offset
         if state2 is None or offset is None:
             self.check_complete()
         if not isinstance(state2, QuantState):
             raise TypeError(f"quant_state.state2: expected a QuantState, got {type(state2).__name__}")
         nested = state2.absmax, state2.code, offset, state2.blocksize
-        return Weight4bit(packed, shape, self.absmax, blocksize, quant_type, *nested)  # type: ignore[arg-type]
+        return make_weight_4bit((packed, shape, self.absmax, blocksize, quant_type, *nested))
 
     def check_packed(self, name: str, packed: Tensor) -> None:
         """Raise ValueError if ``packed``, called ``name``, cannot hold the 4-bit codes of a tensor of this shape."""

@@ -6,7 +6,8 @@ compiled kernels read the same records (csrc_shared/records.h), so that the orde
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -45,7 +46,14 @@ class Weight4bit(NamedTuple):
         packed, absmax, nested_absmax, nested_code, offset = tensors
         shape, blocksize, quant_type = self.shape, self.blocksize, self.quant_type
         last = self.nested_blocksize
-        return Weight4bit(packed, shape, absmax, blocksize, quant_type, nested_absmax, nested_code, offset, last)
+        nested = nested_absmax, nested_code, offset, last
+        return make_weight_4bit((packed, shape, absmax, blocksize, quant_type, *nested))
+
+
+make_weight_4bit: Callable[[tuple[Any, ...]], Weight4bit] = partial(tuple.__new__, Weight4bit)
+"""Of all its fields, in half the time: for what is done at every call of a layer."""
+NOT_NESTED = (None, None, None, NESTED_BLOCKSIZE)
+"""Its last fields where the scales are f32."""
 
 
 class Int8Rows(NamedTuple):
