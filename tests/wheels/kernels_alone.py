@@ -63,6 +63,8 @@ def main(path):
         raise AssertionError((call, arguments))
     assert kernels.isa() == levels[-1] and kernels.openmp_path() is None
     print(sys.version_info[:2], *levels)
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        print("without the interpreter's lock")
 
 
 main(sys.argv[1])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from compilers import needs
-from wheel_builds import ROOT, build, repaired
+from wheel_builds import ROOT, build, build_environment, repaired
 
 HERE = Path(__file__).parent
 MINORS = range(10, 15)
@@ -45,6 +45,26 @@ def unpacked(released, tmp_path_factory):
     with zipfile.ZipFile(released) as wheel:
         wheel.extractall(folder)
     return folder
+
+
+FREE_THREADED = next(filter(None, (shutil.which(f"python3.{minor}t") for minor in (13, 14))), None)
+
+
+@pytest.mark.skipif(FREE_THREADED is None, reason="no python3.13t or python3.14t on the PATH")
+def test_a_free_threaded_python_builds_kernels_that_leave_its_lock_off(sdist, tmp_path):
+    environment, folder = tmp_path / "environment", tmp_path / "unpacked"
+    subprocess.run([FREE_THREADED, "-m", "venv", str(environment)], check=True, timeout=300)
+    pip = [str(environment / "bin" / "python"), "-m", "pip"]
+    subprocess.run([*pip, "install", "--quiet", "setuptools>=77"], check=True, timeout=300)
+    wheel = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(sdist)]
+    subprocess.run(wheel, check=True, timeout=1200, env=build_environment())
+    with zipfile.ZipFile(next(tmp_path.glob("*t-linux_*.whl"))) as built:
+        built.extractall(folder)
+    (kernels,) = folder.glob("bnb_core/backends/cpu/_kernels.*.so")
+    command = [FREE_THREADED, "-I", str(HERE / "kernels_alone.py"), str(kernels)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("without the interpreter's lock\n")
 
 
 @pytest.mark.parametrize("minor", MINORS, ids=lambda minor: f"3.{minor}")
