@@ -7,12 +7,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from bnb_core.nn.device_copies import copies_to
 
 Copy = Callable[[Tensor], Tensor]
 Read = Callable[[list[Any], Copy], Iterable[Tensor]]
@@ -24,7 +24,10 @@ class ExpertCache:
 
     Counted are the weights that lie here and those that are being read ahead. The weights of one product, side by
     side, are a copy of their own and not counted. Of those that were read ahead, what the next batch has not asked for
-    leaves first. A copy of a cache, by ``copy`` or ``pickle``, is an empty one.
+    leaves first.
+
+    Weights for a GPU go by two pinned buffers in the host's memory, each of the size of one and not counted, and on a
+    stream of their own; this has not run on hardware yet. A copy of a cache, by ``copy`` or ``pickle``, is empty.
 
     Args:
         limit: bytes.
@@ -39,7 +42,7 @@ class ExpertCache:
             raise ValueError(f"limit: expected a positive number of bytes, got {limit!r}")
         self.limit, self.device = limit, torch.device(device)
         self.bytes = self.hits = self.misses = self.reads_ahead = self.reads_ahead_used = 0
-        self._copy = partial(copied, device=self.device)
+        self._copies = copies_to(self.device)
         self._kept: OrderedDict[Any, Tensor] = OrderedDict()
         self._unused: set[Any] = set()
         self._lock = threading.Lock()
@@ -72,13 +75,14 @@ class ExpertCache:
             for key in found:
                 self._kept.move_to_end(key)
             ahead = len(self._unused.intersection(keys))
-            self._unused.clear()
+            self._unused.difference_update(keys)
             self.reads_ahead_used += ahead
             self.hits, self.misses = self.hits + len(found) - ahead, self.misses + len(missing) + ahead
             if missing:
-                for key, tensor in zip(missing, read(missing, self._copy), strict=True):
+                for key, tensor in zip(missing, read(missing, self._copies), strict=True):
                     found[key] = tensor
                     self._keep(key, tensor)
+            self._copies.arrive(found.values())
             return [found[key] for key in keys]
 
     def read_ahead(self, keys: Sequence[Any], size: int, read: Read, needed: Collection[Any]) -> None:
@@ -99,7 +103,7 @@ class ExpertCache:
             if missing:
                 self._make_room(len(missing) * size, staying)
                 reading = _ReadAhead(missing, size)
-                reading.future = self._reader.submit(reading.run, read, self._copy)
+                reading.future = self._reader.submit(reading.run, read, self._copies)
                 self._reading = reading
                 self.bytes += len(missing) * size
 
@@ -117,12 +121,11 @@ class ExpertCache:
             self.reads_ahead += len(reading.done)
             for key, tensor in reading.done.items():
                 self._keep(key, tensor)
-                self._unused.add(key)
+            self._unused.update(self._kept.keys() & reading.done.keys())
             if reading.error is not None and reading.keys[len(reading.done)] in keys:
                 raise reading.error
         for key in self._unused.difference(keys):
-            if key in self._kept:
-                self._kept.move_to_end(key, last=False)
+            self._kept.move_to_end(key, last=False)
 
     def _keep(self, key: Any, tensor: Tensor) -> None:
         self._make_room(tensor.nbytes)
@@ -140,15 +143,7 @@ class ExpertCache:
                 room += tensor.nbytes
         for key in leaving:
             self.bytes -= self._kept.pop(key).nbytes
-
-
-def copied(source: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. On a CPU it starts no threads of torch's, which would take those of a product's cores."""
-    if device.type != "cpu":
-        return source.to(device, copy=True)
-    target = torch.empty_like(source)
-    np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
-    return target
+            self._unused.discard(key)
 
 
 class _ReadAhead:
