@@ -11,6 +11,7 @@ from bnb_core.nn.embedding import (
     StableEmbedding,
 )
 from bnb_core.nn.expert_cache import ExpertCache
+from bnb_core.nn.expert_parallel import parallelize_experts
 from bnb_core.nn.experts import Experts4bit, GroupedLinear4bit
 from bnb_core.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from bnb_core.nn.linear8bit import Int8Params, Linear8bitLt
@@ -40,5 +41,6 @@ __all__ = [
     "load_from_rank_0",
     "load_state_dict",
     "offload_experts",
+    "parallelize_experts",
     "parametrize",
 ]
