@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -107,6 +108,27 @@ def test_where_there_are_no_streams_copies_are_direct():
     for device in ("cpu", "meta", "mps"):
         assert isinstance(copies_to(torch.device(device)), DirectCopies)
     assert isinstance(copies_to(torch.device("cuda")), StagedCopies)
+
+
+@pytest.mark.skipif(device_copies._madvise is None, reason="this system has no madvise")
+def test_a_mapped_tensor_is_announced_by_whole_pages(tmp_path, monkeypatch):
+    file = tmp_path / "bytes"
+    file.write_bytes(bytes(range(256)) * 64)
+    mapped = torch.from_file(str(file), size=16384, dtype=torch.uint8)
+    calls, madvise = [], device_copies._madvise
+
+    def record(*call):
+        calls.append((*call, madvise(*call)))
+
+    monkeypatch.setattr(device_copies, "_madvise", record)
+    for first, last in ((0, 16384), (5000, 5001), (4095, 12289), (7, 7)):
+        device_copies.will_need(mapped[first:last])
+    # From the page of the first byte to the last one, and nothing for nothing.
+    base = mapped.data_ptr()
+    pages = [first // mmap.PAGESIZE * mmap.PAGESIZE for first in (0, 5000, 4095)]
+    lasts = (16384, 5001, 12289)
+    assert [(begin - base, begin - base + size) for begin, size, *_ in calls] == list(zip(pages, lasts, strict=True))
+    assert all(call[2:] == (mmap.MADV_WILLNEED, 0) for call in calls)
 
 
 PROGRAM = """

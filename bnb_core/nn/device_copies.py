@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterable
 from typing import Any
 
@@ -79,6 +81,18 @@ def copies_to(device: torch.device) -> DirectCopies | StagedCopies:
     streams = None if device.type == "cpu" else getattr(torch, device.type, None)
     has_streams = all(hasattr(streams, name) for name in ("Stream", "Event", "stream", "current_stream"))
     return StagedCopies(device, streams) if has_streams else DirectCopies(device)
+
+
+_madvise: Any = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_WILLNEED") else None
+if _madvise is not None:
+    _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+
+def will_need(source: Tensor) -> None:
+    """Have the system read a memory-mapped tensor in one go, where it can, rather than a few pages at each fault."""
+    if _madvise is not None and source.nbytes:
+        begin = source.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        _madvise(begin, source.data_ptr() + source.nbytes - begin, mmap.MADV_WILLNEED)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

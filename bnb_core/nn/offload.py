@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bnb_core import functional
 from bnb_core.autograd import grouped_linear_4bit
 from bnb_core.checks import check_float
+from bnb_core.nn.device_copies import will_need
 from bnb_core.nn.expert_cache import ExpertCache
 from bnb_core.nn.experts import GroupedLinear4bit
 from bnb_core.quant_state import QuantState
@@ -45,7 +46,9 @@ class _Codes:
                 codes = opened.get_slice(self.name)
                 rows = codes.get_shape()[0] // self.groups
                 for _, e in keys:
-                    yield copy(codes[e * rows : (e + 1) * rows])
+                    of_group = codes[e * rows : (e + 1) * rows]
+                    will_need(of_group)
+                    yield copy(of_group)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{self.name}: cannot be read from {self.file}: {error}") from error
 
