@@ -116,11 +116,12 @@ def reading_ends(cache):
         cache._reading.future.result(timeout=30)
 
 
+@pytest.mark.parametrize("read_ahead", [True, False])
 @pytest.mark.parametrize("limit", [1, OF_ONE_EXPERT, 3 * OF_ONE_EXPERT, 10 * OF_ONE_EXPERT, 10**9])
-def test_reading_ahead_changes_no_bit_and_keeps_to_the_limit(tmp_path, limit):
+def test_reading_ahead_changes_no_bit_and_keeps_to_the_limit(tmp_path, limit, read_ahead):
     in_memory = Layers().to("cpu")
     in_files = copy.deepcopy(in_memory)
-    cache = offload_experts(in_files, saved(in_memory, tmp_path), limit)
+    cache = offload_experts(in_files, saved(in_memory, tmp_path), limit, read_ahead=read_ahead)
 
     def within_the_limit():
         assert cache.bytes <= cache.limit
@@ -128,6 +129,7 @@ def test_reading_ahead_changes_no_bit_and_keeps_to_the_limit(tmp_path, limit):
     for tokens in (9, 1, 1, 3, 1):
         arguments = inputs(tokens)
         assert torch.equal(in_files(*arguments, within_the_limit), in_memory(*arguments))
+        assert read_ahead or cache.reads_ahead == 0
 
 
 def test_the_second_projection_of_the_same_experts_is_read_ahead(tmp_path):

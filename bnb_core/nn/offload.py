@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,22 @@ class _Codes:
         """Whether both are of one experts module, whose projections all see the same rows."""
         return self.name.rsplit(".", 2)[0] == other.name.rsplit(".", 2)[0]
 
-    def read(self, keys: list[tuple[str, int]], copy: Callable[[Tensor], Tensor]) -> Iterable[Tensor]:
-        """A file is mapped while it is read, no longer."""
+    def read(
+        self, keys: list[tuple[str, int]], copy: Callable[[Tensor], Tensor], guessed: bool = False
+    ) -> Iterable[Tensor]:
+        """A file is mapped while it is read, no longer. The system hears of all keys at first, if none is a guess."""
         try:
             with safe_open(self.file, framework="pt") as opened:
                 codes = opened.get_slice(self.name)
                 rows = codes.get_shape()[0] // self.groups
-                for _, e in keys:
-                    of_group = codes[e * rows : (e + 1) * rows]
-                    will_need(of_group)
-                    yield copy(of_group)
+                parts = [codes[e * rows : (e + 1) * rows] for _, e in keys]
+                if not guessed:
+                    for part in parts:
+                        will_need(part)
+                for part in parts:
+                    if guessed:
+                        will_need(part)
+                    yield copy(part)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{self.name}: cannot be read from {self.file}: {error}") from error
 
@@ -57,8 +64,8 @@ class OffloadedLinear4bit(nn.Module):
     """A :class:`~bnb_core.nn.GroupedLinear4bit` whose weights are read from safetensors files when rows need them.
 
     The result is the same to the bit. Its forward reads on the host which groups have rows. While a product of it is
-    computed, a thread reads what the next layer of the model is expected to need: the same groups, where it is another
-    projection of the same experts; otherwise the groups that it used for its previous batch.
+    computed, a thread reads what the layer of :meth:`read_ahead_for` is expected to need: the same groups, where it is
+    another projection of the same experts; otherwise the groups that it used for its previous batch.
 
     Args:
         source: the layer whose place it takes; its weight may be on meta.
@@ -78,7 +85,7 @@ class OffloadedLinear4bit(nn.Module):
         if key not in files:
             raise ValueError(f"{key}: no file has it; give the folder with the weights of this model")
         self._codes = _Codes(key, files[key], self.groups, self.in_features * self.out_features // 2)
-        self._following = self._codes
+        self._following: _Codes | None = None
         self._cache = cache
         state = _read_state(key, files)
         if tuple(state.shape) != source._weight_shape():  # type: ignore[arg-type]
@@ -111,9 +118,12 @@ class OffloadedLinear4bit(nn.Module):
     def _read_ahead(self, needed: list[int]) -> None:
         """What the next layer is expected to need, beside these groups of this one."""
         following, used = self._following, self._codes.used
-        expected = used if following.belong_with(self._codes) else following.used[: len(used)]
-        keys = following.keys(sorted(expected))
-        self._cache.read_ahead(keys, following.bytes_of_group, following.read, self._codes.keys(needed))
+        if following is None:
+            return
+        guessed = not following.belong_with(self._codes)
+        keys = following.keys(sorted(following.used[: len(used)] if guessed else used))
+        read = partial(following.read, guessed=guessed)
+        self._cache.read_ahead(keys, following.bytes_of_group, read, self._codes.keys(needed))
 
     def _product(self, x: Tensor, groups: list[int], borders: list[int]) -> Tensor:
         kept = self._cache.get(self._codes.keys(groups), self._codes.read)
@@ -174,7 +184,9 @@ def _rows(values: Tensor, rows: int, some: list[int]) -> Tensor:
     return values.view(rows, -1)[some].reshape(-1)
 
 
-def offload_experts(model: nn.Module, path: Path | str, limit: int, device: torch.device | str = "cpu") -> ExpertCache:
+def offload_experts(
+    model: nn.Module, path: Path | str, limit: int, device: torch.device | str = "cpu", read_ahead: bool = True
+) -> ExpertCache:
     """Leave the experts of a quantized model in files, in place.
 
     Args:
@@ -182,10 +194,11 @@ def offload_experts(model: nn.Module, path: Path | str, limit: int, device: torc
         path: a safetensors file with the experts' entries, by their names in the model, or a folder of such.
         limit: how many bytes of experts are kept on the device, for all layers together.
         device: where the rest of the model is.
+        read_ahead: while a layer computes, a thread reads what the next one is expected to need, within the limit. It
+            wants a core of its own; False where other programs or the products themselves keep all of them busy.
 
     Returns:
-        The cache, which counts. While a layer computes, a thread reads ahead what the next one is expected to need,
-        within the limit.
+        The cache, which counts.
 
     Raises:
         ValueError: no experts, no such file, or an entry that is missing or malformed.
@@ -196,7 +209,7 @@ def offload_experts(model: nn.Module, path: Path | str, limit: int, device: torc
     if not layers:
         raise ValueError("model: expected one with quantized experts, got none")
     offloaded = [(name, OffloadedLinear4bit(layer, name, files, cache)) for name, layer in layers]
-    for (_, layer), (_, following) in pairwise([*offloaded, offloaded[0]]):
+    for (_, layer), (_, following) in pairwise([*offloaded, offloaded[0]] if read_ahead else []):
         layer.read_ahead_for(following)
     for name, layer in offloaded:
         model.set_submodule(name, layer)
