@@ -14,7 +14,9 @@ from bnb_core.checks import check_dimensions, check_float
 from bnb_core.nn.linear4bit import Weight4bitMixin
 from bnb_core.nn.params4bit import Params4bit
 from bnb_core.nn.quantized_weight import not_quantized
+from bnb_core.nn.tensor_parallel import Cut, cut_4bit, own_codes
 from bnb_core.quant_state import QuantState
+from bnb_core.sharding import is_sharded
 
 
 class GroupedLinear4bit(Weight4bitMixin, nn.Module):
@@ -37,6 +39,7 @@ class GroupedLinear4bit(Weight4bitMixin, nn.Module):
 
     weight: Params4bit
     bias: nn.Parameter | None
+    _cut: Cut | None = None
 
     def __init__(
         self,
@@ -95,13 +98,35 @@ class GroupedLinear4bit(Weight4bitMixin, nn.Module):
             [T, out_features] in x's dtype.
         """
         check_float("x", x)
-        weight = self.weight
-        quant_state = getattr(weight, "quant_state", None) or self._current_quant_state()
+        if self._cut is not None:
+            weight: Tensor = own_codes(self.weight)
+            quant_state = self.quant_state
+        else:
+            weight = self.weight
+            quant_state = getattr(weight, "quant_state", None) or self._current_quant_state()
         if quant_state is None:
             raise RuntimeError(not_quantized(weight))
         dtype = self.compute_dtype or x.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
+        bias: Any = self.bias
+        if bias is not None:
+            bias = (bias.to_local() if is_sharded(bias) and self._cut is not None else bias).to(dtype)
         return grouped_linear_4bit(x.to(dtype), weight, quant_state, offsets, bias, self.transposed).to(x.dtype)
+
+    def cut_groups(self, mesh: Any) -> None:
+        """Leave this process its part of the groups, which the processes of a mesh divide, in order; for
+        :func:`~bnb_core.nn.parallelize_experts`.
+        """
+        from torch.distributed.tensor import DTensor, Shard
+
+        cut, state = Cut(mesh, 0), self.weight.quant_state
+        own, own_state = cut_4bit(self.weight.data, state, cut)  # type: ignore[arg-type]
+        if self.bias is not None:
+            of_groups = self.bias.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+            cut_bias = DTensor.from_local(of_groups, mesh, [Shard(0)], run_check=False)
+            self.bias = nn.Parameter(cut_bias, requires_grad=self.bias.requires_grad)
+        self._cut, self.quant_state = cut, own_state
+        self._parameters["weight"] = nn.Parameter(own, requires_grad=False)
+        self.groups //= mesh.size()
 
     @torch.no_grad()
     def add_(self, change: Callable[[int], Tensor]) -> None:
@@ -110,8 +135,10 @@ class GroupedLinear4bit(Weight4bitMixin, nn.Module):
         One dequantized weight is in memory at a time.
 
         Raises:
-            RuntimeError: the weight is not quantized yet.
+            RuntimeError: the weight is not quantized yet, or its groups are on several processes.
         """
+        if self._cut is not None:
+            raise RuntimeError("weight: its groups are on several processes; add to it before parallelize_experts")
         weight, state = self.weight, getattr(self.weight, "quant_state", None) or self._current_quant_state()
         if state is None:
             raise RuntimeError(not_quantized(weight))
@@ -157,6 +184,12 @@ class RoutedExperts(nn.Module):
     """
 
     num_experts: int
+    ranks: Any = None
+    """Where :func:`~bnb_core.nn.parallelize_experts` has left other processes experts, what sends them rows."""
+
+    def _by_expert(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """``_of_rows``, wherever the experts are."""
+        return self._of_rows(rows, offsets) if self.ranks is None else self.ranks.of_rows(rows, offsets, self._of_rows)
 
     def _of_rows(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """What its expert makes of each row; group e of the rows, by ``offsets``, is that of expert e."""
@@ -185,7 +218,7 @@ class RoutedExperts(nn.Module):
         borders = torch.arange(1, self.num_experts, device=experts.device, dtype=experts.dtype)
         inner = torch.searchsorted(experts, borders, out_int32=True)
         offsets = nn.functional.pad(nn.functional.pad(inner, (1, 0)), (0, 1), value=len(experts))
-        counted = self._of_rows(hidden_states[order // top_k], offsets) * weights.unsqueeze(1)
+        counted = self._by_expert(hidden_states[order // top_k], offsets) * weights.unsqueeze(1)
         in_place = torch.empty_like(counted).index_copy(0, order, counted)
         return in_place.view(*top_k_index.shape, hidden_states.shape[1]).sum(dim=1).to(hidden_states.dtype)
 

@@ -124,7 +124,7 @@ class SortedExperts4bit(FusedExperts4bit):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """[num_experts * n, hidden_size], the rows of expert 0 first, to the same shape."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return self._of_rows(rows, _equal_parts(self.num_experts, rows))
+        return self._by_expert(rows, _equal_parts(self.num_experts, rows))
 
 
 def _equal_parts(groups: int, rows: Tensor) -> Tensor:

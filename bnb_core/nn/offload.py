@@ -2,74 +2,70 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bnb_core import functional
 from bnb_core.autograd import grouped_linear_4bit
 from bnb_core.checks import check_float
+from bnb_core.nn.device_copies import will_need
+from bnb_core.nn.expert_cache import ExpertCache
 from bnb_core.nn.experts import GroupedLinear4bit
 from bnb_core.quant_state import QuantState
 
 
-class ExpertCache:
-    """Weights of experts on a device, up to a number of bytes; those used longest ago leave first.
+@dataclass
+class _Codes:
+    """The packed codes of a layer's groups, in a file."""
 
-    Args:
-        limit: bytes.
-        device: where the products are computed.
+    name: str
+    file: Path
+    groups: int
+    bytes_of_group: int
+    used: list[int] = field(default_factory=list)
+    """The groups that had rows in the latest batch, those with the most rows first."""
 
-    ``bytes`` says how many it holds, ``hits`` and ``misses`` how often an expert was there or had to be read.
-    """
+    def keys(self, groups: Iterable[int]) -> list[tuple[str, int]]:
+        return [(self.name, e) for e in groups]
 
-    def __init__(self, limit: int, device: torch.device | str = "cpu") -> None:
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ValueError(f"limit: expected a positive number of bytes, got {limit!r}")
-        self.limit, self.device = limit, torch.device(device)
-        self.bytes = self.hits = self.misses = 0
-        self._kept: OrderedDict[Any, tuple[Tensor, ...]] = OrderedDict()
+    def belong_with(self, other: _Codes) -> bool:
+        """Whether both are of one experts module, whose projections all see the same rows."""
+        return self.name.rsplit(".", 2)[0] == other.name.rsplit(".", 2)[0]
 
-    def get(self, keys: Sequence[Any], read: Callable[[list[Any]], Iterable[tuple[Tensor, ...]]]) -> list[Any]:
-        """What belongs to these keys; those that are not there are read in one call.
-
-        They are all given, even where they are more than the limit; then not all of them are kept.
-        """
-        missing = [key for key in keys if key not in self._kept]
-        self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
-        found = {key: self._kept[key] for key in keys if key in self._kept}
-        for key in found:
-            self._kept.move_to_end(key)
-        if missing:
-            for key, tensors in zip(missing, read(missing), strict=True):
-                found[key] = tensors
-                self._keep(key, tensors)
-        return [found[key] for key in keys]
-
-    def _keep(self, key: Any, tensors: tuple[Tensor, ...]) -> None:
-        size = _size(tensors)
-        while self._kept and self.bytes + size > self.limit:
-            _, left = self._kept.popitem(last=False)
-            self.bytes -= _size(left)
-        if size <= self.limit:
-            self._kept[key] = tensors
-            self.bytes += size
-
-
-def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+    def read(
+        self, keys: list[tuple[str, int]], copy: Callable[[Tensor], Tensor], guessed: bool = False
+    ) -> Iterable[Tensor]:
+        """A file is mapped while it is read, no longer. The system hears of all keys at first, if none is a guess."""
+        try:
+            with safe_open(self.file, framework="pt") as opened:
+                codes = opened.get_slice(self.name)
+                rows = codes.get_shape()[0] // self.groups
+                parts = [codes[e * rows : (e + 1) * rows] for _, e in keys]
+                if not guessed:
+                    for part in parts:
+                        will_need(part)
+                for part in parts:
+                    if guessed:
+                        will_need(part)
+                    yield copy(part)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{self.name}: cannot be read from {self.file}: {error}") from error
 
 
 class OffloadedLinear4bit(nn.Module):
     """A :class:`~bnb_core.nn.GroupedLinear4bit` whose weights are read from safetensors files when rows need them.
 
-    The result is the same to the bit. Its forward reads on the host which groups have rows.
+    The result is the same to the bit. Its forward reads on the host which groups have rows. While a product of it is
+    computed, a thread reads what the layer of :meth:`read_ahead_for` is expected to need: the same groups, where it is
+    another projection of the same experts; otherwise the groups that it used for its previous batch.
 
     Args:
         source: the layer whose place it takes; its weight may be on meta.
@@ -85,56 +81,55 @@ class OffloadedLinear4bit(nn.Module):
         super().__init__()
         self.groups, self.in_features, self.out_features = source.groups, source.in_features, source.out_features
         self.transposed, self.compute_dtype, self.bias = source.transposed, source.compute_dtype, source.bias
-        self._name, self._cache = name, cache
-        self._files = {key: file for key, file in files.items() if key.startswith(f"{name}.weight")}
-        if f"{name}.weight" not in self._files:
-            raise ValueError(f"{name}.weight: no file has it; give the folder with the weights of this model")
-        state = self._read_state()
+        key = f"{name}.weight"
+        if key not in files:
+            raise ValueError(f"{key}: no file has it; give the folder with the weights of this model")
+        self._codes = _Codes(key, files[key], self.groups, self.in_features * self.out_features // 2)
+        self._following: _Codes | None = None
+        self._cache = cache
+        state = _read_state(key, files)
         if tuple(state.shape) != source._weight_shape():  # type: ignore[arg-type]
             raise ValueError(f"{name}.weight: expected shape {source._weight_shape()}, got {tuple(state.shape)}")  # type: ignore[arg-type]
         self._state = _splittable(state, self.groups)
 
-    def _read_state(self) -> QuantState:
-        key = f"{self._name}.weight"
-        parts = {}
-        for name, file in self._files.items():
-            if name != key:
-                with safe_open(file, framework="pt") as opened:
-                    parts[name] = opened.get_tensor(name).clone()
-        try:
-            return QuantState.from_dict(parts, "cpu")
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
-
-    def _read(self, keys: list[tuple[int, int]]) -> Iterable[tuple[Tensor, ...]]:
-        """The packed codes of groups. A file is mapped while it is read, no longer."""
-        key = f"{self._name}.weight"
-        with ExitStack() as stack:
-            codes = stack.enter_context(safe_open(self._files[key], framework="pt")).get_slice(key)
-            rows = codes.get_shape()[0] // self.groups
-            for _, e in keys:
-                yield (codes[e * rows : (e + 1) * rows].to(self._cache.device, copy=True),)
-
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """As of GroupedLinear4bit."""
+        """As of GroupedLinear4bit.
+
+        Raises:
+            OSError: codes cannot be read, by their key.
+        """
         check_float("x", x)
         borders = offsets.tolist()
         used = [e for e in range(self.groups) if borders[e] != borders[e + 1]]
         if not used:
             return x.new_zeros(x.shape[0], self.out_features)
-        at_once = max(1, self._cache.limit // self._bytes_of_group())
+        self._codes.used = sorted(used, key=lambda e: borders[e] - borders[e + 1])
+        at_once = max(1, self._cache.limit // self._codes.bytes_of_group)
         parts = [
             self._product(x[borders[some[0]] : borders[some[-1] + 1]], some, borders)
             for some in (used[i : i + at_once] for i in range(0, len(used), at_once))
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _bytes_of_group(self) -> int:
-        return self.in_features * self.out_features // 2
+    def read_ahead_for(self, other: OffloadedLinear4bit) -> None:
+        """Say which layer is called after this one."""
+        self._following = other._codes
+
+    def _read_ahead(self, needed: list[int]) -> None:
+        """What the next layer is expected to need, beside these groups of this one."""
+        following, used = self._following, self._codes.used
+        if following is None:
+            return
+        guessed = not following.belong_with(self._codes)
+        keys = following.keys(sorted(following.used[: len(used)] if guessed else used))
+        read = partial(following.read, guessed=guessed)
+        self._cache.read_ahead(keys, following.bytes_of_group, read, self._codes.keys(needed))
 
     def _product(self, x: Tensor, groups: list[int], borders: list[int]) -> Tensor:
-        kept = self._cache.get([(id(self), e) for e in groups], self._read)
-        packed = torch.cat([codes for (codes,) in kept])
+        kept = self._cache.get(self._codes.keys(groups), self._codes.read)
+        if groups[-1] == max(self._codes.used):
+            self._read_ahead(groups)
+        packed = torch.cat(kept)
         offsets = [borders[e] - borders[groups[0]] for e in groups] + [borders[groups[-1] + 1] - borders[groups[0]]]
         dtype = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias[groups].to(dtype)
@@ -163,6 +158,19 @@ class OffloadedLinear4bit(nn.Module):
         return f"groups={self.groups}, in_features={self.in_features}, out_features={self.out_features}"
 
 
+def _read_state(key: str, files: dict[str, Path]) -> QuantState:
+    """The quant state of a weight, of what stands beside it."""
+    parts = {}
+    for name, file in files.items():
+        if name.startswith(f"{key}."):
+            with safe_open(file, framework="pt") as opened:
+                parts[name] = opened.get_tensor(name).clone()
+    try:
+        return QuantState.from_dict(parts, "cpu")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
 def _splittable(state: QuantState, groups: int) -> QuantState:
     """Decoded scales where a block of double-quantized ones reaches into two groups."""
     nested: Any = state.state2
@@ -176,7 +184,9 @@ def _rows(values: Tensor, rows: int, some: list[int]) -> Tensor:
     return values.view(rows, -1)[some].reshape(-1)
 
 
-def offload_experts(model: nn.Module, path: Path | str, limit: int, device: torch.device | str = "cpu") -> ExpertCache:
+def offload_experts(
+    model: nn.Module, path: Path | str, limit: int, device: torch.device | str = "cpu", read_ahead: bool = True
+) -> ExpertCache:
     """Leave the experts of a quantized model in files, in place.
 
     Args:
@@ -184,6 +194,8 @@ def offload_experts(model: nn.Module, path: Path | str, limit: int, device: torc
         path: a safetensors file with the experts' entries, by their names in the model, or a folder of such.
         limit: how many bytes of experts are kept on the device, for all layers together.
         device: where the rest of the model is.
+        read_ahead: while a layer computes, a thread reads what the next one is expected to need, within the limit. It
+            wants a core of its own; False where other programs or the products themselves keep all of them busy.
 
     Returns:
         The cache, which counts.
@@ -197,6 +209,8 @@ def offload_experts(model: nn.Module, path: Path | str, limit: int, device: torc
     if not layers:
         raise ValueError("model: expected one with quantized experts, got none")
     offloaded = [(name, OffloadedLinear4bit(layer, name, files, cache)) for name, layer in layers]
+    for (_, layer), (_, following) in pairwise([*offloaded, offloaded[0]] if read_ahead else []):
+        layer.read_ahead_for(following)
     for name, layer in offloaded:
         model.set_submodule(name, layer)
     return cache

@@ -193,7 +193,7 @@ class QuantizedWeightMixin(nn.Module):
         if not self._has_parts() or (value is None and not part_keys):
             return None, set()
         if getattr(self, "_cut", None) is not None:
-            raise ValueError(f"{key}: parallelize_module has cut this layer; load the state dict before")
+            raise ValueError(f"{key}: this layer has been cut over processes; load the state dict before that")
         if not isinstance(value, Tensor) or value.dtype != own.dtype or value.shape != own.shape:
             given = "nothing" if value is None else described(value)
             raise ValueError(f"{key}: expected codes {own.dtype} of shape {tuple(own.shape)} to shard, got {given}")

@@ -87,7 +87,7 @@ def _check_sharded(
     for name, (module, of_module) in own_parts.items():
         key = f"{name}.weight" if name else "weight"
         if getattr(module, "_cut", None) is not None:
-            raise ValueError(f"{key}: parallelize_module has cut this layer; load the state dict before")
+            raise ValueError(f"{key}: this layer has been cut over processes; load the state dict before that")
         if isinstance(module, QuantizedWeightMixin) and module._has_parts() and not of_module:
             raise ValueError(f"{key}: has codes without their scales; give the entries of both")
 

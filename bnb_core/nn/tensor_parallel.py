@@ -6,6 +6,7 @@ layer takes that for the wish it is and cuts its own weight: whole blocks go to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,10 +66,14 @@ def cut_of(weight: Any, shape: tuple[int, int], blocksize: int) -> Cut:
 
 
 def cut_4bit(codes: Tensor, state: QuantState, cut: Cut) -> tuple[Any, QuantState]:
-    """This process's part of packed codes, as a DTensor [N, K / codes per element], and its quant state."""
+    """This process's part of packed codes, as a DTensor [N, K / codes per element], and its quant state.
+
+    Of a stack of weights, N is how many there are, and K the elements of one.
+    """
     from torch.distributed.tensor import DTensor, Shard
 
-    N, K = state.shape  # type: ignore[misc]
+    sizes = list(state.shape)  # type: ignore[arg-type]
+    N, K = sizes[0], math.prod(sizes[1:])
     blocksize: int = state.blocksize  # type: ignore[assignment]
     scales = functional.dequantize_absmax(state) if state.nested else state.absmax
     own_codes = _part(codes.view(torch.uint8).reshape(N, -1), cut).view(codes.dtype)
@@ -76,7 +81,6 @@ def cut_4bit(codes: Tensor, state: QuantState, cut: Cut) -> tuple[Any, QuantStat
         own_scales = scales.reshape(cut.mesh.size(), -1)[cut.mesh.get_local_rank()].clone()
     else:
         own_scales = _part(scales.reshape(N, -1), cut).reshape(-1)
-    sizes = [N, K]
     sizes[cut.dim] //= cut.mesh.size()
     own = QuantState(own_scales, torch.Size(sizes), state.code, blocksize, state.quant_type, state.dtype)
     return DTensor.from_local(own_codes, cut.mesh, [Shard(cut.dim)], run_check=False), own

@@ -127,4 +127,4 @@ def test_a_layer_that_cannot_be_cut_or_loaded_says_so(ranks: Ranks):
     for of_embedding, of_trained, of_loaded in ranks.run(2, _what_cannot_be_cut):
         assert "EmbeddingNF4 cannot be cut by parallelize_module" in of_embedding
         assert "Linear8bitLt cannot be cut by parallelize_module" in of_trained
-        assert "parallelize_module has cut this layer; load the state dict before" in of_loaded
+        assert "this layer has been cut over processes; load the state dict before that" in of_loaded
