@@ -1,6 +1,8 @@
 // Neighbouring elements of an array between memory and a thread's registers.
 #pragma once
 
+#include <type_traits>
+
 #include "device.h"
 
 namespace bnb {
@@ -60,13 +62,52 @@ __device__ inline void store(T* p, bool whole, int64_t valid, const T (&values)[
   }
 }
 
+// Bytes between memory and words of four, the first in the lowest bits.
+template <int count>
+__device__ inline void load_bytes(const uint8_t* p, bool whole, int64_t valid, uint32_t (&words)[count]) {
+  if (whole) {
+    load(reinterpret_cast<const uint32_t*>(p), true, count, words);
+  } else {
+    uint8_t bytes[4 * count];
+    load(p, false, valid, bytes);
+    memcpy(words, bytes, sizeof words);
+  }
+}
+template <int count>
+__device__ inline void store_bytes(uint8_t* p, bool whole, int64_t valid, const uint32_t (&words)[count]) {
+  if (whole) {
+    store(reinterpret_cast<uint32_t*>(p), true, count, words);
+  } else {
+    uint8_t bytes[4 * count];
+    memcpy(bytes, words, sizeof bytes);
+    store(p, false, valid, bytes);
+  }
+}
+__device__ inline uint32_t byte_of(uint32_t word, int i) { return __byte_perm(word, 0, 0x4440 + i); }
+
+// Elements as floats; a register that holds two of bfloat16 becomes both in one instruction each.
+template <class T, int count>
+__device__ inline void to_floats(const T (&elements)[count], float (&values)[count]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && count % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < count; i += 2) {
+      uint32_t pair;
+      memcpy(&pair, elements + i, sizeof(pair));
+      values[i] = __int_as_float(static_cast<int32_t>(pair << 16));
+      values[i + 1] = __int_as_float(static_cast<int32_t>(pair & 0xffff0000u));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; i++) values[i] = to_float(elements[i]);
+  }
+}
+
 // The same for elements of any dtype as floats, rounded once when they are stored.
 template <int count, class T>
 __device__ inline void load_floats(const T* p, bool whole, int64_t valid, float (&values)[count]) {
   T elements[count];
   load(p, whole, valid, elements);
-#pragma unroll
-  for (int i = 0; i < count; i++) values[i] = to_float(elements[i]);
+  to_floats(elements, values);
 }
 template <int count, class T>
 __device__ inline void load_floats(const T* p, int64_t valid, float (&values)[count]) {

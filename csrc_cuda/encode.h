@@ -5,10 +5,8 @@
 // block make from it; `encode` wants them complete, and so comes after a barrier.
 #pragma once
 
-#include <cstring>
-
 #include "../csrc_shared/uniform_cells.h"
-#include "elements.h"
+#include "quotient.h"
 
 namespace bnb {
 
@@ -19,6 +17,7 @@ class CellEncoder {
  public:
   using Source = const float*;  // f32[256]
   static constexpr int kBits = 8;
+  static constexpr bool kTakesNan = true;  // and gives it some code
   static constexpr int kThreads = 256;
 
  private:
@@ -33,8 +32,7 @@ class CellEncoder {
     uint8_t below[2 * kCells];   // positive cells from the smallest magnitude on, then negative ones
     int16_t orders[kThreads];    // of the thresholds' cells
     int most_in_cell;
-    int zero;              // the code of 0.0
-    float least_positive;  // what it takes to get another code than that
+    int zero;  // the code of 0.0
   };
 
   // Called by all threads of a block; has a barrier inside, and needs one behind.
@@ -47,26 +45,27 @@ class CellEncoder {
         is_threshold ? order_of(cell_of(fminf(fmaxf(threshold, -1.0f), 1.0f))) : INT16_MAX;
     if (thread == 0) tables.most_in_cell = 0;
     __syncthreads();
-    if (threshold >= 0 && (thread == 0 || tables.thresholds[thread - 1] < 0)) {
-      tables.zero = thread;
-      tables.least_positive = from_bits(bits(fabsf(threshold)) + 1);
-    }
+    if (threshold >= 0 && (thread == 0 || tables.thresholds[thread - 1] < 0)) tables.zero = thread;
     fill_cells(tables, thread * kRun - kCells, min((thread + 1) * kRun, 2 * kCells) - kCells);
   }
 
-  // For values from -1 to 1, or as much beyond as rounding brings them. The code of a NaN is undefined.
+  // The codes of values from -1 to 1, or as much beyond as rounding brings them.
   template <int count>
-  static __device__ void encode(const Tables& tables, const float (&x)[count], int (&codes)[count]) {
+  static __device__ void encode(const Tables& tables, const float (&x)[count], uint32_t (&words)[count / 4]) {
+    uint32_t codes[count];
 #pragma unroll
     for (int i = 0; i < count; i++) {
-      const int below = tables.below[cell_of(x[i])];
-      codes[i] = tables.thresholds[below] < x[i] ? below + 1 : below;
+      const uint32_t below = tables.below[cell_of(x[i])];
+      codes[i] = below + (tables.thresholds[below] < x[i]);
     }
 #pragma unroll 1
     for (int k = tables.most_in_cell; k > 1; k--) {
 #pragma unroll
       for (int i = 0; i < count; i++) codes[i] += tables.thresholds[codes[i]] < x[i];
     }
+#pragma unroll
+    for (int i = 0; i < count; i += 4)
+      words[i / 4] = codes[i] | codes[i + 1] << 8 | codes[i + 2] << 16 | codes[i + 3] << 24;
   }
 
  private:
@@ -95,22 +94,40 @@ class CellEncoder {
   }
 };
 
+// Whether a multiply-add may find other cells for the thresholds of a codebook than a product and a sum:
+// where one is so near a cell's end that it depends on the rounding of the product.
+constexpr bool cells_depend_on_rounding() {
+  for (const Format4bit& format : kFormats) {
+    if (format.encoder != Encoder::nearest) continue;
+    for (int k = 0; k + 1 < 16; k++) {
+      const double place = double{midpoint(format.codebook, k)} * kUniformScale + kUniformCells + 0.5;
+      const double from_end = place - static_cast<int>(place);
+      if (from_end < 1e-4 || from_end > 1 - 1e-4) return true;
+    }
+  }
+  return false;
+}
+static_assert(!cells_depend_on_rounding(), "a threshold is at the end of its cell");
+
 // For a short codebook whose thresholds are more than 1/15 apart: cells of equal width, 31 of them, which no
 // two lanes look up in the same bank unless they look up the same one.
 template <Encoder kind>
 class ShortEncoder {
  public:
-  struct Tables : UniformCellTable {
+  struct Source {
+    UniformCellTable cells;
     int zero;                // the code of 0.0
     uint32_t code_of_ranks;  // of magnitudes, four bits each
-
-    __device__ int count_below(float x) const {
-      const int cell = bits(x * kUniformScale + kUniformShift) & (kUniformTable - 1);
-      return below[cell] + (thresholds[cell] < x);
-    }
   };
-  using Source = Tables;
+
+  struct Tables {
+    float thresholds[kUniformTable];  // of the cells from the lowest values on
+    int32_t below[kUniformTable];
+    int zero;
+    uint32_t code_of_ranks;
+  };
   static constexpr int kBits = 4;
+  static constexpr bool kTakesNan = false;
 
   static Source source(const Format4bit& format) {
     if (kind == Encoder::nearest) return {uniform_cell_table(format.codebook, 16), format.zero, 0};
@@ -124,25 +141,44 @@ class ShortEncoder {
   static __device__ void prepare(Tables& tables, const Source& source) {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread >= kUniformTable) return;
-    tables.thresholds[thread] = source.thresholds[thread];
-    tables.below[thread] = source.below[thread];
+    const int cell = (thread - kMiddle) & (kUniformTable - 1);
+    tables.thresholds[thread] = source.cells.thresholds[cell];
+    tables.below[thread] = source.cells.below[cell];
     if (thread > 0) return;
     tables.zero = source.zero;
     tables.code_of_ranks = source.code_of_ranks;
   }
 
+  // The codes of values from -1 to 1, or as much beyond as rounding brings them, two to a byte, the first in
+  // the high nibble.
   template <int count>
-  static __device__ void encode(const Tables& tables, const float (&x)[count], int (&codes)[count]) {
+  static __device__ void encode(const Tables& tables, const float (&x)[count], uint32_t (&words)[count / 8]) {
 #pragma unroll
-    for (int i = 0; i < count; i++) {
-      if constexpr (kind == Encoder::nearest) {
-        codes[i] = tables.count_below(x[i]);
-      } else {
-        const int rank = tables.count_below(fabsf(x[i]));
-        codes[i] = (tables.code_of_ranks >> 4 * rank & 7) | (x[i] < 0 ? 8 : 0);
-      }
+    for (int w = 0; w < count / 8; w++) {
+      uint32_t codes = 0;
+#pragma unroll
+      for (int i = 0; i < 8; i++) codes = codes * 16 + code_of(tables, x[8 * w + i]);
+      words[w] = __byte_perm(codes, 0, 0x0123);
     }
   }
+
+ private:
+  static __device__ uint32_t code_of(const Tables& tables, float x) {
+    if (kind == Encoder::nearest) return count_below(tables, x);
+    const uint32_t rank = count_below(tables, fabsf(x));
+    return (tables.code_of_ranks >> 4 * rank & 7) | (x < 0 ? 8 : 0);
+  }
+
+  // How many thresholds lie below x: those below its cell, and the one in it if their difference is negative.
+  // The shift is 2 in place of 2^23, so that the sum's bits, as an offset into a table, need no subtraction.
+  static __device__ uint32_t count_below(const Tables& tables, float x) {
+    constexpr float unit = 0x1p-22f, scale = kUniformScale * unit, shift = 2 + kMiddle * unit;
+    const float place = kind == Encoder::nearest ? fmaf(x, scale, shift) : x * scale + shift;
+    const uint32_t cell = bits(place) - 0x40000000;
+    return tables.below[cell] + (static_cast<uint32_t>(bits(tables.thresholds[cell] - x)) >> 31);
+  }
+
+  static constexpr int kMiddle = kUniformTable / 2;  // the cell of 0
 };
 
 // Whether a block whose largest magnitude is that, as bits, can be scaled by it: neither zero nor non-finite.
@@ -156,40 +192,29 @@ __device__ inline float stored_absmax(int32_t largest) {
   return from_bits(largest > kInfinity ? kNan : largest);
 }
 
+// What values of a block with that largest magnitude are multiplied by; 0 where it cannot be scaled.
+__device__ inline float inverse_of(int32_t largest) {
+  if (__builtin_expect(largest >= kSmallestNormal && largest < kEndOfQuickReciprocals, true))
+    return quick_reciprocal(from_bits(largest));
+  return is_scalable(largest) ? 1.0f / from_bits(largest) : 0.0f;
+}
+
 // The codes of values of a block with that largest magnitude: all that of 0.0 where it cannot be scaled.
 // Codes of 4 bits go two to a byte, the first in the high nibble.
-//
-// With `raises`, a positive value takes the smallest positive code rather than that of 0.0.
-template <class AnyEncoder, bool raises = false, int count>
+template <class AnyEncoder, int count>
 __device__ inline void encode_block(const typename AnyEncoder::Tables& tables, int32_t largest,
                                     const float (&values)[count],
-                                    uint8_t (&bytes)[count * AnyEncoder::kBits / 8]) {
-  constexpr int bits = AnyEncoder::kBits, each = 32 / bits;
-  float least_positive = 0;
-  if constexpr (raises) least_positive = tables.least_positive;
-  const bool scalable = is_scalable(largest);
-  const float inverse = scalable ? 1.0f / from_bits(largest) : 0.0f;
+                                    uint32_t (&words)[count * AnyEncoder::kBits / 32]) {
+  const float inverse = inverse_of(largest);
   float scaled[count];
 #pragma unroll
-  for (int i = 0; i < count; i++) {
-    scaled[i] = values[i] * inverse;
-    if (raises) scaled[i] = fmaxf(scaled[i], values[i] > 0 ? least_positive : scaled[i]);
-  }
-  int codes[count];
-  AnyEncoder::encode(tables, scaled, codes);
-  // Whole words, so that the choice costs one instruction for each.
-  const uint32_t zeros = tables.zero * (bits == 8 ? 0x01010101u : 0x11111111u);
-  uint32_t words[count / each];
+  for (int i = 0; i < count; i++) scaled[i] = values[i] * inverse;
+  const bool scalable = is_scalable(largest);
+  if (AnyEncoder::kTakesNan || __builtin_expect(scalable, true)) AnyEncoder::encode(tables, scaled, words);
+  if (!scalable) {
 #pragma unroll
-  for (int w = 0; w < count / each; w++) {
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < each; i++) {
-      word |= static_cast<uint32_t>(codes[w * each + i]) << (bits == 8 ? 8 * i : 4 * (i ^ 1));
-    }
-    words[w] = scalable ? word : zeros;
+    for (uint32_t& word : words) word = tables.zero * (AnyEncoder::kBits == 8 ? 0x01010101u : 0x11111111u);
   }
-  memcpy(bytes, words, sizeof bytes);
 }
 
 }  // namespace bnb

@@ -7,18 +7,19 @@
 #include "grid.h"
 #include "operations.h"
 #include "optimizer_state.h"
+#include "quotient.h"
 #include "workspace.h"
 
 namespace bnb {
 namespace {
 
-constexpr int kThreads = CellEncoder::kThreads;
+constexpr int kThreads = CellWords<true>::kThreads;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlocksAtLeast = 2;  // on a multiprocessor: registers for more of them would be spilled
 
-struct ScalarMath {
-  static __device__ float sqrt(float x) { return sqrtf(x); }
-};
+// Blocks of threads that a multiprocessor has room for at least: registers for more of them would be spilled.
+template <class P>
+constexpr int kBlocksAtLeast =
+    P::plain && P::name == OptimizerName::adam && sizeof(typename P::T) == 2 ? 4 : 2;
 
 // A parameter with its gradient and state, and the rule to apply.
 //
@@ -75,21 +76,26 @@ struct Step {
     for (int s = 0; s < kStates; s++) {
       if (uses_state(P::name, s)) from.state.template load<P::run>(s, tables, block, state[s]);
     }
+    bool is_left[kOwned];
 #pragma unroll
     for (int i = 0; i < kOwned; i++) {
       float after[kStates];
 #pragma unroll
       for (int s = 0; s < kStates; s++) after[s] = uses_state(P::name, s) ? state[s][i] : 0.0f;
       const float gradient = c.gnorm_scale * gradients[i];
-      const float update = advance<P::name, ScalarMath>(c, size, gradient, values[i], after);
-      const float decayed = couples_decay(P::name) ? values[i] : values[i] * c.decay;
-      const bool is_left = !P::plain && gradient == c.ignored_gradient;
-      updates[i] = is_left ? 0.0f : update;
-      results[i] = is_left ? values[i] : decayed - update;
+      updates[i] = advance_state<P::name>(c, size, gradient, values[i], after);
+      is_left[i] = !P::plain && gradient == c.ignored_gradient;
 #pragma unroll
       for (int s = 0; s < kStates; s++) {
-        if (uses_state(P::name, s)) state[s][i] = is_left ? state[s][i] : after[s];
+        if (uses_state(P::name, s)) state[s][i] = is_left[i] ? state[s][i] : after[s];
       }
+    }
+    if constexpr (has_divisor(P::name)) divide_by_roots(updates, state[divisor_of(P::name)], c.eps);
+#pragma unroll
+    for (int i = 0; i < kOwned; i++) {
+      const float decayed = couples_decay(P::name) ? values[i] : values[i] * c.decay;
+      updates[i] = is_left[i] ? 0.0f : updates[i];
+      results[i] = is_left[i] ? values[i] : decayed - updates[i];
     }
   }
 
@@ -194,7 +200,7 @@ __global__ void __launch_bounds__(kThreads)
 // bounds it, and is null otherwise. Chosen between here and the numbers, it would lie in scratch memory on
 // AMD's GPUs.
 template <class P, class Source>
-__global__ void __launch_bounds__(kThreads, kBlocksAtLeast)
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast<P>)
     update_kernel(Source source, float size, const float* bounded_size,
                   typename P::State::Codebooks codebooks, Batch<typename P::Stored> batch) {
   __shared__ typename P::Tables tables;
@@ -245,7 +251,7 @@ __device__ void sum_pair_over_threads(double (&sums)[2]) {
 
 // partial f64[parts, 2] receives |p|^2 and |update|^2 of each part, the update before the learning rate.
 template <class P, class Source>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast<P>)
     measure_kernel(Source source, typename P::State::Codebooks codebooks, typename P::Stored stored,
                    double* partial) {
   __shared__ typename P::Tables tables;

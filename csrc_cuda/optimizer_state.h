@@ -4,8 +4,10 @@
 // barrier; `run` is how many neighbouring entries a thread should take for accesses of 16 bytes.
 #pragma once
 
+#include <type_traits>
+
 #include "../csrc_shared/optimizer_rules.h"
-#include "encode.h"
+#include "cell_words.h"
 
 namespace bnb {
 
@@ -56,13 +58,38 @@ __device__ inline void store_owned(T* array, const Block& block, const T (&value
   }
 }
 
+// The same for bytes, four to a word.
+template <int run>
+__device__ inline void load_bytes_owned(const uint8_t* array, const Block& block,
+                                        uint32_t (&words)[kOwned / 4]) {
+#pragma unroll
+  for (int i = 0; i < kOwned; i += run) {
+    const int index = owned_index<run>(i);
+    uint32_t part[run / 4];
+    load_bytes(block.of(array) + index, block.whole, block.valid - index, part);
+#pragma unroll
+    for (int j = 0; j < run / 4; j++) words[i / 4 + j] = part[j];
+  }
+}
+template <int run>
+__device__ inline void store_bytes_owned(uint8_t* array, const Block& block,
+                                         const uint32_t (&words)[kOwned / 4]) {
+#pragma unroll
+  for (int i = 0; i < kOwned; i += run) {
+    const int index = owned_index<run>(i);
+    uint32_t part[run / 4];
+#pragma unroll
+    for (int j = 0; j < run / 4; j++) part[j] = words[i / 4 + j];
+    store_bytes(block.of(array) + index, block.whole, block.valid - index, part);
+  }
+}
+
 // The same for entries of any dtype as floats, rounded once when they are stored.
 template <int run, class T>
 __device__ inline void load_floats_owned(const T* array, const Block& block, float (&values)[kOwned]) {
   T entries[kOwned];
   load_owned<run>(array, block, entries);
-#pragma unroll
-  for (int i = 0; i < kOwned; i++) values[i] = to_float(entries[i]);
+  to_floats(entries, values);
 }
 template <int run, class T>
 __device__ inline void store_floats_owned(T* array, const Block& block, const float (&values)[kOwned]) {
@@ -119,19 +146,37 @@ struct ByteState {
   template <class T>
   static constexpr int run = kAccessBytes / sizeof(T);
 
+  // Of one map: the first moments' is signed, the second moments' is not.
+  template <bool is_signed>
+  struct Map {
+    using Encoder = CellWords<is_signed>;
+    typename Encoder::Tables encoding;
+    float code[256];
+
+    __device__ void prepare(const float* codebook) {
+      Encoder::prepare(encoding, codebook);
+      code[threadIdx.x] = codebook[threadIdx.x];
+    }
+  };
+  struct NoMap {};
+
   template <OptimizerName name>
   struct Tables {
-    static constexpr int kMaps = uses_state(name, 2) ? 2 : 1;
-    CellEncoder::Tables encoding[kMaps];
-    float code[kMaps][256];
+    static constexpr bool kHasSecond = uses_state(name, 2);
+    Map<true> first;
+    std::conditional_t<kHasSecond, Map<false>, NoMap> second;
 
     __device__ void prepare(const Codebooks& codebooks) {
-      prepare_map(0, codebooks.state1);
-      if constexpr (kMaps == 2) prepare_map(1, codebooks.state2);
+      first.prepare(codebooks.state1);
+      if constexpr (kHasSecond) second.prepare(codebooks.state2);
     }
-    __device__ void prepare_map(int m, const float* codebook) {
-      CellEncoder::prepare(encoding[m], codebook);
-      code[m][threadIdx.x] = codebook[threadIdx.x];
+    // Calls f with the map of a state.
+    template <class F>
+    __device__ void with_map(int s, const F& f) const {
+      if constexpr (kHasSecond) {
+        if (s == 2) return f(second);
+      }
+      f(first);
     }
   };
 
@@ -142,11 +187,13 @@ struct ByteState {
 
   template <int run, class Tables>
   __device__ void load(int s, const Tables& tables, const Block& block, float (&owned)[kOwned]) const {
-    uint8_t bytes[kOwned];
-    load_owned<run>(codes[s], block, bytes);
+    uint32_t words[kOwned / 4];
+    load_bytes_owned<run>(codes[s], block, words);
     const float scale = absmax[s][block.index];
+    tables.with_map(s, [&](const auto& map) {
 #pragma unroll
-    for (int i = 0; i < kOwned; i++) owned[i] = tables.code[map_of(s)][bytes[i]] * scale;
+      for (int i = 0; i < kOwned; i++) owned[i] = map.code[byte_of(words[i / 4], i % 4)] * scale;
+    });
   }
 
   // Where the update is divided by the state, a positive value takes the smallest positive code rather than
@@ -162,19 +209,18 @@ struct ByteState {
 #pragma unroll
     for (int i = 0; i < kOwned; i++) largest = max(largest, magnitude_bits(owned[i]));
     largest = warp_max(largest);
-    const CellEncoder::Tables& encoding = tables.encoding[map_of(s)];
-    uint8_t bytes[kOwned];
-    if (is_divisor) {
-      encode_block<CellEncoder, true>(encoding, largest, owned, bytes);
-    } else {
-      encode_block<CellEncoder>(encoding, largest, owned, bytes);
-    }
-    store_owned<run>(codes[s], block, bytes);
+    uint32_t words[kOwned / 4];
+    tables.with_map(s, [&](const auto& map) {
+      using Encoder = typename std::decay_t<decltype(map)>::Encoder;
+      if (is_divisor) {
+        Encoder::template encode<true>(map.encoding, largest, owned, words);
+      } else {
+        Encoder::template encode<false>(map.encoding, largest, owned, words);
+      }
+    });
+    store_bytes_owned<run>(codes[s], block, words);
     if (lane() == 0) absmax[s][block.index] = stored_absmax(largest);
   }
-
- private:
-  static __device__ int map_of(int s) { return s == 2 ? 1 : 0; }
 };
 
 }  // namespace bnb

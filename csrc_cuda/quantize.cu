@@ -1,4 +1,6 @@
 // Blockwise quantization to 256-entry and 4-bit codebooks, and back (docs/SPEC.md section 2).
+#include <type_traits>
+
 #include "block_scales.h"
 #include "encode.h"
 #include "grid.h"
@@ -60,10 +62,8 @@ __global__ void __launch_bounds__(kThreads)
   AnyEncoder::prepare(tables, source);
   __syncthreads();
   const int blocksize = 1 << block_shift;
-  const bool aligned = are_aligned<items>(a) && are_aligned<items / each>(out);
-  for (int64_t first = int64_t{blockIdx.x} * Tile::kSize; first < n;
-       first += int64_t{gridDim.x} * Tile::kSize) {
-    const bool whole = aligned && n - first >= Tile::kSize;
+  const auto quantize_tile = [&](int64_t first, auto is_whole) {
+    constexpr bool whole = decltype(is_whole)::value;
     float x[chunks][items];
     int32_t largest[chunks] = {};
 #pragma unroll
@@ -80,14 +80,20 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int c = 0; c < chunks; c++) {
       const int64_t begin = first + Tile::offset_of(c);
-      uint8_t bytes[items / each];
-      encode_block<AnyEncoder>(tables, largest[c], x[c], bytes);
-      store(out + begin / each, whole, (n - begin + each - 1) / each, bytes);
-      if (begin < n && (begin & (blocksize - 1)) == 0) {
+      uint32_t codes[items / each / 4];
+      encode_block<AnyEncoder>(tables, largest[c], x[c], codes);
+      store_bytes(out + begin / each, whole, (n - begin + each - 1) / each, codes);
+      if ((whole || begin < n) && (begin & (blocksize - 1)) == 0) {
         absmax[begin >> block_shift] = stored_absmax(largest[c]);
       }
     }
+  };
+  const int64_t stride = int64_t{gridDim.x} * Tile::kSize;
+  int64_t first = int64_t{blockIdx.x} * Tile::kSize;
+  if (are_aligned<items>(a) && are_aligned<items / each>(out)) {
+    for (; n - first >= Tile::kSize; first += stride) quantize_tile(first, std::true_type());
   }
+  for (; first < n; first += stride) quantize_tile(first, std::false_type());
 }
 
 // A thread makes several times 16 bytes of output, all their codes loaded first.
@@ -117,10 +123,9 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float values[1 << bits];
   if (threadIdx.x < 1 << bits) values[threadIdx.x] = codebook[static_cast<int>(threadIdx.x)];
   __syncthreads();
-  const bool aligned = are_aligned<bytes>(codes) && are_aligned<items>(out);
   const float offset = stored.offset();
-  for (int64_t first = blockIdx.x * tile; first < n; first += gridDim.x * tile) {
-    const bool whole = aligned && n - first >= tile;
+  const auto dequantize_tile = [&](int64_t first, auto is_whole) {
+    constexpr bool whole = decltype(is_whole)::value;
     uint8_t packed[kUnrolled][bytes];
     decltype(stored.load(0)) scales[kUnrolled];
 #pragma unroll
@@ -142,7 +147,13 @@ __global__ void __launch_bounds__(kThreads)
       }
       store_floats(out + begin, whole, n - begin, y);
     }
+  };
+  const int64_t stride = gridDim.x * tile;
+  int64_t first = blockIdx.x * tile;
+  if (are_aligned<bytes>(codes) && are_aligned<items>(out)) {
+    for (; n - first >= tile; first += stride) dequantize_tile(first, std::true_type());
   }
+  for (; first < n; first += stride) dequantize_tile(first, std::false_type());
 }
 
 template <class AnyEncoder>

@@ -33,6 +33,9 @@ BNB_HOST_DEVICE constexpr bool divides_by(OptimizerName name, int state) {
   return state == 2 && uses_state(name, 2);
 }
 
+BNB_HOST_DEVICE constexpr int divisor_of(OptimizerName name) { return divides_by(name, 0) ? 0 : 2; }
+BNB_HOST_DEVICE constexpr bool has_divisor(OptimizerName name) { return divides_by(name, divisor_of(name)); }
+
 // What is the same for every entry, rounded to f32.
 struct Coefficients {
   float gnorm_scale, beta1, beta2, beta3, rest1, rest2, rest3, alpha, eps, weight_decay, decay;
@@ -70,12 +73,12 @@ struct Coefficients {
   }
 };
 
-// Moves the state of some entries one step ahead and returns size * numerator / denominator of the update.
+// Moves the state of some entries one step ahead and returns size * numerator of the update.
 //
-// V is a float or a vector of them, and Math::sqrt its square root.
-template <OptimizerName name, class Math, class V>
-BNB_HOST_DEVICE BNB_ALWAYS_INLINE V advance(const Coefficients& c, float size, V g, V p,
-                                            V (&state)[kStates]) {
+// V is a float or a vector of them.
+template <OptimizerName name, class V>
+BNB_HOST_DEVICE BNB_ALWAYS_INLINE V advance_state(const Coefficients& c, float size, V g, V p,
+                                                  V (&state)[kStates]) {
   if constexpr (couples_decay(name)) g += c.weight_decay * p;
   V& m = state[0];
   V& slow = state[1];
@@ -83,12 +86,12 @@ BNB_HOST_DEVICE BNB_ALWAYS_INLINE V advance(const Coefficients& c, float size, V
   if constexpr (is_adam(name)) {
     m = c.beta1 * m + c.rest1 * g;
     v = c.beta2 * v + c.rest2 * g * g;
-    return size * m / (Math::sqrt(v) + c.eps);
+    return size * m;
   } else if constexpr (name == OptimizerName::ademamix) {
     m = c.beta1 * m + c.rest1 * g;
     slow = c.beta3 * slow + c.rest3 * g;
     v = c.beta2 * v + c.rest2 * g * g;
-    return size * (m + c.alpha * slow) / (Math::sqrt(v) + c.eps);
+    return size * (m + c.alpha * slow);
   } else if constexpr (has_momentum(name)) {
     m = c.first_step ? g : c.beta1 * m + g;
     return size * m;
@@ -99,10 +102,22 @@ BNB_HOST_DEVICE BNB_ALWAYS_INLINE V advance(const Coefficients& c, float size, V
     return direction > zero ? forward : direction < zero ? -forward : zero;
   } else if constexpr (name == OptimizerName::rmsprop) {
     m = c.beta1 * m + c.rest1 * g * g;
-    return size * g / (Math::sqrt(m) + c.eps);
+    return size * g;
   } else {
     m += g * g;
-    return size * g / (Math::sqrt(m) + c.eps);
+    return size * g;
+  }
+}
+
+// The same, and returns size * numerator / denominator. Math::sqrt is V's square root.
+template <OptimizerName name, class Math, class V>
+BNB_HOST_DEVICE BNB_ALWAYS_INLINE V advance(const Coefficients& c, float size, V g, V p,
+                                            V (&state)[kStates]) {
+  const V numerator = advance_state<name>(c, size, g, p, state);
+  if constexpr (has_divisor(name)) {
+    return numerator / (Math::sqrt(state[divisor_of(name)]) + c.eps);
+  } else {
+    return numerator;
   }
 }
 

@@ -382,3 +382,14 @@ def test_several_parameters_at_once_have_no_bounded_update():
     state = OptimizerState32bit(list(tensors), list(tensors))
     with use_backend("cpu"), pytest.raises(ValueError, match="max_unorm: expected 0 for several parameters"):
         primitives.optimizer_update_32bit.several(step, tensors, list(tensors), state, torch.zeros(1))
+
+
+@pytest.mark.parametrize(("signed", "mantissa_bits"), [(True, 6), (False, 7)])
+def test_the_maps_of_8bit_state_have_one_threshold_in_a_cell(signed, mantissa_bits):
+    """GPU kernels find codes in one look-up then (csrc_cuda/cell_words.h), else by bisection."""
+    code = create_dynamic_map(signed=signed)
+    thresholds = ((code[1:] + code[:-1]) / 2).numpy()
+    cells = thresholds.view(np.int32) >> (23 - mantissa_bits)
+    assert len(np.unique(cells)) == len(cells)
+    assert np.abs(thresholds).min() > 2.0**-23
+    assert np.abs(thresholds).max() <= 1

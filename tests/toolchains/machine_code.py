@@ -1,4 +1,4 @@
-"""What NVIDIA's machine code does for each weight: instructions and accesses to shared memory, counted in the loops."""
+"""What NVIDIA's machine code does for each weight or element: instructions and accesses, counted in the loops."""
 
 from __future__ import annotations
 
@@ -34,15 +34,24 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
+    """Places in the code, the last one too."""
+
     first: int
     last: int
 
     def __contains__(self, place: int) -> bool:
         return self.first <= place <= self.last
 
+    def is_in(self, other: Loop) -> bool:
+        return self.first in other and self.last in other
+
+    @property
+    def places(self) -> range:
+        return range(self.first, self.last + 1)
+
     @property
     def length(self) -> int:
-        return self.last - self.first + 1
+        return len(self.places)
 
 
 @dataclass(frozen=True)
@@ -80,16 +89,8 @@ def counts(code: list[Instruction], products_of_segment: int) -> Counts:
     A step may have a loop over segments in it, of ``products_of_segment`` mma instructions each; what stands beside
     that is shared by the segments of a step. All of a loop counts, whether a branch passes it by or not.
     """
-    place = {instruction.address: i for i, instruction in enumerate(code)}
     products = [i for i, instruction in enumerate(code) if instruction.name.startswith("HMMA")]
-    loops = sorted(
-        (
-            Loop(place[instruction.target], i)
-            for i, instruction in enumerate(code)
-            if instruction.target in place and place[instruction.target] < i
-        ),
-        key=lambda loop: loop.length,
-    )
+    loops = sorted(_loops(code), key=lambda loop: loop.length)
     around = [loop for loop in loops if all(product in loop for product in products)]
     copies = [i for i, instruction in enumerate(code) if instruction.name.startswith("LDGDEPBAR")]
     step = next(loop for loop in around if any(copy in loop for copy in copies))
@@ -103,6 +104,48 @@ def counts(code: list[Instruction], products_of_segment: int) -> Counts:
         (inner.length + beside.instructions / segments) / SEGMENT,
         (_accesses(code, inner) + beside.accesses / segments) / SEGMENT,
     )
+
+
+def bulk_instructions(code: list[Instruction]) -> int:
+    """Those of one turn of the loop over whole blocks or tiles: the outermost loop that stores with the fewest loads.
+
+    What a branch passes by is left out if it has a call or a loop in it: operands out of a division's range, maps and
+    block sizes that need more steps.
+    """
+    loops = _loops(code)
+    whole = [loop for loop in loops if _has(code, loop, "LDG") and _has(code, loop, "STG")]
+    bulk = min(
+        (loop for loop in whole if not any(loop != other and loop.is_in(other) for other in whole)),
+        key=lambda loop: sum(code[i].name.startswith("LDG") for i in loop.places),
+    )
+    skipped: set[int] = set()
+    for passed in _passed_by(code):
+        if passed.is_in(bulk) and (_has(code, passed, "CALL") or any(loop.is_in(passed) for loop in loops)):
+            skipped |= set(passed.places)
+    return bulk.length - len(skipped)
+
+
+def _loops(code: list[Instruction]) -> list[Loop]:
+    place = {instruction.address: i for i, instruction in enumerate(code)}
+    return [
+        Loop(place[instruction.target], i)
+        for i, instruction in enumerate(code)
+        if instruction.target in place and place[instruction.target] < i
+    ]
+
+
+def _passed_by(code: list[Instruction]) -> list[Loop]:
+    """The places between each branch and where it leads to, further on."""
+    place = {instruction.address: i for i, instruction in enumerate(code)}
+    return [
+        Loop(i + 1, place[instruction.target] - 1)
+        for i, instruction in enumerate(code)
+        if instruction.target in place and place[instruction.target] > i + 1
+    ]
+
+
+def _has(code: list[Instruction], places: Loop, name: str) -> bool:
+    return any(code[i].name.startswith(name) for i in places.places)
 
 
 def _accesses(code: list[Instruction], loop: Loop) -> int:

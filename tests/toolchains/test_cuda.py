@@ -91,6 +91,31 @@ def test_kernels_spend_no_more_instructions_and_accesses_on_a_weight_than_they_a
     assert over == {}, found
 
 
+# Of the loop over whole blocks or tiles, for sm_90a: elements of a lane in a turn, and instructions for each. A warp's
+# sums over fewer lanes (quantize_kernel) are a loop, and are not in these counts: 7 instructions a step.
+ELEMENTWISE_COUNTS = {
+    "update_kernelINS0_9ParameterILNS_13OptimizerNameE0E13__nv_bfloat16NS_9ByteStateELb1EEENS0_7NumbersE": (8, 71.0),
+    "update_kernelINS0_9ParameterILNS_13OptimizerNameE0EfNS_9ByteStateELb1EEENS0_7NumbersE": (8, 72.5),
+    "17dequantize_kernelINS0_13ShortCodebookENS_9F32ScalesE13__nv_bfloat16": (32, 8.0),
+    "17dequantize_kernelINS0_13ShortCodebookENS_12StoredScalesE13__nv_bfloat16": (32, 16.5),
+    "15quantize_kernelINS_12ShortEncoderILNS_7EncoderE0EEE13__nv_bfloat16": (16, 15.0),
+    "15quantize_kernelINS_11CellEncoderEf": (16, 20.5),
+}
+
+
+@needs_disassembler
+def test_kernels_spend_no_more_instructions_on_an_element_than_they_are_known_for(built):
+    code = {}
+    for source in ("optimizer", "quantize"):
+        (path,) = built.objects.rglob(f"{source}.o")
+        code |= machine_code.functions(path, "sm_90a")
+    found = {}
+    for kernel, (elements, most) in ELEMENTWISE_COUNTS.items():
+        (name,) = (name for name in code if kernel in name)
+        found[kernel] = (round(machine_code.bulk_instructions(code[name]) / elements, 2), most)
+    assert {kernel: counts for kernel, counts in found.items() if counts[0] > counts[1]} == {}, found
+
+
 def test_the_module_imports_without_a_driver_and_says_so(built):
     code = (
         "import importlib.util, sys\n"
