@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -165,8 +165,7 @@ class Quantized:
     divides: bool
 
     @classmethod
-    def of(cls, state: Tensor, signed: bool, divides: bool, stacked: bool) -> Quantized:
-        qmap = create_dynamic_map(signed)
+    def of(cls, state: Tensor, qmap: Tensor, divides: bool, stacked: bool) -> Quantized:
         parts = state.unbind(0) if stacked else [state]
         quantized = [
             oracle.quantize_blockwise(part.reshape(-1).numpy(), qmap.numpy(), OPTIMIZER_BLOCKSIZE) for part in parts
@@ -224,10 +223,23 @@ def _check_codes(what: str, before: Quantized, got: Any, exact: oracle.F64, scal
         )
 
 
-def _quantized(optimizer: str, state1: Tensor, state2: Tensor | None) -> tuple[Quantized, Quantized | None]:
-    traits = OPTIMIZERS[optimizer]
-    first = Quantized.of(state1, True, traits.divides_by_state1, traits.stacked)
-    return first, None if state2 is None else Quantized.of(state2, False, True, False)
+def _crowded_map(signed: bool) -> Tensor:
+    """Sixteen values next to one another, so that no table of equal or of relative steps tells them apart."""
+    qmap = create_dynamic_map(signed)
+    qmap[200:216] = qmap[200] + 2.0**-20 * torch.arange(16)
+    return qmap
+
+
+MAPS: dict[str, Callable[[bool], Tensor]] = {"dynamic": create_dynamic_map, "crowded": _crowded_map}
+"""Codebooks of 8-bit states, signed or not."""
+
+
+def _quantized(
+    optimizer: str, state1: Tensor, state2: Tensor | None, code: str = "dynamic"
+) -> tuple[Quantized, Quantized | None]:
+    traits, qmap = OPTIMIZERS[optimizer], MAPS[code]
+    first = Quantized.of(state1, qmap(True), traits.divides_by_state1, traits.stacked)
+    return first, None if state2 is None else Quantized.of(state2, qmap(False), True, False)
 
 
 def _state_8bit(first: Quantized, second: Quantized | None) -> OptimizerState8bit:
@@ -235,10 +247,10 @@ def _state_8bit(first: Quantized, second: Quantized | None) -> OptimizerState8bi
     return OptimizerState8bit(first.codes, codes2, first.qmap, qmap2, first.absmax, absmax2)
 
 
-def _check_8bit(context: Context, sample: Sample) -> None:
+def _check_8bit(context: Context, sample: Sample, code: str = "dynamic") -> None:
     generator = context.generator(sample.name)
     (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
-    first, second = _quantized(sample.optimizer, state1, state2)
+    first, second = _quantized(sample.optimizer, state1, state2, code)
     state = _state_8bit(first, second)
     after: Any = context.update(primitives.optimizer_update_8bit_blockwise, sample.step, g, p, state, unorm_of(sample))
     values2 = None if second is None else second.values
@@ -339,6 +351,10 @@ def cases() -> Iterator[Case]:
         run = partial(_check_8bit, sample=sample)
         yield Case("optimizer_update_8bit_blockwise", sample.name, run, sample.traits)
     for optimizer in OPTIMIZERS:
+        sample = Sample(optimizer, torch.float32, "many blocks")
+        run = partial(_check_8bit, sample=sample, code="crowded")
+        traits = {**sample.traits, "code": "crowded"}
+        yield Case("optimizer_update_8bit_blockwise", f"crowded code,{optimizer}", run, traits)
         for bits, primitive in PRIMITIVES.items():
             for bad in (float("nan"), float("inf")):
                 contained = partial(_contained, optimizer=optimizer, bits=bits, bad=bad)
@@ -356,4 +372,7 @@ _REQUIRED = {
     "option": tuple(OPTIONS),
     "gradient": (*GRADIENTS, "nan", "inf"),
 }
-REQUIRED = {"optimizer_update_32bit": _REQUIRED, "optimizer_update_8bit_blockwise": _REQUIRED}
+REQUIRED = {
+    "optimizer_update_32bit": _REQUIRED,
+    "optimizer_update_8bit_blockwise": {**_REQUIRED, "code": ("crowded",)},
+}
