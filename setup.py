@@ -55,6 +55,10 @@ def machine() -> str:
     return os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).rpartition("-")[2]
 
 
+def for_windows() -> bool:
+    return os.environ.get("_PYTHON_HOST_PLATFORM", sys.platform).startswith("win")
+
+
 Command = Callable[[list[str], str], list[str]]
 """The command that compiles a source, without its own flags, from the host compiler's command and the source."""
 
@@ -82,7 +86,7 @@ class KernelExtension(Extension):
             depends=[*headers, "setup.py"],
             language="c++",
             py_limited_api=HAS_STABLE_INTERFACE,
-            **{"libraries": ["dl"], **options},
+            **{"libraries": [] if for_windows() else ["dl"], **options},
         )
         self.extra_link_args = [*self.extra_link_args, *oldest_glibc_flags()]
         self.source_flags = source_flags
@@ -91,7 +95,7 @@ class KernelExtension(Extension):
 
 def oldest_glibc_flags() -> list[str]:
     """So that what is built on a new Linux runs on an old one; none where OLDEST_GLIBC has nothing to say."""
-    if platform.libc_ver()[0] != "glibc" or machine() not in ("x86_64", "aarch64"):
+    if for_windows() or platform.libc_ver()[0] != "glibc" or machine() not in ("x86_64", "aarch64"):
         return []
     names = re.findall(r"^BNB_OLDEST_VERSION\((\w+)", Path(OLDEST_GLIBC).read_text(), re.MULTILINE)
     return [f"-Wl,--wrap={name}" for name in names]
@@ -116,7 +120,7 @@ def cpu_kernels() -> list[KernelExtension]:
     # An instruction set's flags go to its target and nowhere else: they let the compiler use instructions that another
     # machine lacks, even in code that runs before the choice.
     target_flags = {"portable": []}
-    if machine() in ("x86_64", "AMD64"):
+    if machine() in ("x86_64", "AMD64", "amd64"):
         target_flags |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512_VNNI}
         target_flags |= {"avx512_bf16": AVX512_BF16, "amx": AMX}
     if machine() in ("aarch64", "arm64"):
@@ -203,7 +207,9 @@ class BuildKernels(build_ext):
     """Compiles the sources of an extension in parallel, each with its own flags."""
 
     def build_extension(self, ext: KernelExtension) -> None:
-        compiler = self.compiler.compiler_cxx[0]
+        # Windows' own compiler knows no vectors. One that takes GNU's options builds there, such as `zig c++`.
+        host = os.environ.get("CXX", "clang++").split() if for_windows() else list(self.compiler.compiler_so_cxx)
+        compiler = host[0]
         if not shutil.which(compiler):
             raise SystemExit(
                 f"bnb_core's kernels need a C++17 compiler, and {compiler!r} was not found. "
@@ -215,7 +221,6 @@ class BuildKernels(build_ext):
         def compile_one(source: str, folder: str) -> str:
             object_file = Path(folder, os.path.relpath(source)).with_suffix(".o")
             object_file.parent.mkdir(parents=True, exist_ok=True)
-            host = list(self.compiler.compiler_so_cxx)
             command = ext.command(host, source)
             flags = [*include, *PYTHON_INTERFACE, *ext.source_flags[source], "-c", source, "-o", str(object_file)]
             if subprocess.run([*command, *flags]).returncode != 0:
@@ -226,8 +231,21 @@ class BuildKernels(build_ext):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return list(pool.map(lambda source: compile_one(source, f"{output_dir}/{ext.name}"), sources))
 
-        self.compiler.compile = compile_all
-        super().build_extension(ext)
+        if for_windows():
+            self.link_for_windows(ext, host, compile_all(ext.sources, self.build_temp))
+        else:
+            self.compiler.compile = compile_all
+            super().build_extension(ext)
+
+    def link_for_windows(self, ext: KernelExtension, host: list[str], objects: list[str]) -> None:
+        # Beside the objects, as the linker leaves other files there, too.
+        module = Path(self.build_temp, ext.name, f"{ext.name.rpartition('.')[2]}.pyd")
+        options = ["-shared", "-s", f"-L{Path(sys.base_prefix, 'libs')}"]
+        if subprocess.run([*host, *options, *objects, "-lpython3", "-o", str(module)]).returncode != 0:
+            raise SystemExit(f"{module.name} could not be linked")
+        folder = Path(self.get_ext_fullpath(ext.name)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(module, folder)
 
 
 class BuildWheel(bdist_wheel):
@@ -235,8 +253,8 @@ class BuildWheel(bdist_wheel):
 
     def egg2dist(self, egginfo_path: str, distinfo_path: str) -> None:
         super().egg2dist(egginfo_path, distinfo_path)
-        host = os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++").split()[0]
-        compilers = {"C++ compiler": [host, "--version"]}
+        host = os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++").split()
+        compilers = {"C++ compiler": [*host, "--version"]}
         linked_in = {}
         if "cuda" in requested():
             compilers["nvcc"] = [str(cuda.nvcc()), "--version"]

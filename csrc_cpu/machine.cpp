@@ -2,8 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -40,10 +42,15 @@ constexpr unsigned kTileState = 0x60000;
 constexpr unsigned kTileFeatures =
     1u << 22 | 1u << 24 | 1u << 25;  // cpuid 7, edx: AMX-BF16, AMX-TILE, AMX-INT8
 
-// Linux grants the 8 KiB of tile state only to processes that ask for it.
+// Linux grants the 8 KiB of tile state only to processes that ask for it. Other systems are not asked, and no
+// tile used.
 bool system_permits_tiles() {
+#if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace

@@ -6,18 +6,30 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#elif defined(_WIN32)
+#include <malloc.h>
 #endif
 
 namespace bnb {
 
 void* allocate(size_t bytes) {
+#if defined(_WIN32)
+  void* memory = _aligned_malloc(bytes + 64, 64);
+#else
   void* memory = std::aligned_alloc(64, (bytes + 64) / 64 * 64);
+#endif
   if (!memory) throw std::bad_alloc();
   advise_huge_pages(memory, bytes);
   return memory;
 }
 
-void deallocate(void* memory) { std::free(memory); }
+void deallocate(void* memory) {
+#if defined(_WIN32)
+  _aligned_free(memory);
+#else
+  std::free(memory);
+#endif
+}
 
 void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -1,46 +1,31 @@
 #include "threads.h"
 
-#include <dlfcn.h>
 #include <time.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <stdexcept>
 #include <string>
+
+#include "openmp.h"
 
 namespace bnb {
 namespace {
 
-struct OpenMP {
-  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-  int (*max_threads)();
-  int (*thread)();
-  int (*threads)();
-  int (*in_parallel)();
-  std::string path;
-};
-
 OpenMP openmp{};
-
-template <class Function>
-void* find(void* library, const char* name, Function*& function) {
-  void* symbol = dlsym(library, name);
-  if (!symbol) {
-    throw std::runtime_error(std::string("the OpenMP runtime of torch has no ") + name +
-                             "; bnb_core needs a torch build with OpenMP");
-  }
-  function = reinterpret_cast<Function*>(symbol);
-  return symbol;
-}
 
 using Clock = std::chrono::steady_clock;
 
-// For how long the calling thread has had a core.
+// For how long the calling thread has had a core. Windows knows that to 15 ms only; there it has had one
+// always.
 std::chrono::nanoseconds thread_time() {
+#if defined(_WIN32)
+  return Clock::now().time_since_epoch();
+#else
   timespec now{};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
   return std::chrono::seconds(now.tv_sec) + std::chrono::nanoseconds(now.tv_nsec);
+#endif
 }
 
 struct Job {
@@ -94,19 +79,7 @@ void run_part(void* data) {
 
 }  // namespace
 
-void set_openmp(const std::string& path) {
-  void* library = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
-  if (!library || !dlsym(library, "GOMP_parallel")) library = RTLD_DEFAULT;
-  OpenMP found{};
-  void* symbol = find(library, "GOMP_parallel", found.parallel);
-  find(library, "omp_get_max_threads", found.max_threads);
-  find(library, "omp_get_thread_num", found.thread);
-  find(library, "omp_get_num_threads", found.threads);
-  find(library, "omp_in_parallel", found.in_parallel);
-  Dl_info info{};
-  if (dladdr(symbol, &info) && info.dli_fname) found.path = info.dli_fname;
-  openmp = found;
-}
+void set_openmp(const std::string& path) { openmp = find_openmp(path); }
 
 const char* openmp_path() { return openmp.parallel ? openmp.path.c_str() : nullptr; }
 
@@ -120,7 +93,7 @@ void parallel_range(int64_t n, int64_t grain, RangeBody body, void* context) {
   if (start.time_since_epoch().count() < rests_until.load(std::memory_order_relaxed))
     return body(context, 0, n);
   Job job{n, body, context, start};
-  openmp.parallel(run_part, &job, static_cast<unsigned>(threads), 0);
+  openmp.parallel(run_part, &job, static_cast<int>(threads));
   const Clock::duration waited(job.waited.load());
   if (waited.count() > 0) remember_waiting(start, waited);
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compilers import needs
 
 import bnb_core
 from bnb_core import functional as F
@@ -36,6 +37,31 @@ def test_the_process_holds_one_openmp_runtime_and_the_kernels_run_on_it():
     runtimes = set(OPENMP.findall(maps))
     assert len(runtimes) == 1
     assert Path(serving.strip()).resolve() == Path(runtimes.pop()).resolve()
+
+
+ON_ANOTHER_RUNTIME = """
+import ctypes, sys, torch
+import test_process
+from bnb_core.backends.cpu import _kernels
+before = test_process._everything()
+library = ctypes.CDLL(sys.argv[1])
+_kernels.set_openmp(sys.argv[1])
+after = test_process._everything()
+print(_kernels.openmp_path(), ctypes.c_int.in_dll(library, "forks").value, all(map(torch.equal, before, after)))
+"""
+
+
+@needs("g++", remedy="apt-get install g++")
+def test_a_runtime_of_llvms_interface_alone_serves_too(tmp_path):
+    """As torch's does on Windows."""
+    here, library = Path(__file__).parent, tmp_path / "libruntime.so"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread"]
+    subprocess.run(["g++", *flags, str(here / "llvm_openmp.cpp"), "-o", str(library)], check=True, timeout=120)
+    command = [sys.executable, "-c", ON_ANOTHER_RUNTIME, str(library)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here)
+    path, forks, same = run.stdout.split()
+    assert (path, same) == (str(library), "True")
+    assert int(forks) > 0
 
 
 def _cpu_backend(**environment):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -24,13 +25,16 @@ LEVELS = (
 )
 """The instruction sets of csrc_cpu on all machines, ascending on each."""
 
+OPENMP = {"darwin": "libtorch_cpu.dylib", "win32": "libiomp5md.dll"}
+"""Which of torch's libraries has its OpenMP runtime, or depends on it; elsewhere it is libtorch_cpu.so."""
+
 
 def _load_kernels(cap: str | None) -> ModuleType:
     """The compiled module, on an instruction set no higher than the cap and the OpenMP runtime that torch runs on."""
     module = import_module("bnb_core.backends.cpu._kernels")
     if cap is not None:
         module.set_isa(capped_level(cap, module.isas_available()))
-    module.set_openmp(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    module.set_openmp(str(Path(torch.__file__).parent / "lib" / OPENMP.get(sys.platform, "libtorch_cpu.so")))
     return module
 
 

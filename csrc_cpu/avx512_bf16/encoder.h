@@ -138,6 +138,16 @@ class CellRanks {
   BytePermutation<kSegments> below_, cells_;
 };
 
+// Bytes of two vectors in turn, 32 of each at a time.
+struct Interleaved {
+  uint8_t values[2][64];
+};
+constexpr Interleaved interleaved() {
+  Interleaved indices{};
+  for (int i = 0; i < 128; i++) indices.values[i / 64][i % 64] = static_cast<uint8_t>(i / 2 + i % 2 * 64);
+  return indices;
+}
+
 // The lower halves of the thresholds, inverted where these are negative, so that both signs compare alike.
 class LowerHalves {
  public:
@@ -174,16 +184,6 @@ class LowerHalves {
   }
 
  private:
-  // Bytes of two vectors in turn, 32 of each at a time.
-  struct Interleaved {
-    uint8_t values[2][64];
-  };
-  static constexpr Interleaved interleaved() {
-    Interleaved indices{};
-    for (int i = 0; i < 128; i++) indices.values[i / 64][i % 64] = static_cast<uint8_t>(i / 2 + i % 2 * 64);
-    return indices;
-  }
-
   BytePermutation<256> low_{}, high_{};
 };
 

@@ -54,7 +54,8 @@ inline void hash_4bit(const Kernels& k, int d, bool any_bits) {
         hash.add(values.bytes);
         const auto codes = Random(7).integers<uint8_t>(blocks);
         const auto nested_absmax = Random(8).scales(blocks / 256 + 1);
-        weight.scales = {nullptr, codes.data(), nested_absmax.data(), nested_code.data(), offset.data(), 256, 0};
+        weight.scales = {nullptr, codes.data(), nested_absmax.data(), nested_code.data(), offset.data(), 256,
+                         0};
         k.dequantize_4bit(weight, values.matrix(), nullptr);
         hash.add(values.bytes);
       }

@@ -1,15 +1,12 @@
 // Inputs that are the same on every machine, and hashes of what kernels make of them.
 #pragma once
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <vector>
 
 #include "../../csrc_shared/kernels.h"
+#include "pages.h"
 
 namespace {
 
@@ -31,22 +28,19 @@ struct AtPageEnd {
 
   T* allocate(size_t n) {
     const size_t bytes = size_of_pages(n);
-    void* const memory =
-        mmap(nullptr, bytes + page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(static_cast<char*>(memory) + bytes, page(), PROT_NONE);
-    return reinterpret_cast<T*>(static_cast<char*>(memory) + bytes) - n;
+    return reinterpret_cast<T*>(static_cast<char*>(map_before_guard(bytes)) + bytes) - n;
   }
   void deallocate(T* p, size_t n) {
     const size_t bytes = size_of_pages(n);
-    munmap(reinterpret_cast<char*>(p + n) - bytes, bytes + page());
+    unmap(reinterpret_cast<char*>(p + n) - bytes, bytes);
   }
   bool operator==(const AtPageEnd&) const { return true; }
   bool operator!=(const AtPageEnd&) const { return false; }
 
  private:
-  static size_t page() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
-  static size_t size_of_pages(size_t n) { return (n * sizeof(T) + page() - 1) / page() * page(); }
+  static size_t size_of_pages(size_t n) {
+    return (n * sizeof(T) + page_size() - 1) / page_size() * page_size();
+  }
 };
 template <class T>
 using Vector = std::vector<T, AtPageEnd<T>>;

@@ -85,7 +85,8 @@ struct RandomWeight {
     }
     weight.scales =
         nested
-            ? BlockScales{nullptr, codes.data(), nested_absmax.data(), nested_code.data(), offset.data(), 256, 0}
+            ? BlockScales{nullptr, codes.data(), nested_absmax.data(), nested_code.data(), offset.data(), 256,
+                          0}
             : f32_scales(absmax.data());
     for (int64_t i = 0; i < N * K; i++) {
       const int code = i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
@@ -128,7 +129,8 @@ inline void check_4bit(const Kernels& k, int d) {
 
 inline void check_int8(const Kernels& k, int d) {
   Check forward("int8 products with outliers", d), backward("int8_linear_backward", d);
-  for (const auto& [N, K] : kWeightShapes) {
+  for (const auto& shape : kWeightShapes) {
+    const int64_t N = shape[0], K = shape[1];
     for (const int64_t M : {1, 2, 3, 4, 5, 13, 67}) {
       const auto a = Random(1).integers<int8_t>(M * K), b = Random(2).integers<int8_t>(N * K);
       const auto row_stats = Random(3).scales(M), col_stats = Random(4).scales(N);
