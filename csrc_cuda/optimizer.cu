@@ -17,9 +17,15 @@ constexpr int kThreads = CellWords<true>::kThreads;
 constexpr int kWarps = kThreads / kWarp;
 
 // Blocks of threads that a multiprocessor has room for at least: registers for more of them would be spilled.
+// AMD's have memory for the tables of two.
+#if defined(__HIP_PLATFORM_AMD__)
+template <class P>
+constexpr int kBlocksAtLeast = 2;
+#else
 template <class P>
 constexpr int kBlocksAtLeast =
     P::plain && P::name == OptimizerName::adam && sizeof(typename P::T) == 2 ? 4 : 2;
+#endif
 
 // A parameter with its gradient and state, and the rule to apply.
 //
