@@ -230,14 +230,10 @@ def _crowded_map(signed: bool) -> Tensor:
     return qmap
 
 
-MAPS: dict[str, Callable[[bool], Tensor]] = {"dynamic": create_dynamic_map, "crowded": _crowded_map}
-"""Codebooks of 8-bit states, signed or not."""
-
-
 def _quantized(
-    optimizer: str, state1: Tensor, state2: Tensor | None, code: str = "dynamic"
+    optimizer: str, state1: Tensor, state2: Tensor | None, qmap: Callable[[bool], Tensor] = create_dynamic_map
 ) -> tuple[Quantized, Quantized | None]:
-    traits, qmap = OPTIMIZERS[optimizer], MAPS[code]
+    traits = OPTIMIZERS[optimizer]
     first = Quantized.of(state1, qmap(True), traits.divides_by_state1, traits.stacked)
     return first, None if state2 is None else Quantized.of(state2, qmap(False), True, False)
 
@@ -247,10 +243,10 @@ def _state_8bit(first: Quantized, second: Quantized | None) -> OptimizerState8bi
     return OptimizerState8bit(first.codes, codes2, first.qmap, qmap2, first.absmax, absmax2)
 
 
-def _check_8bit(context: Context, sample: Sample, code: str = "dynamic") -> None:
+def _check_8bit(context: Context, sample: Sample, qmap: Callable[[bool], Tensor] = create_dynamic_map) -> None:
     generator = context.generator(sample.name)
     (g, p), (state1, state2) = sample.gradient_and_parameter(generator), sample.moments(generator)
-    first, second = _quantized(sample.optimizer, state1, state2, code)
+    first, second = _quantized(sample.optimizer, state1, state2, qmap)
     state = _state_8bit(first, second)
     after: Any = context.update(primitives.optimizer_update_8bit_blockwise, sample.step, g, p, state, unorm_of(sample))
     values2 = None if second is None else second.values
@@ -352,7 +348,7 @@ def cases() -> Iterator[Case]:
         yield Case("optimizer_update_8bit_blockwise", sample.name, run, sample.traits)
     for optimizer in OPTIMIZERS:
         sample = Sample(optimizer, torch.float32, "many blocks")
-        run = partial(_check_8bit, sample=sample, code="crowded")
+        run = partial(_check_8bit, sample=sample, qmap=_crowded_map)
         traits = {**sample.traits, "code": "crowded"}
         yield Case("optimizer_update_8bit_blockwise", f"crowded code,{optimizer}", run, traits)
         for bits, primitive in PRIMITIVES.items():
