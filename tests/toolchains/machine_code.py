@@ -126,22 +126,18 @@ def bulk_instructions(code: list[Instruction]) -> int:
 
 
 def _loops(code: list[Instruction]) -> list[Loop]:
-    place = {instruction.address: i for i, instruction in enumerate(code)}
-    return [
-        Loop(place[instruction.target], i)
-        for i, instruction in enumerate(code)
-        if instruction.target in place and place[instruction.target] < i
-    ]
+    return [Loop(target, i) for i, target in _branches(code) if target < i]
 
 
 def _passed_by(code: list[Instruction]) -> list[Loop]:
     """The places between each branch and where it leads to, further on."""
+    return [Loop(i + 1, target - 1) for i, target in _branches(code) if target > i + 1]
+
+
+def _branches(code: list[Instruction]) -> list[tuple[int, int]]:
+    """The place of each branch, and the one that it leads to."""
     place = {instruction.address: i for i, instruction in enumerate(code)}
-    return [
-        Loop(i + 1, place[instruction.target] - 1)
-        for i, instruction in enumerate(code)
-        if instruction.target in place and place[instruction.target] > i + 1
-    ]
+    return [(i, place[instruction.target]) for i, instruction in enumerate(code) if instruction.target in place]
 
 
 def _has(code: list[Instruction], places: Loop, name: str) -> bool:
