@@ -206,6 +206,11 @@ KERNEL_SETS = {"cpu": cpu_kernels, "cuda": cuda_kernels, "hip": hip_kernels, "si
 class BuildKernels(build_ext):
     """Compiles the sources of an extension in parallel, each with its own flags."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # One extension after the other, also where `--parallel` asks otherwise: they share the compiler's object.
+        self.parallel = None
+
     def build_extension(self, ext: KernelExtension) -> None:
         # Windows' own compiler knows no vectors. One that takes GNU's options builds there, such as `zig c++`.
         host = os.environ.get("CXX", "clang++").split() if for_windows() else list(self.compiler.compiler_so_cxx)
