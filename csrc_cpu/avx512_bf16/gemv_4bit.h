@@ -11,6 +11,7 @@ class BFloat16Products {
  public:
   typedef BFloat16 Element;
   typedef __m512i Vector;
+  typedef BNB_TARGET::Words Words;
   static constexpr int kVectors = kSpanParts;
   static constexpr int kMostRows = 8;
   static constexpr int columns(int rows) { return rows <= 2 ? 4 : 2; }

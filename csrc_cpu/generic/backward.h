@@ -109,6 +109,7 @@ void backward_rows(const float* dy, int64_t M, int64_t N, const Decoder& shared_
   const int64_t least = grain(block_rows * kTileColumns * N / 8);
   parallel_for(ceil_div(M, kBlockRows) * across, least, [&](int64_t begin, int64_t end) {
     const Decoder decoder = shared_decoder;
+    const Buffer<float> part_of_dy(block_rows * kPartStride);
     const Buffer<float> tile(kTileDepth * kTileColumns);
     const Buffer<float> sums(kTilesAcross * block_rows * kTileColumns);
     __builtin_memset(tile.data(), 0, kTileDepth * kTileColumns * sizeof(float));
@@ -122,9 +123,10 @@ void backward_rows(const float* dy, int64_t M, int64_t N, const Decoder& shared_
       __builtin_memset(sums.data(), 0, tiles * rows * kTileColumns * sizeof(float));
       for (int64_t n = 0; n < N; n += kTileDepth) {
         const int64_t depth = min(kTileDepth, N - n);
+        copy_part(dy + row * N + n, rows, N, depth, part_of_dy.data());
         for (int64_t t = 0; t < tiles; t++) {
           decoder.decode({n, depth, column_of(t), columns_of(t)}, tile.data());
-          multiply_rows_with_tile(dy + row * N + n, rows, N, tile.data(), depth, sums_of(t));
+          multiply_part_with_tile(part_of_dy.data(), rows, tile.data(), depth, sums_of(t));
         }
       }
       for (int64_t t = 0; t < tiles; t++) {

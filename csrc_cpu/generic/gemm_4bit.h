@@ -77,15 +77,26 @@ class TileDecoder {
   I32 start_[kTileVectors];  // of each row, in elements from the first one's
 };
 
-// Adds the products of `rows` rows of A with a tile of W to sums f32[rows, kTileColumns].
+// Rows of A, kTileDepth elements or fewer of each: side by side, as a row of W may be a power of two long,
+// whose rows would share a few sets of the cache.
+constexpr int64_t kPartStride = kTileDepth + kLanes;
+void copy_part(const float* a, int64_t rows, int64_t stride, int64_t depth, float* part) {
+  for (int64_t r = 0; r < rows; r++) {
+    for_each_vector(depth, [&](int64_t k, auto lanes) {
+      store(part + r * kPartStride + k, load(a + r * stride + k, lanes), lanes);
+    });
+  }
+}
+
+// Adds the products of `rows` rows of a part with a tile of W to sums f32[rows, kTileColumns].
 template <int rows>
-void multiply_tile(const float* a, int64_t stride, const float* tile, int64_t depth, float* sums) {
+void multiply_tile(const float* part, const float* tile, int64_t depth, float* sums) {
   F32 partial[rows][kTileVectors] = {};
   for (int64_t k = 0; k < depth; k++) {
     F32 values[kTileVectors];
     for (int v = 0; v < kTileVectors; v++) values[v] = load(tile + k * kTileColumns + v * kLanes);
     for (int r = 0; r < rows; r++) {
-      const F32 x = splat(a[r * stride + k]);
+      const F32 x = splat(part[r * kPartStride + k]);
       for (int v = 0; v < kTileVectors; v++) partial[r][v] = fma(x, values[v], partial[r][v]);
     }
   }
@@ -97,18 +108,9 @@ void multiply_tile(const float* a, int64_t stride, const float* tile, int64_t de
   }
 }
 
-void multiply_rows_with_tile(const float* a, int64_t rows, int64_t stride, const float* tile, int64_t depth,
-                             float* sums) {
-  constexpr int64_t kStride = kTileDepth + kLanes;
-  alignas(64) float copy[kTileRows * kStride];
+void multiply_part_with_tile(const float* part, int64_t rows, const float* tile, int64_t depth, float* sums) {
   const auto strip = [&](auto height, int64_t r) {
-    constexpr int n = decltype(height)::value;
-    for (int i = 0; i < n; i++) {
-      for_each_vector(depth, [&](int64_t k, auto lanes) {
-        store(copy + i * kStride + k, load(a + (r + i) * stride + k, lanes), lanes);
-      });
-    }
-    multiply_tile<n>(copy, kStride, tile, depth, sums + r * kTileColumns);
+    multiply_tile<decltype(height)::value>(part + r * kPartStride, tile, depth, sums + r * kTileColumns);
   };
   int64_t r = 0;
   for (; r + kTileRows <= rows; r += kTileRows) strip(Constant<kTileRows>{}, r);
@@ -124,6 +126,7 @@ void multiply_block(const Gemm4bit<T>& gemm, const float* a, int64_t row, int64_
   const Weight4bit& w = gemm.w;
   parallel_for(ceil_div(w.N, kTileColumns), 1, [&](int64_t begin, int64_t end) {
     const RowScalesReader scales_reader(w, kTilesAcross * kTileColumns);
+    const Buffer<float> part(rows * kPartStride);
     const Buffer<float> tile(kTileDepth * kTileColumns);
     const Buffer<float> sums(kTilesAcross * kBlockRows * kTileColumns);
     const auto sums_of = [&](int64_t t) { return sums.data() + t * rows * kTileColumns; };
@@ -134,9 +137,10 @@ void multiply_block(const Gemm4bit<T>& gemm, const float* a, int64_t row, int64_
       __builtin_memset(sums.data(), 0, tiles * rows * kTileColumns * sizeof(float));
       for (int64_t k = 0; k < w.K; k += kTileDepth) {
         const int64_t depth = min(kTileDepth, w.K - k);
+        copy_part(a + k, rows, w.K, depth, part.data());
         for (int64_t t = 0; t < tiles; t++) {
           TileDecoder(w, gemm.code, scales, first + t * kTileColumns).decode(k, depth, tile.data());
-          multiply_rows_with_tile(a + k, rows, w.K, tile.data(), depth, sums_of(t));
+          multiply_part_with_tile(part.data(), rows, tile.data(), depth, sums_of(t));
         }
       }
       for (int64_t t = 0; t < tiles; t++) {

@@ -27,6 +27,7 @@ class FloatProducts {
  public:
   typedef float Element;  // of A rearranged
   typedef F32 Vector;
+  typedef BNB_TARGET::Words Words;        // how a group's codes are read
   static constexpr int kVectors = kWord;  // in a group
   static constexpr int kMostRows = 4;     // of A, at a time
   static constexpr int columns(int rows) { return rows <= 2 ? kStreams : kStreams / 2; }
@@ -112,14 +113,16 @@ class RowReader {
   }
 
   // The words of a group.
+  template <class Words>
   BNB_INLINE Words steady_words(int group) const {
     const uint8_t* p = bytes_ + group * kGroupBytes;
     __builtin_prefetch(p + kPrefetchBytes);
     return Words(p);
   }
+  template <class Words>
   BNB_INLINE Words words(int group) const {
     const int64_t offset = group * kGroupBytes;
-    if (offset + kGroupBytes + kWordBytes <= bytes_left_) return steady_words(group);
+    if (offset + kGroupBytes + kWordBytes <= bytes_left_) return steady_words<Words>(group);
     uint8_t tail[kGroupBytes + kWordBytes] = {};
     __builtin_memcpy(tail, bytes_ + offset, min(bytes_left_ - offset, kGroupBytes));
     return Words(tail);
@@ -181,12 +184,15 @@ template <bool steady, class Products, int rows, int columns>
 void add_chunk(const Products products, const RowReader (&readers)[columns], int groups,
                const typename Products::Element* a, F32 (&result)[rows][columns]) {
   using Vector = typename Products::Vector;
+  using Words = typename Products::Words;
   constexpr int kVectors = Products::kVectors, kElements = kGroup / kVectors;
   F32 sums[rows][columns] = {};
   const I32 steady_lanes = readers[0].block_of_lane(0);
   for (int g = 0; g < groups; g++, a += rows * kGroup) {
     const int block = readers[0].block(g);
-    const auto words_of = [&](int c) { return steady ? readers[c].steady_words(g) : readers[c].words(g); };
+    const auto words_of = [&](int c) {
+      return steady ? readers[c].template steady_words<Words>(g) : readers[c].template words<Words>(g);
+    };
     const auto scales_of = [&](int c) {
       return steady ? readers[c].scales(block, steady_lanes) : readers[c].scales(g);
     };

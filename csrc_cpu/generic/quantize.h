@@ -169,7 +169,8 @@ class BlockDecoder4bit {
     int64_t i = 0;
     if constexpr (kHasHalfTable && sizeof(T) == sizeof(uint16_t)) {
       const HalfTable<T> halves(codebook_, scale);
-      for (; i + 2 * kLanes <= n; i += 2 * kLanes) halves.look_up(packed + i / 2, out + i);
+      constexpr int kElements = HalfTable<T>::kElements;
+      for (; i + kElements <= n; i += kElements) halves.look_up(packed + i / 2, out + i);
     }
     for (; i + kSpan <= n; i += kSpan) {
       const Span span = table_.span(packed + i / 2);

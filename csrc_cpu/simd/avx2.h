@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kRegisters = 16;
 constexpr int kTableRegisters = 1;  // in which one instruction looks up
-constexpr bool kHasHalfTable = false;
+constexpr bool kHasHalfTable = true;
 
 BNB_INLINE F32 splat(float x) { return _mm256_set1_ps(x); }
 BNB_INLINE I32 splat(int32_t x) { return (I32)_mm256_set1_epi32(x); }
@@ -122,6 +122,38 @@ class Table<16, false> {
 
  private:
   Table<8> low_, high_;
+};
+
+// 16 values times a scale, rounded to T, of which each code takes one. Their low and their high bytes are
+// looked up and put together.
+template <class T>
+class HalfTable {
+ public:
+  static constexpr int kElements = 32;  // at a time
+
+  HalfTable(const float* values, F32 scale) {
+    T rounded[16];
+    for (int i = 0; i < 16; i += kLanes) store(rounded + i, load(values + i) * scale);
+    const __m128i first = load_128(rounded), second = load_128(rounded + 8), low_byte = _mm_set1_epi16(0xff);
+    low_ = _mm256_broadcastsi128_si256(
+        _mm_packus_epi16(_mm_and_si128(first, low_byte), _mm_and_si128(second, low_byte)));
+    high_ =
+        _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8)));
+  }
+  BNB_INLINE void look_up(const uint8_t* packed, T* out) const {
+    const __m256i words = _mm256_cvtepu8_epi16(load_128(packed));
+    const __m256i codes = _mm256_and_si256(
+        _mm256_or_si256(_mm256_srli_epi16(words, 4), _mm256_slli_epi16(words, 8)), _mm256_set1_epi8(15));
+    const __m256i low = _mm256_shuffle_epi8(low_, codes), high = _mm256_shuffle_epi8(high_, codes);
+    // Each holds 8 elements of the first 16 and 8 of the last.
+    const __m256i front = _mm256_unpacklo_epi8(low, high), back = _mm256_unpackhi_epi8(low, high);
+    auto* const to = reinterpret_cast<__m256i*>(out);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(front, back, 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(front, back, 0x31));
+  }
+
+ private:
+  __m256i low_, high_;
 };
 
 // One multiply-add step of int8 dot products: kInt8Step values widened to 16 bits.

@@ -121,6 +121,8 @@ BNB_INLINE void store_nibbles(uint8_t* p, I32 x) {
 template <class T>
 class HalfTable {
  public:
+  static constexpr int kElements = 32;  // at a time
+
   HalfTable(const float* values, F32 scale) {
     alignas(32) T rounded[kLanes];
     store(rounded, load(values) * scale);

@@ -1,7 +1,21 @@
 #define BNB_TARGET avx2
 #include "../simd/avx2.h"
 
+#include "../avx2/gemm_4bit.h"
 #include "../generic/pairs_dot.h"
 #include "../generic/table.h"
 
-const bnb::Target bnb::avx2_target = bnb::avx2::target<bnb::avx2::PairsDot, bnb::avx2::NoneOfItsOwn>();
+namespace bnb::avx2 {
+namespace {
+
+struct Planes {
+  using Encoding = BlockwiseEncoding;
+  using Gemm4bit = PlanesGemm4bit;
+  using Backward4bit = NoKernel;
+  using Int8 = NoKernel;
+};
+
+}  // namespace
+}  // namespace bnb::avx2
+
+const bnb::Target bnb::avx2_target = bnb::avx2::target<bnb::avx2::PairsDot, bnb::avx2::Planes>();
