@@ -89,6 +89,13 @@ def plain(value: Any) -> Any:
         return value.view(value.shape) if value.requires_grad else value.detach()
 
 
+def plain_codes(codes: Tensor) -> Tensor:
+    """:func:`plain` of codes, which take no gradient, in two thirds of the time."""
+    if type(codes) is Tensor or type(codes) not in _PLAIN_TYPES:
+        return codes
+    return torch._C._disabled_torch_function_impl(Tensor.detach, (), (codes,), {})
+
+
 class Primitive:
     """A callable that checks its arguments, allocates its outputs and has the serving backend's kernel fill them.
 

@@ -145,16 +145,6 @@ class QuantState:
             self.state2.to(device)
         return self
 
-    def __getattr__(self, name: str) -> Any:
-        """``bitsandbytes__nf4``: the packed entry, by the end of its key in a state dict.
-
-        Walkers of state dicts (FSDP, torch.distributed.checkpoint) look up each key as a path of attributes.
-        """
-        quant_type = self.__dict__.get("quant_type")
-        if isinstance(quant_type, str) and name == _PACKED_NAME + quant_type:
-            return self.as_dict(packed=True)[PACKED_KEY + quant_type]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """The entries of a state dict, without their prefix.
 
@@ -216,6 +206,22 @@ class QuantState:
             offset=offset,
             state2=state2,
         )
+
+
+def _packed_entry(quant_type: str) -> property:
+    name = _PACKED_NAME + quant_type
+
+    def read(self: QuantState) -> Any:
+        if self.quant_type != quant_type:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.as_dict(packed=True)[PACKED_KEY + quant_type]
+
+    return property(read, doc="The packed entry, by the end of its key in a state dict.")
+
+
+# Walkers of state dicts (FSDP, torch.distributed.checkpoint) look up each key as a path of attributes.
+for each in QUANT_TYPES:
+    setattr(QuantState, _PACKED_NAME + each, _packed_entry(each))
 
 
 class _Entries:

@@ -44,10 +44,12 @@ class Weight4bit(NamedTuple):
     def with_tensors(self, tensors: Sequence[Any]) -> Weight4bit:
         """The same weight with other :meth:`tensors`."""
         packed, absmax, nested_absmax, nested_code, offset = tensors
-        shape, blocksize, quant_type = self.shape, self.blocksize, self.quant_type
-        last = self.nested_blocksize
+        _, shape, _, blocksize, quant_type, _, _, _, last = self
         nested = nested_absmax, nested_code, offset, last
         return make_weight_4bit((packed, shape, absmax, blocksize, quant_type, *nested))
+
+    def with_packed(self, packed: Tensor) -> Weight4bit:
+        return make_weight_4bit((packed, *self[1:]))
 
 
 make_weight_4bit: Callable[[tuple[Any, ...]], Weight4bit] = partial(tuple.__new__, Weight4bit)

@@ -329,6 +329,7 @@ def available_backend(name: str) -> Backend:
 
 def _forget_lookups() -> None:
     _look_up.cache_clear()
+    _unasked.cache_clear()
     paged_memory.cache_clear()
 
 
@@ -457,7 +458,12 @@ def choice() -> Mapping[str, str] | None:
 
     None while torch compiles: a compiled graph asks when it runs. Gradients may depend on their batch.
     """
-    override = None if torch.compiler.is_compiling() else _override.get()
+    return None if torch.compiler.is_compiling() else chosen()
+
+
+def chosen() -> Mapping[str, str] | None:
+    """:func:`choice` where torch does not compile."""
+    override = _override.get()
     if override is None or BATCH_INVARIANT not in override:
         return override
     return {key: name for key, name in override.items() if key != BATCH_INVARIANT}
@@ -585,12 +591,23 @@ def _by_priority(primitive: str, device_type: str) -> list[_Candidate]:
     return found
 
 
+@cache
+def _unasked(primitive: str, device_type: str) -> Kernel | None:
+    """The kernel that serves where the context has no choice, if it takes whatever arguments there are."""
+    kernel = _candidates(primitive, device_type, _environment_override())[0].kernel
+    return kernel if kernel.supports is None else None
+
+
 def kernel_for(primitive: str, device_type: str, arguments: tuple[Any, ...]) -> Kernel:
     """The kernel that serves ``primitive`` with these arguments on tensors of this device type.
 
     Raises:
         BackendError: none does, or the one that an override names cannot.
     """
+    if _override.get() is None and not _observers:
+        kernel = _unasked(primitive, device_type)
+        if kernel is not None:
+            return kernel
     reasons = []
     for candidate in _candidates(primitive, device_type, _override_in_force()):
         supports = candidate.kernel.supports

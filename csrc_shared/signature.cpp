@@ -9,41 +9,14 @@ namespace bnb {
 namespace {
 
 const dlpack::Exchange* exchange;
-PyObject* is_neg;       // torch.Tensor.is_neg
-PyObject* plain_calls;  // torch._C.DisableTorchFunctionSubclass
+PyObject* is_neg;             // torch.Tensor.is_neg
+PyCFunction is_neg_function;  // what is behind it
+PyObject* call_as_plain;      // torch._C._disabled_torch_function_impl
+PyObject* no_types;
 PyTypeObject* tensor_type;
+PyTypeObject* parameter_type;
 PyTypeObject* dtype_type;
 PyTypeObject* size_type;
-
-// Has torch not ask the class of a tensor what its methods do: for a parameter of ours that takes longer than
-// all the rest.
-class WithoutSubclasses {
- public:
-  explicit WithoutSubclasses(PyObject* tensor) {
-    if (Py_TYPE(tensor) == tensor_type) return;
-    context_ = PyObject_CallNoArgs(plain_calls);
-    call("__enter__");
-  }
-  ~WithoutSubclasses() {
-    call("__exit__", Py_None, Py_None, Py_None);
-    Py_XDECREF(context_);
-  }
-  WithoutSubclasses(const WithoutSubclasses&) = delete;
-  WithoutSubclasses& operator=(const WithoutSubclasses&) = delete;
-
- private:
-  template <class... Objects>
-  void call(const char* method, Objects... objects) {
-    if (!context_) return PyErr_Clear();
-    PyObject* name = PyUnicode_InternFromString(method);
-    PyObject* result = name ? PyObject_CallMethodObjArgs(context_, name, objects..., nullptr) : nullptr;
-    if (!result) PyErr_Clear();
-    Py_XDECREF(result);
-    Py_XDECREF(name);
-  }
-
-  PyObject* context_ = nullptr;
-};
 
 class Signature {
  public:
@@ -124,11 +97,22 @@ class Signature {
 
   // Whether the memory holds the values with the other sign, which DLPack does not tell.
   static bool is_negated(PyObject* tensor) {
-    const WithoutSubclasses guard(tensor);
-    PyObject* negated = PyObject_CallFunctionObjArgs(is_neg, tensor, nullptr);
+    const bool plain = Py_TYPE(tensor) == tensor_type || Py_TYPE(tensor) == parameter_type;
+    PyObject* negated = plain ? is_neg_function(tensor, nullptr) : is_neg_of_subclass(tensor);
     if (!negated) PyErr_Clear();
     Py_XDECREF(negated);
     return negated != Py_False;
+  }
+
+  // Has torch not ask the class what its methods do: for a parameter of ours that takes longer than all the
+  // rest.
+  static PyObject* is_neg_of_subclass(PyObject* tensor) {
+    PyObject* const arguments = PyTuple_Pack(1, tensor);
+    if (!arguments) return nullptr;
+    PyObject* const result =
+        PyObject_CallFunctionObjArgs(call_as_plain, is_neg, no_types, arguments, nullptr);
+    Py_DECREF(arguments);
+    return result;
   }
 
   static constexpr size_t kMost = 1 << 20;
@@ -149,6 +133,27 @@ PyTypeObject* type_of_torch(const char* name) {
   return reinterpret_cast<PyTypeObject*>(dlpack::attribute_of_torch(name));
 }
 
+// Whether torch has what there is to call of a tensor; if not, with an error of Python's.
+bool find_calls() {
+  is_neg = PyObject_GetAttrString(reinterpret_cast<PyObject*>(tensor_type), "is_neg");
+  PyObject* const nn = dlpack::attribute_of_torch("nn");
+  parameter_type = nn ? reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(nn, "Parameter")) : nullptr;
+  Py_XDECREF(nn);
+  PyObject* const internals = dlpack::attribute_of_torch("_C");
+  call_as_plain = internals ? PyObject_GetAttrString(internals, "_disabled_torch_function_impl") : nullptr;
+  Py_XDECREF(internals);
+  no_types = PyTuple_New(0);
+  PyObject* const tensor = PyObject_CallNoArgs(reinterpret_cast<PyObject*>(tensor_type));
+  PyObject* const bound = tensor ? PyObject_GetAttrString(tensor, "is_neg") : nullptr;
+  Py_XDECREF(tensor);
+  const bool takes_nothing = bound && PyCFunction_Check(bound) && PyCFunction_GetFlags(bound) == METH_NOARGS;
+  is_neg_function = takes_nothing ? PyCFunction_GetFunction(bound) : nullptr;
+  Py_XDECREF(bound);
+  if (!is_neg_function && !PyErr_Occurred())
+    PyErr_SetString(PyExc_ImportError, "torch.Tensor.is_neg is no function without arguments in C");
+  return is_neg && parameter_type && call_as_plain && no_types && is_neg_function;
+}
+
 }  // namespace
 }  // namespace bnb
 
@@ -162,12 +167,7 @@ PyMODINIT_FUNC PyInit__signature() {
   tensor_type = type_of_torch("Tensor");
   dtype_type = type_of_torch("dtype");
   size_type = type_of_torch("Size");
-  if (!tensor_type || !dtype_type || !size_type) return nullptr;
-  is_neg = PyObject_GetAttrString(reinterpret_cast<PyObject*>(tensor_type), "is_neg");
-  PyObject* const internals = dlpack::attribute_of_torch("_C");
-  plain_calls = internals ? PyObject_GetAttrString(internals, "DisableTorchFunctionSubclass") : nullptr;
-  Py_XDECREF(internals);
-  if (!is_neg || !plain_calls) return nullptr;
+  if (!tensor_type || !dtype_type || !size_type || !find_calls()) return nullptr;
   static PyMethodDef methods[] = {{"signature", signature, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_signature", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

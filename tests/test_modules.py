@@ -249,3 +249,31 @@ def test_gradients_have_the_shapes_of_what_they_are_of(build, out_features, batc
     layer(A).sum().backward()
     trained = [A, layer.bias, *([layer.weight] if layer.weight.requires_grad else [])]
     assert [tensor.grad.shape for tensor in trained] == [tensor.shape for tensor in trained]
+
+
+class _Fetching(dict):
+    """Parameters that are elsewhere until they are asked for, one by one, as DeepSpeed's ZeRO-3 has them."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(name)()
+
+
+@layers
+def test_a_layer_asks_for_its_parameters_one_by_one(build):
+    module = build().to("cpu")
+    x = torch.randn(3, 64)
+    expected = module(x)
+    parameters = dict(module._parameters)
+    module._parameters = _Fetching({name: lambda value=value: value for name, value in parameters.items()})
+    same_bits("the output", module(x), expected)
+
+
+@layers
+def test_a_layer_takes_attributes_in_the_places_of_its_parameters(build):
+    """As FSDP1 and DataParallel put them there."""
+    module = build().to("cpu")
+    x = torch.randn(3, 64)
+    expected = module(x)
+    for name in ("weight", "bias"):
+        module.__dict__[name] = module._parameters.pop(name)
+    same_bits("the output", module(x), expected)

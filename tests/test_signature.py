@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 from bnb_core import functional, primitives
+from bnb_core.nn.quantized_parameter import QuantizedParameter
 from bnb_core.records import Weight4bit
 from bnb_core.signature import compiled_signature, signature_in_python
 
@@ -24,6 +26,8 @@ ALIKE = {
     "strides of a dimension of one": (torch.zeros(1, 6), torch.zeros(3, 6)[::2][1:]),
     "empty": (torch.zeros(0, 6), torch.zeros(6, 0).t()),
     "a gradient asked for": (A, torch.zeros(4, 6, requires_grad=True)),
+    "a parameter": (A, torch.nn.Parameter(A)),
+    "a parameter of a quantized weight": (A, QuantizedParameter(A)),
     "none": (None, None),
     "a list as torch's dispatcher passes it": ((4, 6), [4, 6]),
     "a torch.Size": ((4, 6), torch.Size([4, 6])),
@@ -36,6 +40,8 @@ DIFFERENT = {
     "dtypes of one size": (A.half(), A.bfloat16()),
     "signed and unsigned": (A.to(torch.uint8), A.to(torch.int8)),
     "negated": (A, torch._neg_view(A)),
+    "a negated parameter": (A, torch.nn.Parameter(torch._neg_view(A))),
+    "a negated parameter of a quantized weight": (A, Tensor._make_subclass(QuantizedParameter, torch._neg_view(A))),
     "strides": (torch.zeros(6, 6), torch.zeros(6, 6).t()),
     "a tensor or none": (A, None),
     "numbers": (64, 128),

@@ -76,6 +76,20 @@ def test_biases_have_gradients_batches_and_tangents(build):
     close(jvp(product, (biases[0],), (biases[1],))[1], biases[1].expand(5, 48))
 
 
+@layers
+def test_what_a_transform_has_left_behind_is_an_input_like_another(build):
+    module, _ = _layer(build)
+    x, left = torch.randn(3, 64), []
+
+    def keep(x: Tensor) -> Tensor:
+        left.append(x)
+        return x.square().sum()
+
+    grad(keep)(x)
+    assert left[0].requires_grad
+    assert torch.equal(module(left[0]), module(x))
+
+
 def test_weights_have_no_batches():
     module, _ = _layer(LAYERS["4-bit"])
     x, weights = torch.randn(5, 64), torch.stack([module.weight.data] * 2)

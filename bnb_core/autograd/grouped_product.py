@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from bnb_core import functional, primitives
 from bnb_core.autograd.product_4bit import keep_weight, kept_weight
-from bnb_core.autograd.rules import by_the_choice_of_the_forward, needs_gradient, tangent, transforms
+from bnb_core.autograd.rules import by_the_choice_of_the_forward, eager, needs_gradient, tangent, transforms
 from bnb_core.primitive import NAMESPACE, goes_to_dispatcher, plain
 from bnb_core.quant_state import QuantState
 from bnb_core.records import Weight4bit
@@ -28,7 +28,7 @@ def product(A: Tensor, weights: Weight4bit, offsets: Tensor, bias: Tensor | None
         return _TransformedProduct.apply(A, *map(plain, weights), offsets, bias)
     if not needs_gradient(A, bias) or goes_to_dispatcher(A):
         return primitives.grouped_gemm_4bit(A, weights, offsets, bias)
-    return _Product.apply(A, bias, offsets, weights)
+    return _eager_product(A, bias, offsets, weights)
 
 
 def untransposed_product(A: Tensor, weights: Weight4bit, offsets: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def untransposed_product(A: Tensor, weights: Weight4bit, offsets: Tensor) -> Ten
         return _TransformedUntransposedProduct.apply(A, *map(plain, weights), offsets)
     if not needs_gradient(A) or goes_to_dispatcher(A):
         return primitives.grouped_gemm_4bit_backward(A, weights, offsets)
-    return _UntransposedProduct.apply(A, offsets, weights)
+    return _eager_untransposed_product(A, offsets, weights)
 
 
 def _keep(ctx: Any, weights: Weight4bit, offsets: Tensor, bias: Tensor | None = None) -> None:
@@ -92,6 +92,7 @@ class _UntransposedProduct(torch.autograd.Function):
         return _gradient_of_untransposed(ctx, gradients[0]), None, None
 
 
+_eager_product, _eager_untransposed_product = eager(_Product), eager(_UntransposedProduct)
 _FIELDS = len(Weight4bit._fields)
 
 

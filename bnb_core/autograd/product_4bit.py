@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnb_core import functional, primitives
+from bnb_core import functional, primitives, registry
 from bnb_core.autograd.rules import (
+    asks_for_gradient,
     by_the_choice_of_the_forward,
+    eager,
     living,
-    needs_gradient,
     of_batch,
     remember_choice,
     sum_to_bias,
@@ -21,7 +22,7 @@ from bnb_core.autograd.rules import (
     write_out,
 )
 from bnb_core.checks import check_dense, check_dtype, check_float, check_same_device, check_shape
-from bnb_core.primitive import NAMESPACE, goes_to_dispatcher, plain
+from bnb_core.primitive import NAMESPACE, goes_to_dispatcher, plain, plain_codes
 from bnb_core.quant_state import QuantState
 from bnb_core.records import Weight4bit
 
@@ -31,24 +32,24 @@ _TENSORS = 5
 
 def product(A: Tensor, weight: Weight4bit, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """``A @ W^T + bias``; ``out`` receives it, only where no gradient is wanted."""
-    if not needs_gradient(A, bias):
-        return primitives.gemm_4bit(A, weight, bias, out=out)
     if transforms():
         result = _TransformedProduct.apply(A, *map(plain, weight), bias)
+    elif not asks_for_gradient(A, bias):
+        return primitives.gemm_4bit(A, weight, bias, out=out)
     elif goes_to_dispatcher(A):
         result = primitives.gemm_4bit(A, weight, bias)
     else:
-        result = _Product.apply(A, bias, weight)
+        result = _eager_product(A, bias, weight)
     return write_out(result, out, A, bias)
 
 
 def untransposed_product(A: Tensor, weight: Weight4bit) -> Tensor:
     """``A @ W``."""
-    if not needs_gradient(A) or (goes_to_dispatcher(A) and not transforms()):
-        return primitives.gemm_4bit_backward(A, weight)
     if transforms():
         return _TransformedUntransposedProduct.apply(A, *map(plain, weight))
-    return _UntransposedProduct.apply(A, weight)
+    if not asks_for_gradient(A) or goes_to_dispatcher(A):
+        return primitives.gemm_4bit_backward(A, weight)
+    return _eager_untransposed_product(A, weight)
 
 
 def keep_weight(ctx: Any, weight: Weight4bit, *others: Tensor) -> None:
@@ -85,6 +86,14 @@ def _gradient_of_untransposed(ctx: Any, dY: Tensor) -> Tensor:
     return product(dY, _kept_weight(ctx), None)
 
 
+def _kept_for_later(ctx: Any, weight: Weight4bit) -> Weight4bit:
+    """:func:`keep_weight` of an eager call; the same weight without a class of ours, which takes longer to look at."""
+    ctx.backend_choice, ctx.weight, ctx.is_transformed = registry.chosen(), weight, False
+    weight = weight.with_packed(plain_codes(weight.packed))
+    ctx.save_for_backward(*weight.tensors())
+    return weight
+
+
 class _Product(torch.autograd.Function):
     """For eager calls, which do without torch's dispatcher.
 
@@ -94,8 +103,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, bias: Tensor | None, weight: Weight4bit) -> Tensor:
-        keep_weight(ctx, weight)
-        return primitives.gemm_4bit.run((A, weight, bias))
+        return primitives.gemm_4bit.run((A, _kept_for_later(ctx, weight), bias))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,14 +117,14 @@ class _UntransposedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, weight: Weight4bit) -> Tensor:
-        keep_weight(ctx, weight)
-        return primitives.gemm_4bit_backward.run((A, weight))
+        return primitives.gemm_4bit_backward.run((A, _kept_for_later(ctx, weight)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return _gradient_of_untransposed(ctx, gradients[0]), None
 
 
+_eager_product, _eager_untransposed_product = eager(_Product), eager(_UntransposedProduct)
 _FIELDS = len(Weight4bit._fields)
 
 

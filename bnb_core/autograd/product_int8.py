@@ -11,7 +11,9 @@ from torch import Tensor
 
 from bnb_core import primitives
 from bnb_core.autograd.rules import (
+    asks_for_gradient,
     by_the_choice_of_the_forward,
+    eager,
     living,
     needs_gradient,
     of_batch,
@@ -77,6 +79,9 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return _int8_gradients(ctx, *gradients, *ctx.saved_tensors)
+
+
+_eager_int8_linear = eager(_Int8Linear)
 
 
 def _int8_gradients(ctx: Any, dY: Tensor, CB: Tensor, SCB: Tensor, A: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -207,10 +212,12 @@ def int8_linear(
     """
     if weight is not None:
         check_tensor("weight", weight)
-    if needs_gradient(A, bias, weight):
-        function = _TransformedInt8Linear if transforms() else _Int8Linear
-        return function.apply(A, CB, SCB, bias, weight, threshold)
-    return _int8_product(A, CB, SCB, bias, threshold)
+    if transforms():
+        return _TransformedInt8Linear.apply(A, CB, SCB, bias, weight, threshold)
+    if not asks_for_gradient(A, bias, weight):
+        return _int8_product(A, CB, SCB, bias, threshold)
+    apply = _Int8Linear.apply if goes_to_dispatcher(A) else _eager_int8_linear
+    return apply(A, CB, SCB, bias, weight, threshold)
 
 
 def _int8_product(A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float) -> Tensor:

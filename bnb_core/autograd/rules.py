@@ -45,6 +45,19 @@ def transforms() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def eager(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its ``apply`` where neither :func:`transforms` is nor torch compiles.
+
+    torch's own goes through the arguments in Python first, which takes as long as half of all that follows.
+    """
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def call(*arguments: Any) -> Any:
+        return apply(*[unwrap_if_dead(each) if isinstance(each, Tensor) else each for each in arguments])
+
+    return call
+
+
 def living(saved: Sequence[Any]) -> list[Any]:
     """Saved tensors without the wrappers that torch.func has left around them."""
     return [None if tensor is None else unwrap_if_dead(tensor) for tensor in saved]
@@ -87,8 +100,11 @@ def of_batch(
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Also for torch.func and forward-mode differentiation, whose rules the autograd functions have."""
-    if transforms():
-        return True
+    return transforms() or asks_for_gradient(*tensors)
+
+
+def asks_for_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass through one of them may come."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if isinstance(tensor, Tensor) and tensor.requires_grad:

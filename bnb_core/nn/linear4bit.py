@@ -16,7 +16,7 @@ from bnb_core.checks import check_float
 from bnb_core.functional import QuantState
 from bnb_core.nn.params4bit import CodeBytes, Params4bit, code_bytes
 from bnb_core.nn.quantized_parameter import copied_codes, moved_codes
-from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized
+from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized, weight_and_bias
 from bnb_core.nn.tensor_parallel import Cut, cut_4bit, cut_of, own_codes, whole_4bit
 from bnb_core.sharding import is_sharded, local_part, sum_over_shards
 
@@ -224,12 +224,11 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
         return self.out_features, self.in_features
 
     def _dtype_for(self, x: Tensor) -> torch.dtype:
-        """What to compute in: as asked for, else autocast's, else the first input's that f16 does not decide.
+        """What to compute in where nothing is asked for: autocast's dtype, else the first input's that f16 does not
+        decide.
 
         A compiled forward changes no attribute: torch recomputes none that does under gradient checkpointing.
         """
-        if self.compute_dtype is not None:
-            return self.compute_dtype
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
         if not torch.compiler.is_compiling():
@@ -274,14 +273,14 @@ class Linear4bit(Weight4bitMixin, nn.Linear):
         if self._cut is not None:
             state, codes = self.quant_state, own_codes(self.weight)
             return self._cut.product(x, self.bias, lambda x, bias: self._product(x, codes, state, bias))  # type: ignore[arg-type]
-        weight = self.weight
+        weight, bias = weight_and_bias(self)
         quant_state = getattr(weight, "quant_state", None) or self._current_quant_state()
         if quant_state is None:
             raise RuntimeError(not_quantized(weight))
-        return self._product(x, weight, quant_state, self.bias)
+        return self._product(x, weight, quant_state, bias)
 
     def _product(self, x: Tensor, weight: Tensor, quant_state: QuantState, bias: Tensor | None) -> Tensor:
-        dtype, given = self._dtype_for(x), x.dtype
+        dtype, given = self.compute_dtype or self._dtype_for(x), x.dtype
         if not (self._looked_at_dtype or torch.compiler.is_compiling()):
             self._look_at_dtype(x, dtype)
         if bias is not None and bias.dtype is not dtype:

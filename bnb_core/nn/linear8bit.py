@@ -14,7 +14,7 @@ from bnb_core.autograd import MatmulLtState, int8_linear, matmul
 from bnb_core.checkpoint_entries import checked_entry
 from bnb_core.checks import check_float
 from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode
-from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized
+from bnb_core.nn.quantized_weight import NOT_QUANTIZED, QuantizedWeightMixin, not_quantized, weight_and_bias
 from bnb_core.nn.tensor_parallel import Cut, cut_of, cut_scales_8bit, whole_scales_8bit
 from bnb_core.primitive import plain_tensor_type
 from bnb_core.sharding import is_sharded, local_part
@@ -246,8 +246,11 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
         return self.out_features, self.in_features
 
     def _scales(self) -> Tensor | None:
+        return self._scales_of(self.weight)
+
+    def _scales_of(self, weight: Tensor) -> Tensor | None:
         """The weight's; adapters that rebuild the weight leave them in the state."""
-        scales = getattr(self.weight, "SCB", None)
+        scales = getattr(weight, "SCB", None)
         if scales is None:
             scales = self.state.SCB
         return self._kept_scales if scales is None else scales
@@ -276,8 +279,8 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
         if self._cut is not None:
             codes, scales, threshold = local_part(self.weight), self._kept_scales, self.state.threshold
             return self._cut.product(x, self.bias, lambda x, bias: int8_linear(x, codes, scales, bias, threshold))  # type: ignore[arg-type]
-        bias: Tensor | None = self.bias
-        weight, state = self.weight, self.state
+        weight, bias = weight_and_bias(self)
+        state = self.state
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
         is_compiling = torch.compiler.is_compiling()
@@ -285,17 +288,17 @@ class Linear8bitLt(Weight8bitMixin, nn.Linear):
             state.is_training = self.training
         if state.has_fp16_weights:
             return matmul(x, weight if weight.dtype is x.dtype else weight.to(x.dtype), bias=bias, state=state)
-        if weight.dtype is not torch.int8:
-            raise RuntimeError(not_quantized(weight))
-        scales = self._scales_for_forward(weight)
         with torch._C.DisableTorchFunctionSubclass():
             codes = weight.detach()  # torch.export does not see through .data
+        if codes.dtype is not torch.int8:
+            raise RuntimeError(not_quantized(weight))
+        scales = self._scales_for_forward(weight, codes.device)
         if not is_compiling:
             state.CB, state.SCB = codes, scales
         return int8_linear(x, codes, scales, bias, state.threshold)
 
-    def _scales_for_forward(self, weight: Tensor) -> Tensor:
-        scales = self._scales()
+    def _scales_for_forward(self, weight: Tensor, device: torch.device) -> Tensor:
+        scales = self._scales_of(weight)
         if scales is None:
             raise ValueError("weight.SCB: the int8 weight has no scales; expected float32, one per row, got None")
-        return scales if scales.device == weight.device else scales.to(weight.device)
+        return scales if scales.device == device else scales.to(device)

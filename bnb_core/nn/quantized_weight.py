@@ -27,6 +27,15 @@ def not_quantized(weight: Tensor) -> str:
     )
 
 
+def weight_and_bias(layer: nn.Module) -> tuple[Any, Any]:
+    """A layer's two parameters, or what is in their places, without nn.Module's search for attributes in Python."""
+    parameters = layer._parameters
+    if "weight" in parameters and "bias" in parameters:
+        # Not by get: DeepSpeed's ZeRO-3 fetches what is asked for so.
+        return parameters["weight"], parameters["bias"]
+    return layer.weight, layer.bias
+
+
 class CheckpointError(ValueError, RuntimeError):
     """A state dict that a module cannot be loaded from; torch's own ``load_state_dict`` raises RuntimeError for one."""
 
