@@ -159,11 +159,11 @@ def hip_kernels() -> list[KernelExtension]:
             **bindings("_kernels"),
             **{str(path): [] for path in hip.sources(hipified)},
             str(hipified["csrc_cuda/module.cpp"]): [gpu_archs(archs)],
+            **sources("csrc_hip/*.cpp"),
         },
         ["csrc_shared", "csrc_cuda", "csrc_hip"],
         lambda host, source: hip.compile_command(archs, source),
-        libraries=["amdhip64"],
-        library_dirs=hip.library_folders(),
+        extra_link_args=hip.LINK_FLAGS,
     )
     return [extension]
 
@@ -264,6 +264,8 @@ class BuildWheel(bdist_wheel):
         if "cuda" in requested():
             compilers["nvcc"] = [str(cuda.nvcc()), "--version"]
             linked_in["cudart_static"] = str(cuda.release())
+        if "hip" in requested():
+            compilers["hipcc"] = [hip.hipcc(), "--version"]
         folder = Path(distinfo_path, "sboms")
         folder.mkdir()
         bill = bill_of_materials(self.distribution.get_version(), compilers, linked_in)

@@ -29,11 +29,17 @@ MAKERS = {"cuda": "NVIDIA", "hip": "AMD"}
 
 @dataclass(frozen=True)
 class GpuPlatform:
-    """One maker's GPUs, by a name of MAKERS, and what compiles the kernels for them: a command and a compiler."""
+    """One maker's GPUs, by a name of MAKERS, and what compiles the kernels for them: a command and a compiler.
+
+    A minor version counts ``minor`` in the numbers of the maker's versions, a major one a hundred times as much.
+    ``chips`` names this machine's as the module's ``archs`` does, or none where they are not known; it wakes no GPU.
+    """
 
     name: str
     build: str
     compiler: str
+    minor: int
+    chips: Callable[[], list[str]] = list
 
     @property
     def maker(self) -> str:
@@ -68,8 +74,8 @@ def make_backend(platform: GpuPlatform) -> Backend:
         kernels={name: _on_its_device(kernel) for name, kernel in kernels_of(kernels, COMPILED_ROWS_ALIKE).items()},
         details=lambda: {
             "built for": module.archs,
-            "driver": _version(module.driver_version()),
-            "runtime": _version(module.runtime_version()),
+            "driver": _version(platform, module.driver_version()),
+            "runtime": _runtime(platform, module),
         },
         paged_memory=ManagedMemory(module, current_stream),
         library=module_file(module),
@@ -96,18 +102,32 @@ def _other_maker(platform: GpuPlatform) -> str | None:
 
 
 def _why_unavailable(platform: GpuPlatform, module: ModuleType) -> str | None:
+    missing: str | None = module.missing_runtime()
+    if missing is not None:
+        return missing
     if module.driver_version() == 0:
         return f"no {platform.maker} driver is installed"
     if getattr(torch.version, platform.name) is None:
         return f"this torch ({torch.__version__}) is not built for {platform.maker}'s GPUs; install a torch that is"
     if torch.cuda.device_count() == 0:
         return f"torch sees no {platform.maker} GPU"
+    chips = platform.chips()
+    if chips and not any(arch.partition(":")[0] in chips or "generic" in arch for arch in module.archs.split()):
+        return (
+            f"its kernels are built for {module.archs}, and this machine has {' '.join(chips)}; {platform.build} "
+            f"builds them for that with {platform.compiler}"
+        )
     return None
 
 
-def _version(number: int) -> str:
-    """13020 is 13.2."""
-    return f"{number // 1000}.{number % 1000 // 10}"
+def _version(platform: GpuPlatform, number: int) -> str:
+    """NVIDIA's 13020 is 13.2, and AMD's 60342134 is 6.3."""
+    return f"{number // platform.minor // 100}.{number // platform.minor % 100}"
+
+
+def _runtime(platform: GpuPlatform, module: ModuleType) -> str:
+    version, path = _version(platform, module.runtime_version()), module.runtime_path()
+    return version if path is None else f"{version} ({path})"
 
 
 def _on_its_device(kernel: Kernel) -> Kernel:

@@ -28,6 +28,11 @@ ARCH = r"gfx[0-9a-z-]+(:(xnack|sramecc)[+-])*"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 # What this HIP lacks is found in a folder that is searched last.
 INCLUDE = ["-idirafter", str(ROOT / "csrc_hip" / "include")]
+# runtime.cpp finds AMD's runtime, whose functions it defines for this module alone. The module stays for good, as the
+# runtime knows its kernels.
+LINK_FLAGS = [f"-Wl,--version-script={ROOT / 'csrc_hip' / 'runtime.map'}", "-Wl,-z,nodelete"]
+# Without a language hipcc would compile files of host code for a GPU, too.
+HOST_FLAGS = ["-x", "c++", "-D__HIP_PLATFORM_AMD__=1"]
 DEVICE_FLAGS = ["-x", "hip", "-fhip-fp32-correctly-rounded-divide-sqrt"]
 
 
@@ -89,11 +94,6 @@ def hipcc() -> str:
     return found
 
 
-def library_folders() -> list[str]:
-    """Beside hipcc, where it is not the system's own."""
-    return [str(folder) for folder in [Path(hipcc()).resolve().parents[1] / "lib"] if folder != Path("/usr/lib")]
-
-
 def visible_archs() -> list[str]:
     """Those of the GPUs of this machine."""
     try:
@@ -120,5 +120,9 @@ def sources(hipified: dict[str, Path]) -> list[Path]:
 
 def compile_command(archs: list[str], source: str) -> list[str]:
     """hipcc with its flags; env, because where nvcc is installed too, hipcc would call that one."""
-    device = [*DEVICE_FLAGS, *(f"--offload-arch={arch}" for arch in archs)] if not source.endswith(".cpp") else []
-    return ["env", "HIP_PLATFORM=amd", hipcc(), *FLAGS, *INCLUDE, *device]
+    command = ["env", "HIP_PLATFORM=amd", hipcc(), *FLAGS, *INCLUDE]
+    if source.endswith(".cpp"):
+        return [*command, *HOST_FLAGS]
+    # The compiler would name a file for its folder, and in another one make other bytes.
+    name = f"-cuid={Path(source).stem}"
+    return [*command, *DEVICE_FLAGS, name, *(f"--offload-arch={arch}" for arch in archs)]

@@ -36,10 +36,10 @@ __device__ inline T shuffle_lanes(T value, int source) {
 // read this file and know no __syncwarp.
 template <class Mask = uint32_t>
 __device__ inline void sync_warp([[maybe_unused]] Mask lanes = 0xffffffffu) {
-#if defined(__HIP_PLATFORM_AMD__) && !defined(BNB_SIMULATED)
+#if defined(__HIP__)
   __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
   __builtin_amdgcn_wave_barrier();
-#else
+#elif !defined(__HIP_PLATFORM_AMD__) || defined(BNB_SIMULATED)
   __syncwarp(lanes);
 #endif
 }
@@ -84,6 +84,16 @@ using GpuStream = hipStream_t;
 #else
 using GpuError = cudaError_t;
 using GpuStream = cudaStream_t;
+#endif
+
+// What there is not of a runtime to call, or null; and the file of the runtime, or null where it is a part of
+// the module. NVIDIA's is one, AMD's is looked for by csrc_hip/runtime.cpp.
+#if defined(__HIP_PLATFORM_AMD__)
+const char* missing_runtime();
+const char* runtime_path();
+#else
+inline const char* missing_runtime() { return nullptr; }
+inline const char* runtime_path() { return nullptr; }
 #endif
 
 // Starts to move managed memory to a device, or to the host. CUDA 13 names places otherwise than before.

@@ -18,5 +18,6 @@
 
 BNB_OLDEST_VERSION(dlopen, void*, (const char* path, int mode), (path, mode))
 BNB_OLDEST_VERSION(dlsym, void*, (void* library, const char* name), (library, name))
+BNB_OLDEST_VERSION(dlerror, char*, (), ())
 BNB_OLDEST_VERSION(dladdr, int, (const void* address, void* info), (address, info))
 BNB_OLDEST_VERSION(log, double, (double x), (x))

@@ -157,7 +157,7 @@ def test_a_kernel_that_there_is_not_is_an_error_that_names_the_variable(monkeypa
     built = SimpleNamespace(gemm_4bit_kernels=("f32", "dense"))
     monkeypatch.setattr(compiled_gpu, "import_module", lambda name: built)
     with pytest.raises(registry.SettingError, match="BNB_GEMM_4BIT_KERNEL: expected f32 or dense, got 'fastest'"):
-        compiled_gpu.make_backend(compiled_gpu.GpuPlatform("cuda", build="", compiler=""))
+        compiled_gpu.make_backend(compiled_gpu.GpuPlatform("cuda", build="", compiler="", minor=10))
 
 
 def test_the_kernel_that_the_variable_names_serves(simulated, monkeypatch):

@@ -16,10 +16,11 @@ EPOCH = "1700000000"
 
 @dataclass(frozen=True)
 class Built:
-    """A wheel, and the folder of the object files that it was linked from."""
+    """A wheel, the folder of the object files that it was linked from, and what the compilers said."""
 
     wheel: Path
     objects: Path
+    report: str
 
 
 def build_environment(**more: str) -> dict[str, str]:
@@ -31,8 +32,10 @@ def build(folder: Path, **environment: str) -> Built:
     source = folder / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.so", "__pycache__", "*.egg-info"))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
-    subprocess.run(command, env=build_environment(**environment), check=True, timeout=1200, stdout=subprocess.DEVNULL)
-    return Built(next(folder.glob("*.whl")), source / "build")
+    run = subprocess.run(command, env=build_environment(**environment), capture_output=True, text=True, timeout=1800)
+    report = run.stdout + run.stderr
+    assert run.returncode == 0, report[-4000:]
+    return Built(next(folder.glob("*.whl")), source / "build", report)
 
 
 def repaired(wheel: Path, folder: Path) -> Path:

@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from ..compiled_gpu import GpuPlatform, make_backend
 
-backend = make_backend(GpuPlatform("cuda", build="BNB_BUILD=cpu,cuda pip install .", compiler="nvcc 11.8 or newer"))
+backend = make_backend(
+    GpuPlatform("cuda", build="BNB_BUILD=cpu,cuda pip install .", compiler="nvcc 11.8 or newer", minor=10)
+)

@@ -1,4 +1,4 @@
-"""The CUDA kernels as the compiler makes them, once for all tests that look at them."""
+"""The CUDA and the HIP kernels as their compilers make them, once for all tests that look at them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from wheel_builds import Built, build
 
 ROOT = Path(__file__).parents[2]
 ARCHS = ("75", "80", "90", "100", "120")
+HIPCC_ARCHS = ("gfx90a", "gfx1030")
+"""Debian's hipcc knows no newer ones."""
 
 
 @dataclass(frozen=True)
@@ -38,3 +41,14 @@ def built(tmp_path_factory) -> CudaBuild:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
     return CudaBuild(folder / "package", folder / "objects", ARCHS, run.stdout + run.stderr)
+
+
+@pytest.fixture(scope="session")
+def hip_wheel(tmp_path_factory) -> Built:
+    """A wheel of the HIP kernels; in its report is what each kernel takes."""
+    return build(
+        tmp_path_factory.mktemp("hip"),
+        BNB_BUILD="hip",
+        BNB_HIP_ARCHS=";".join(HIPCC_ARCHS),
+        HIPCC_COMPILE_FLAGS_APPEND="-Rpass-analysis=kernel-resource-usage",
+    )
