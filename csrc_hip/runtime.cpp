@@ -142,8 +142,7 @@ Runtime find_runtime() {
   if (!library) {
     runtime.missing =
         "there is no HIP runtime: this process has loaded no libamdhip64, and none of libamdhip64.so.7, "
-        ".so.6, "
-        ".so.5 and libamdhip64.so could be loaded" +
+        ".so.6, .so.5 and libamdhip64.so could be loaded" +
         reasons + "; install a torch that is built for ROCm, which brings one, or ROCm";
     return runtime;
   }
