@@ -20,6 +20,7 @@ struct NoKernel {
 
 struct NoneOfItsOwn {
   using Encoding = BlockwiseEncoding;
+  using FormatEncoding = Encoding4bit;
   using Gemm4bit = NoKernel;
   using Backward4bit = NoKernel;
   using Int8 = NoKernel;

@@ -263,16 +263,18 @@ class SignMagnitudeEncoder {
   float codes_[8];  // the integers' bits, by rank
 };
 
-// Calls f with the encoder of a format.
-template <class F>
-void with_encoder(const Format4bit& format, const F& f) {
-  switch (format.encoder) {
-    case Encoder::nearest:
-      return f(NearestEncoder(format));
-    case Encoder::sign_magnitude:
-      return f(SignMagnitudeEncoder(format));
+struct Encoding4bit {
+  // Calls f with the encoder of a format.
+  template <class F>
+  static void with_encoder(const Format4bit& format, const F& f) {
+    switch (format.encoder) {
+      case Encoder::nearest:
+        return f(NearestEncoder(format));
+      case Encoder::sign_magnitude:
+        return f(SignMagnitudeEncoder(format));
+    }
   }
-}
+};
 
 // The entry nearest 0.0, the lower of two equally near.
 int zero_code(const float* code) {

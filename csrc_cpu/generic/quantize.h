@@ -127,11 +127,12 @@ void quantize_blockwise(const Matrix& A, const float* code, int64_t blocksize, u
       [=](int64_t first, const auto&) { return Bytes{q + first}; }, absmax);
 }
 
+template <class Encoding>
 void quantize_4bit(const Matrix& A, int64_t blocksize, QuantType quant_type, uint8_t* packed, float* absmax,
                    Stream) {
   advise_huge_pages(packed, A.count() / 2);
   quantize_blocks(
-      A, blocksize, [=](const auto& f) { with_encoder(format_of(quant_type), f); },
+      A, blocksize, [=](const auto& f) { Encoding::with_encoder(format_of(quant_type), f); },
       [=](int64_t first, const auto& encode) { return Nibbles{packed + first / 2, encode.zero}; }, absmax);
 }
 

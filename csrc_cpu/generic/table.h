@@ -14,7 +14,7 @@ constexpr Target target() {
   return {{
               quantize_blockwise<typename Own::Encoding>,
               dequantize_blockwise,
-              quantize_4bit,
+              quantize_4bit<typename Own::FormatEncoding>,
               dequantize_4bit,
               gemm_4bit<typename Own::Gemm4bit>,
               gemm_4bit_backward<typename Own::Backward4bit>,

@@ -8,8 +8,7 @@
 namespace bnb::amx {
 namespace {
 
-struct Tiles {
-  using Encoding = BlockwiseEncoding;
+struct Tiles : NoneOfItsOwn {
   using Gemm4bit = TileGemm4bit;
   using Backward4bit = TileBackward4bit;
   using Int8 = TileInt8;

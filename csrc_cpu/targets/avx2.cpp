@@ -1,6 +1,7 @@
 #define BNB_TARGET avx2
 #include "../simd/avx2.h"
 
+#include "../avx2/encoder.h"
 #include "../avx2/gemm_4bit.h"
 #include "../generic/pairs_dot.h"
 #include "../generic/table.h"
@@ -8,11 +9,9 @@
 namespace bnb::avx2 {
 namespace {
 
-struct Planes {
-  using Encoding = BlockwiseEncoding;
+struct Planes : NoneOfItsOwn {
+  using FormatEncoding = KeyEncoding;
   using Gemm4bit = PlanesGemm4bit;
-  using Backward4bit = NoKernel;
-  using Int8 = NoKernel;
 };
 
 }  // namespace

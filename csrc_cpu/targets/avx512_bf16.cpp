@@ -10,7 +10,7 @@
 namespace bnb::avx512_bf16 {
 namespace {
 
-struct Permutations {
+struct Permutations : NoneOfItsOwn {
   using Encoding = RankEncoding;
   using Gemm4bit = StripGemm4bit;
   using Backward4bit = StripBackward4bit;

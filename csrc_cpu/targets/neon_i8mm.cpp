@@ -7,10 +7,7 @@
 namespace bnb::neon_i8mm {
 namespace {
 
-struct Mmla {
-  using Encoding = BlockwiseEncoding;
-  using Gemm4bit = NoKernel;
-  using Backward4bit = NoKernel;
+struct Mmla : NoneOfItsOwn {
   using Int8 = MmlaInt8;
 };
 
