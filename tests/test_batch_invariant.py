@@ -63,7 +63,7 @@ def test_codes_from_elsewhere_keep_their_meaning_in_the_mode():
 
 @torch.no_grad()
 def test_a_compiled_function_is_in_the_mode_when_it_is_called_in_it():
-    layer, x = nn.LinearNF4(128, 96).to("cpu"), torch.randn(9, 128)
+    layer, x = nn.LinearNF4(128, 96).to("cpu"), torch.randn(37, 128)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     outside = compiled(x)
     with bnb_core.batch_invariant():
