@@ -32,55 +32,14 @@ struct GroupValues {
   BNB_INLINE F32 operator[](int i) const { return values[i]; }
 };
 
-// What Products of the two kinds below share: vectors of f32, and how many rows of A there are for them.
-class PlaneProducts {
- public:
-  typedef float Element;
-  typedef F32 Vector;
-  typedef GroupCodes Words;
-  static constexpr int kVectors = kWord;
-  static constexpr int kMostRows = 8;
-  static constexpr int columns(int rows) { return rows <= 2 ? kStreams : 1; }
-
-  static BNB_INLINE F32 load(const float* x) { return BNB_TARGET::load(x); }
-  static BNB_INLINE F32 multiply_add(F32 values, F32 x, F32 sums) { return fma(values, x, sums); }
-  template <class T>
-  static void read(const T* a, int64_t n, float* group) {
-    FloatProducts::read(a, n, group);
-  }
-
- protected:
-  // Vector i takes the elements from the bytes byte_of(i, lane) of each half of a group: the even ones in the
-  // first half of the vectors.
-  template <class ByteOf>
-  static BNB_INLINE void reorder_bytes(const float* group, float* out, const ByteOf& byte_of) {
-    constexpr int kHalf = kLanes / 2;
-    for (int i = 0; i < kVectors; i++) {
-      for (int lane = 0; lane < kLanes; lane++) {
-        const int byte = 16 * (lane / kHalf) + byte_of(i % (kVectors / 2), lane % kHalf);
-        out[i * kLanes + lane] = group[2 * byte + i / (kVectors / 2)];
-      }
-    }
-  }
-};
+constexpr int kHalfVectors = kWord / 2;  // of a group's values: the even elements, then the odd ones
 
 // Values in f32, four planes of bytes.
-class FloatPlaneProducts : public PlaneProducts {
+class FloatPlanes {
  public:
-  explicit FloatPlaneProducts(const float* code) {
+  explicit FloatPlanes(const float* code) {
     for (int i = 0; i < 4; i++) planes_[i] = byte_plane(code, i);
   }
-  BNB_INLINE GroupValues decode(const GroupCodes& codes) const {
-    GroupValues result;
-    look_up(codes.even, result.values);
-    look_up(codes.odd, result.values + kVectors / 2);
-    return result;
-  }
-  static void reorder(const float* group, float* out) {
-    reorder_bytes(group, out, [](int vector, int lane) { return 4 * vector + lane; });
-  }
-
- private:
   BNB_INLINE void look_up(__m256i codes, F32* out) const {
     __m256i bytes[4];
     for (int i = 0; i < 4; i++) bytes[i] = _mm256_shuffle_epi8(planes_[i], codes);
@@ -91,32 +50,25 @@ class FloatPlaneProducts : public PlaneProducts {
     put(_mm256_unpacklo_epi8(bytes[0], bytes[1]), _mm256_unpacklo_epi8(bytes[2], bytes[3]), out);
     put(_mm256_unpackhi_epi8(bytes[0], bytes[1]), _mm256_unpackhi_epi8(bytes[2], bytes[3]), out + 2);
   }
+  // Which byte of each half of the codes a lane's value is of.
+  static int byte_of(int vector, int lane) { return 4 * vector + lane; }
 
+ private:
   __m256i planes_[4];
 };
 
-// Values rounded to bf16, two planes of bytes.
-class BFloat16PlaneProducts : public PlaneProducts {
+// Values rounded to bf16, two planes of bytes. A vector of pairs becomes one of their first and one of their
+// second values.
+class BFloat16Planes {
  public:
-  explicit BFloat16PlaneProducts(const float* code) {
+  explicit BFloat16Planes(const float* code) {
     float rounded[16];
-    for (int i = 0; i < 16; i += kLanes)
-      store(rounded + i, from_bits(round_to_bfloat16(BNB_TARGET::load(code + i))));
+    for (int i = 0; i < 16; i += kLanes) {
+      store(rounded + i, from_bits(round_to_bfloat16(load(code + i))));
+    }
     low_ = byte_plane(rounded, 2);
     high_ = byte_plane(rounded, 3);
   }
-  BNB_INLINE GroupValues decode(const GroupCodes& codes) const {
-    GroupValues result;
-    look_up(codes.even, result.values);
-    look_up(codes.odd, result.values + kVectors / 2);
-    return result;
-  }
-  // A vector of pairs becomes one of their first and one of their second values.
-  static void reorder(const float* group, float* out) {
-    reorder_bytes(group, out, [](int vector, int lane) { return 8 * (vector / 2) + 2 * lane + vector % 2; });
-  }
-
- private:
   BNB_INLINE void look_up(__m256i codes, F32* out) const {
     const __m256i low = _mm256_shuffle_epi8(low_, codes), high = _mm256_shuffle_epi8(high_, codes);
     const auto put = [](__m256i pairs, F32* values) {
@@ -126,8 +78,49 @@ class BFloat16PlaneProducts : public PlaneProducts {
     put(_mm256_unpacklo_epi8(low, high), out);
     put(_mm256_unpackhi_epi8(low, high), out + 2);
   }
+  static int byte_of(int vector, int lane) { return 8 * (vector / 2) + 2 * lane + vector % 2; }
 
+ private:
   __m256i low_, high_;
+};
+
+// How elements of A and values that planes look up are multiplied.
+template <class Planes>
+class PlaneProducts {
+ public:
+  typedef float Element;
+  typedef F32 Vector;
+  typedef GroupCodes Words;
+  static constexpr int kVectors = kWord;
+  static constexpr int kMostRows = 8;
+  static constexpr int columns(int rows) { return rows <= 2 ? kStreams : 1; }
+
+  explicit PlaneProducts(const float* code) : planes_(code) {}
+  BNB_INLINE GroupValues decode(const GroupCodes& codes) const {
+    GroupValues result;
+    planes_.look_up(codes.even, result.values);
+    planes_.look_up(codes.odd, result.values + kHalfVectors);
+    return result;
+  }
+  static BNB_INLINE F32 load(const float* x) { return BNB_TARGET::load(x); }
+  static BNB_INLINE F32 multiply_add(F32 values, F32 x, F32 sums) { return fma(values, x, sums); }
+
+  template <class T>
+  static void read(const T* a, int64_t n, float* group) {
+    FloatProducts::read(a, n, group);
+  }
+  static void reorder(const float* group, float* out) {
+    constexpr int kHalfLanes = kLanes / 2;
+    for (int i = 0; i < kVectors; i++) {
+      for (int lane = 0; lane < kLanes; lane++) {
+        const int byte = 16 * (lane / kHalfLanes) + Planes::byte_of(i % kHalfVectors, lane % kHalfLanes);
+        out[i * kLanes + lane] = group[2 * byte + i / kHalfVectors];
+      }
+    }
+  }
+
+ private:
+  const Planes planes_;
 };
 
 }  // namespace

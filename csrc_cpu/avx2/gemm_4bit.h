@@ -23,16 +23,16 @@ struct PlanesGemm4bit {
         const int64_t rows = min(A.rows - row, most);
         const Gemm4bit<T> gemm{a + row * w.K, rows, w, w.format().codebook, destination.result<T>(row)};
         if (A.dtype == DType::bf16 && w.K >= kLeastTerms) {
-          gemv_4bit<BFloat16PlaneProducts>(gemm);
+          gemv_4bit<PlaneProducts<BFloat16Planes>>(gemm);
         } else {
-          gemv_4bit<FloatPlaneProducts>(gemm);
+          gemv_4bit<PlaneProducts<FloatPlanes>>(gemm);
         }
       }
     });
   }
 
  private:
-  static int64_t passes(const Matrix& A) { return ceil_div(A.rows, PlaneProducts::kMostRows); }
+  static int64_t passes(const Matrix& A) { return ceil_div(A.rows, PlaneProducts<FloatPlanes>::kMostRows); }
 };
 
 }  // namespace

@@ -69,11 +69,15 @@ BNB_INLINE void store(Half* p, F32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
+BNB_INLINE int32_t word_at(const void* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, sizeof word);
+  return word;
+}
+
 // kLanes nibbles in kLanes / 2 bytes, the high one first.
 BNB_INLINE I32 load_nibbles(const uint8_t* p) {
-  int32_t bytes;
-  __builtin_memcpy(&bytes, p, sizeof bytes);
-  const __m128i packed = _mm_cvtsi32_si128(bytes);
+  const __m128i packed = _mm_cvtsi32_si128(word_at(p));
   const __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(packed, packed));
   return (I32)_mm256_srlv_epi32(twice, _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0)) & 15;
 }
@@ -98,23 +102,15 @@ BNB_INLINE I32 load_lanes(I32 i, const At& at) {
                                half(_mm256_extract_epi64(lanes, 0), _mm256_extract_epi64(lanes, 1)));
 }
 BNB_INLINE I32 look_up(const int32_t* values, I32 i) {
-  return load_lanes(i, [=](uint64_t lane) { return values[lane]; });
+  return load_lanes(i, [=](uint64_t lane) { return word_at(values + lane); });
 }
 BNB_INLINE F32 look_up(const float* values, I32 i) {
-  return from_bits(load_lanes(i, [=](uint64_t lane) {
-    int32_t word;
-    __builtin_memcpy(&word, values + lane, sizeof word);
-    return word;
-  }));
+  return from_bits(load_lanes(i, [=](uint64_t lane) { return word_at(values + lane); }));
 }
 
 // Words at any bytes.
 BNB_INLINE I32 gather_words(const uint8_t* p, I32 offsets) {
-  return load_lanes(offsets, [=](uint64_t lane) {
-    int32_t word;
-    __builtin_memcpy(&word, p + lane, sizeof word);
-    return word;
-  });
+  return load_lanes(offsets, [=](uint64_t lane) { return word_at(p + lane); });
 }
 
 BNB_INLINE F32 permute(F32 values, I32 i) { return _mm256_permutevar8x32_ps(values, (__m256i)i); }
