@@ -1,8 +1,9 @@
-"""Mends Triton's interpreter (3.6 to 3.9) for bfloat16, whose values it holds as raw 16-bit integers.
+"""Mends Triton's interpreter (3.6 to 3.9), which serves the tests that run kernels with TRITON_INTERPRET=1.
 
-As it comes, a cast from f32 drops bits instead of rounding, and a dot is that of the integers. Compiled kernels are not
-concerned: this serves the tests that run kernels with TRITON_INTERPRET=1. Arithmetic on bfloat16 stays that of the
-integers: no kernel of ours has any.
+It holds bfloat16 as raw 16-bit integers: as it comes, a cast from f32 drops bits instead of rounding, and a dot is that
+of the integers. Arithmetic on bfloat16 stays that of the integers: no kernel of ours has any. A dot is numpy's matmul,
+in which some CPUs sum a row in an order that goes by its place in the tile, as no GPU does. And at each call of a
+function by a kernel all of Triton's language is looked through.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from unittest.mock import patch
 import numpy as np
 import triton.language as tl
 from numpy.typing import NDArray
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 QUIET_NAN = 0x7FC0
+
+_patch_language = interpreter._patch_lang
 
 
 def _is_bfloat16(dtype: tl.dtype) -> bool:
@@ -56,10 +60,30 @@ def _cast(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
 
 
 def _dot(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
-    def dot(self: InterpreterBuilder, left: TensorHandle, right: TensorHandle, *rest: Any) -> TensorHandle:
-        return original(self, _widened(left), _widened(right), *rest)
+    """One in which a row's bits are the same at every place: einsum goes through the terms row by row, in order."""
+
+    def dot(
+        self: InterpreterBuilder, left: TensorHandle, right: TensorHandle, total: TensorHandle, *rest: Any
+    ) -> TensorHandle:
+        if not left.dtype.is_floating():
+            return original(self, left, right, total, *rest)
+        x, w = (np.ascontiguousarray(_widened(side).data, total.data.dtype) for side in (left, right))
+        return TensorHandle(np.einsum("mk,kn->mn", x, w) + total.data, total.dtype.scalar)
 
     return dot
+
+
+def _languages_patched_once() -> Callable[..., Any]:
+    """What has Triton's language interpreted in a function: a second time for the same modules changes nothing."""
+    scopes: dict[frozenset[Any], Any] = {}
+
+    def patch_language(function: Any) -> Any:
+        modules = frozenset(value for value in function.__globals__.values() if value is tl or value is tl.core)
+        if modules not in scopes:
+            scopes[modules] = _patch_language(function)
+        return scopes[modules]
+
+    return patch_language
 
 
 _REPLACEMENTS: dict[str, Any] = {
@@ -75,5 +99,10 @@ def mended() -> Iterator[None]:
 
     Nor do its numpy operations warn of overflow and NaN, which a GPU computes without a word.
     """
-    with _lock, patch.multiple(InterpreterBuilder, **_REPLACEMENTS), np.errstate(all="ignore"):
+    with (
+        _lock,
+        patch.multiple(InterpreterBuilder, **_REPLACEMENTS),
+        patch.object(interpreter, "_patch_lang", _languages_patched_once()),
+        np.errstate(all="ignore"),
+    ):
         yield

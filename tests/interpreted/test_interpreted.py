@@ -67,6 +67,14 @@ def test_a_bfloat16_dot_is_that_of_the_values():
     torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_row_of_a_dot_has_the_same_bits_at_every_place():
+    a, b = torch.randn(32, 32), torch.randn(32, 32)
+    out, reversed_out = torch.empty(2, 32, 32)
+    launch(dot_kernel, 1, a, b, out, SIZE=32)
+    launch(dot_kernel, 1, a.flip(0).contiguous(), b, reversed_out, SIZE=32)
+    assert torch.equal(out, reversed_out.flip(0))
+
+
 def test_the_interpreter_is_as_it_was_around_our_kernels():
     before = dict(vars(InterpreterBuilder))
     with mended(), mended():
