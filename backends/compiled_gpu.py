@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnb_core.backend import Backend, Kernel
 from bnb_core.records import flat
-from bnb_core.registry import Backend, Kernel
 
 from .gemm_4bit_kernel import ask_for_kernel
 from .gpu import COMPILED_ROWS_ALIKE, GpuKernels

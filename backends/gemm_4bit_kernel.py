@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from bnb_core.registry import SettingError
+from bnb_core.backend import SettingError
 
 VARIABLE = "BNB_GEMM_4BIT_KERNEL"
 AS_THE_TABLE_SAYS = -1

@@ -31,7 +31,7 @@ class _Allocation:
 
 
 class ManagedMemory:
-    """The paged memory of a GPU's backend (bnb_core.registry.PagedMemory) over its compiled module."""
+    """The paged memory of a GPU's backend (bnb_core.backend.PagedMemory) over its compiled module."""
 
     def __init__(self, module: ModuleType, stream: Callable[[torch.device], int]) -> None:
         self.module = module

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnb_core.backend import Kernel
 from bnb_core.checks import refuse_offsets
 from bnb_core.primitive import made_readable
 from bnb_core.records import (
@@ -27,7 +28,6 @@ from bnb_core.records import (
     Weight4bit,
     is_record,
 )
-from bnb_core.registry import Kernel
 from bnb_core.row_passes import RowsAlike
 
 Outputs = tuple[Tensor, ...]

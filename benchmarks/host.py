@@ -22,6 +22,7 @@ from torch import nn
 
 from bnb_core import functional, optim, registry
 from bnb_core import nn as quantized
+from bnb_core.backend import Backend, Kernel
 from bnb_core.cli.info import cpu_model
 from bnb_core.conformance.timing import interleaved_seconds
 
@@ -46,8 +47,8 @@ def kernels_that_do_nothing() -> Iterator[None]:
     def nothing(*arguments: Any, out: Any = None) -> None:
         pass
 
-    kernels = dict.fromkeys(registry.primitive_names(), registry.Kernel(nothing, several=nothing))
-    with registry.registered(registry.Backend("nothing", ("cpu",), 1000, kernels)):
+    kernels = dict.fromkeys(registry.primitive_names(), Kernel(nothing, several=nothing))
+    with registry.registered(Backend("nothing", ("cpu",), 1000, kernels)):
         yield
 
 

@@ -96,7 +96,7 @@ class GlobalPageManager:
 
 
 class _HostMemory:
-    """The paged memory of a CPU (bnb_core.registry.PagedMemory)."""
+    """The paged memory of a CPU (bnb_core.backend.PagedMemory)."""
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.frombuffer(_mapped_file(numel * dtype.itemsize), dtype=dtype, count=numel)

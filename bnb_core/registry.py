@@ -1,179 +1,32 @@
 """Which function serves a primitive on a device.
 
-A backend is a table from primitive names to functions. Backends are found through the entry-point group
-``bnb_core.backends``, ours and other people's alike, and each is imported when it is first asked for. One that
-fails to import is listed with its reason and disturbs nobody; so is a package whose entry points cannot be read.
-
-Without an override the available backend of highest priority serves. ``BNB_BACKEND`` and :func:`use_backend`
-are strict: the backend they name serves, or the call raises :class:`BackendError`. An environment variable with a
-value that cannot be used is no failure of the backend that reads it: it raises :class:`SettingError`.
+Without an override the available backend of highest priority serves. ``BNB_BACKEND`` and :func:`use_backend` are
+strict: the backend they name serves, or the call raises :class:`~bnb_core.backend.BackendError`. An environment
+variable with a value that cannot be used is no failure of the backend that reads it: it raises
+:class:`~bnb_core.backend.SettingError`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, wraps
-from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from bnb_core.row_passes import RowsAlike, batch_invariant_function
+from bnb_core import installed_backends
+from bnb_core.backend import Backend, BackendError, Kernel, PagedMemory, in_words
+from bnb_core.row_passes import batch_invariant_function
 
-ENTRY_POINT_GROUP = "bnb_core.backends"
 ENVIRONMENT_VARIABLE = "BNB_BACKEND"
-EVERY_DEVICE = "*"
 EVERY_PRIMITIVE = "*"
 BATCH_INVARIANT = "batch invariant"
 """In the choice of a context, beside primitives: whether rows must not depend on each other."""
-OUR_MODULES = "bnb_core.backends."
-
-
-class BackendError(ValueError):
-    """No backend can serve a call, or a backend was named that does not exist or is not available."""
-
-
-class SettingError(BackendError):
-    """An environment variable has a value that cannot be used."""
-
-    def __init__(self, variable: str, value: str, accepted: str) -> None:
-        super().__init__(f"{variable}: expected {accepted}, got {value!r}")
-
-
-def in_words(error: BaseException) -> str:
-    """Its class and message, whatever the message holds."""
-    try:
-        message = str(error).encode(errors="backslashreplace").decode()
-    except Exception:
-        message = "a message that cannot be shown"
-    return f"{type(error).__name__}: {message}"
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A function that serves one primitive.
-
-    ``function(*arguments, out=outputs)`` writes the outputs (a tensor or a tuple of them) that the primitive
-    has allocated. ``supports(*arguments)`` returns None, or the reason why these arguments cannot be served.
-    A kernel that comes and goes while the process runs has ``present(device_type)``, which says whether it is there
-    now; where it is not, ``supports`` refuses. ``several``, where there is one, does the work of many calls: it takes a
-    list for each tensor that differs between them. ``rows_alike``, of the arguments, says which calls give a row the
-    same bits whatever rows are beside it (row_passes.py); a kernel without it is called for one row at a time where
-    that counts.
-    """
-
-    function: Callable[..., None]
-    supports: Callable[..., str | None] | None = None
-    present: Callable[[str], bool] | None = None
-    several: Callable[..., None] | None = None
-    rows_alike: RowsAlike | None = None
-
-    def is_on(self, device_type: str) -> bool:
-        return self.present is None or self.present(device_type)
-
-
-@dataclass(frozen=True)
-class InstructionSets:
-    """The builds of one backend's kernels for different instruction sets.
-
-    ``available()`` names those that this machine runs, ``current()`` the one that serves, and ``select(name)`` makes
-    another one serve.
-    """
-
-    available: Callable[[], list[str]]
-    current: Callable[[], str]
-    select: Callable[[str], None]
-
-
-class PagedMemory(Protocol):
-    """Memory of a device that may be paged out to the host's."""
-
-    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Zeros [numel] on the device."""
-
-    def prefetch(self, tensor: torch.Tensor, to_cpu: bool) -> None:
-        """Start to bring one to its device, or to the host, in the order of the current stream."""
-
-
-def _require(name: str, value: object, right: bool, accepted: str) -> None:
-    if not right:
-        raise TypeError(f"Backend: {name}: expected {accepted}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A table of kernels.
-
-    Args:
-        name: what BNB_BACKEND calls it.
-        device_types: torch device types whose tensors it takes; ``("*",)`` for every one.
-        priority: the highest available one serves.
-        kernels: primitive name to :class:`Kernel`, or to its function.
-        unavailable: why it cannot run here and what to do about it; None when it can.
-        by_name_only: never chosen by priority (simulators, interpreters).
-        details: facts for ``bnb-core info``, such as the instruction set in use.
-        instruction_sets: where there are several, how to choose among them.
-        paged_memory: for paged optimizer state, where the device has it.
-        expected_failures: a JSON file of the conformance cases that are known to fail (conformance/runner.py).
-        library: the file of its compiled module, where that exports the C symbols of csrc_shared/c_api.cpp.
-    """
-
-    name: str
-    device_types: tuple[str, ...]
-    priority: int
-    kernels: Mapping[str, Kernel | Callable[..., None]]
-    unavailable: str | None = None
-    by_name_only: bool = False
-    details: Callable[[], dict[str, str]] = field(default=dict)
-    instruction_sets: InstructionSets | None = None
-    paged_memory: PagedMemory | None = None
-    expected_failures: Path | None = None
-    library: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Raise TypeError for a field of the wrong type, here rather than where somebody looks for a backend."""
-        _require("name", self.name, isinstance(self.name, str), "a str")
-        devices = isinstance(self.device_types, tuple) and all(isinstance(d, str) for d in self.device_types)
-        _require("device_types", self.device_types, devices, "a tuple of str")
-        _require("priority", self.priority, isinstance(self.priority, int), "an int")
-        _require("kernels", self.kernels, isinstance(self.kernels, Mapping), "a mapping")
-        object.__setattr__(self, "kernels", dict(self.kernels))  # read here once, as another mapping may raise later
-        for primitive, kernel in self.kernels.items():
-            function = kernel.function if isinstance(kernel, Kernel) else kernel
-            _require(f"kernels[{primitive!r}]", kernel, callable(function), "a function or a Kernel")
-        reason = self.unavailable
-        _require("unavailable", reason, reason is None or isinstance(reason, str), "a str or None")
-        _require("details", self.details, callable(self.details), "a function")
-        failures = self.expected_failures
-        _require("expected_failures", failures, failures is None or isinstance(failures, Path), "a Path or None")
-
-    @property
-    def available(self) -> bool:
-        return self.unavailable is None
-
-    def prepare(self) -> None:
-        """Called where the backend is named, before it is asked whether it is available; most have nothing to do."""
-
-    def facts(self) -> dict[str, str]:
-        """Its ``details``, or why it cannot tell them."""
-        try:
-            return {str(name): str(fact) for name, fact in self.details().items()}
-        except Exception as error:
-            return {"details": f"backend {self.name!r} cannot tell them: {in_words(error)}"}
-
-    def serves(self, device_type: str) -> bool:
-        return EVERY_DEVICE in self.device_types or device_type in self.device_types
-
-    def kernel(self, primitive: str) -> Kernel | None:
-        entry = self.kernels.get(primitive)
-        return entry if entry is None or isinstance(entry, Kernel) else Kernel(entry)
 
 
 @dataclass(frozen=True)
@@ -197,96 +50,14 @@ def primitive_names() -> list[str]:
     return list(_primitives)
 
 
-def installed_entry_points(group: str) -> tuple[list[EntryPoint], dict[str, str]]:
-    """Those of the group, and the packages whose entry points cannot be read, each with the reason."""
-    try:
-        return list(entry_points(group=group)), {}
-    except Exception:
-        return _readable_entry_points(group)
-
-
-def _readable_entry_points(group: str) -> tuple[list[EntryPoint], dict[str, str]]:
-    """Package by package, the first of each name, as Python's own search does that gives up at the first bad one."""
-    found: dict[str, Sequence[EntryPoint]] = {}
-    unreadable: dict[str, str] = {}
-    for distribution in distributions():
-        name = _name_of(distribution)
-        if name in found or name in unreadable:
-            continue
-        try:
-            found[name] = tuple(distribution.entry_points.select(group=group))
-        except Exception as error:
-            unreadable[name] = in_words(error)
-    return [entry for entries in found.values() for entry in entries], unreadable
-
-
-def _name_of(distribution: Distribution) -> str:
-    """As pip compares them; of a package that does not tell its name, where its metadata lie."""
-    try:
-        return re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
-    except Exception:
-        return str(getattr(distribution, "_path", distribution))
-
-
-@cache
-def _installed() -> tuple[dict[str, list[EntryPoint]], dict[str, str]]:
-    """The entry points of every backend by name, and the packages that cannot be asked for theirs."""
-    entries, unreadable = installed_entry_points(ENTRY_POINT_GROUP)
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entries:
-        found.setdefault(entry.name, []).append(entry)
-    if not found:
-        raise BackendError(
-            f"no backend is registered under the entry-point group {ENTRY_POINT_GROUP!r}: "
-            "bnb_core is not installed; run `pip install .` (or `pip install -e .`) in its source folder"
-        )
-    return found, unreadable
-
-
 def _names() -> list[str]:
     """Of every backend there is, loaded or not, and of the packages that cannot be asked for theirs."""
-    found, unreadable = _installed()
-    return sorted({*found, *unreadable, *_registered})
-
-
-@cache
-def _loaded(name: str) -> Backend:
-    """The backend of that entry point; one that fails to load is unavailable with the error as the reason.
-
-    So is one that several installed packages offer: none of them is preferred, and a warning names them all. A package
-    whose entry points cannot be read stands under its own name.
-
-    Raises:
-        SettingError: an environment variable that the backend reads has a value that cannot be used.
-    """
-    found, unreadable = _installed()
-    if name not in found:
-        reason = f"the entry points of the package {name} cannot be read: {unreadable[name]}"
-        return Backend(name, (), 0, {}, unavailable=reason)
-    entry, *others = found[name]
-    if others:
-        offers = sorted(f"{o.dist.name if o.dist else 'unknown'} ({o.value})" for o in (entry, *others))
-        reason = f"several installed packages offer a backend of this name, uninstall all but one: {', '.join(offers)}"
-        warnings.warn(f"backend {name!r} is not available: {reason}", stacklevel=2)
-        return Backend(name, (), 0, {}, unavailable=reason)
-    try:
-        backend = entry.load()
-        if not isinstance(backend, Backend):
-            raise TypeError(f"{entry.value} is a {type(backend).__name__}, expected a bnb_core.registry.Backend")
-        if backend.name != name:
-            raise ValueError(f"its entry point is called {name!r}, the backend {backend.name!r}; expected one name")
-        return backend
-    except (SettingError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        reason = f"importing {entry.value} failed: {in_words(error)}"
-        return Backend(name, (), 0, {}, unavailable=reason)
+    return sorted(installed_backends.names() | _registered.keys())
 
 
 def _is_ours(name: str) -> bool:
     """Whether the backend comes with bnb_core."""
-    entries = _installed()[0].get(name, [])
-    return name not in _registered and all(entry.value.startswith(OUR_MODULES) for entry in entries)
+    return name not in _registered and installed_backends.is_ours(name)
 
 
 def backends() -> dict[str, Backend]:
@@ -302,7 +73,7 @@ def _check_name(name: str) -> None:
 
 def _named(name: str) -> Backend:
     _check_name(name)
-    return _registered[name] if name in _registered else _loaded(name)
+    return _registered[name] if name in _registered else installed_backends.load(name)
 
 
 def why_unavailable(backend: Backend) -> str | None:

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from bnb_core import registry
+from bnb_core.backend import Backend
 from bnb_core.conformance import runner
 from bnb_core.conformance.suite import all_cases
 from bnb_core.primitive import plain_tensor_type
-from bnb_core.registry import Backend
 
 DEVICE = "fake"
 

@@ -357,7 +357,7 @@ def _outcome(function: Callable[..., Any], arguments: dict[str, Any], accepted: 
             function(**arguments)
     except (TypeError, ValueError) as error:
         named = NAME.match(str(error))
-        if named and named[1] in accepted and type(error) in (TypeError, ValueError, bnb_core.registry.BackendError):
+        if named and named[1] in accepted and type(error) in (TypeError, ValueError, bnb_core.backend.BackendError):
             return None
         return f"{type(error).__name__}: {error}"
     except Exception as error:

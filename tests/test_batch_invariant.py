@@ -10,6 +10,7 @@ import torch
 import bnb_core
 from bnb_core import functional, nn, primitives, registry
 from bnb_core.autograd import grouped_linear_4bit
+from bnb_core.backend import Backend
 
 
 def _experts():
@@ -125,7 +126,7 @@ def test_a_kernel_that_says_nothing_about_rows_is_called_for_one_at_a_time():
 
     weight = functional.weight_4bit(*functional.quantize_4bit(torch.randn(8, 64)))
     arguments = torch.randn(3, 64), weight, None
-    with registry.registered(registry.Backend("counting", ("cpu",), 1000, {"gemm_4bit": gemm})):
+    with registry.registered(Backend("counting", ("cpu",), 1000, {"gemm_4bit": gemm})):
         primitives.gemm_4bit(*arguments)
         with bnb_core.batch_invariant():
             result = primitives.gemm_4bit(*arguments)

@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 
 from bnb_core import registry
+from bnb_core.backend import Backend
 from bnb_core.cli.bench import check_size
 from bnb_core.cli.commands import bnb_core as program
 from bnb_core.cli.errors import BadInput
 from bnb_core.conformance import report
-from bnb_core.registry import Backend
 
 COLUMNS = ["primitive", "case", "time", "GB/s", "of copy", "GFLOP/s", "of dense matmul"]
 

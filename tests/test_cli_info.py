@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import bnb_core
 from bnb_core import cli, registry
+from bnb_core.backend import Backend
 from bnb_core.cli.commands import bnb_core as group
 
 
@@ -45,7 +46,7 @@ def test_tables_show_backends_and_primitives():
 
 def test_tables_show_the_whole_reason_why_a_backend_is_unavailable():
     reason = "pip install bnb_core[extra]"
-    with registry.registered(registry.Backend("absent", (), 0, {}, unavailable=reason)):
+    with registry.registered(Backend("absent", (), 0, {}, unavailable=reason)):
         assert reason in CliRunner().invoke(group, ["info"], env={"COLUMNS": "200"}).output
 
 

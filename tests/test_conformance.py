@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from throwaway import NAME, after, run, throwaway
 
 from bnb_core import primitives, registry
+from bnb_core.backend import InstructionSets
 from bnb_core.checks import QUANT_TYPES
 from bnb_core.cli import conformance as cli_conformance
 from bnb_core.cli.commands import bnb_core as program
@@ -24,7 +25,6 @@ from bnb_core.conformance.case import Case, Failure
 from bnb_core.conformance.suite import all_cases, gemm_4bit, quantize, required_classes, threads
 from bnb_core.conformance.values import DTYPES, dtype_name
 from bnb_core.formats import FORMATS
-from bnb_core.registry import InstructionSets
 
 ROOT = Path(__file__).parents[1]
 CASE = next(case for case in all_cases() if case.primitive == "dequantize_blockwise")

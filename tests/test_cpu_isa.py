@@ -13,7 +13,7 @@ import pytest
 from test_registry import QUANTIZE, run_python
 
 import bnb_core
-from bnb_core import registry
+from bnb_core.backend import SettingError
 from bnb_core.backends import cpu, sim
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def test_an_unknown_level_is_an_error_at_first_use_that_lists_those_there_are():
     result = run_python(code, BNB_CPU_ISA="AVX2")
     assert result.stdout.split() == ["imported"]
     expected = f"BNB_CPU_ISA: expected one of {', '.join(cpu.LEVELS)}, got 'AVX2'"
-    assert result.stderr.splitlines()[-1] == f"bnb_core.registry.SettingError: {expected}"
+    assert result.stderr.splitlines()[-1] == f"bnb_core.backend.SettingError: {expected}"
 
 
 @pytest.mark.parametrize("command", [["info"], ["bench", "--size", "64"], ["conformance"]])
@@ -83,7 +83,7 @@ def test_a_level_that_can_be_used_is_read(monkeypatch, value):
 @pytest.mark.parametrize("value", ["abc", "16", "64.0", " 32"])
 def test_a_warp_of_another_size_is_an_error_that_names_the_variable(monkeypatch, value):
     monkeypatch.setenv(sim.WARP_VARIABLE, value)
-    with pytest.raises(registry.SettingError, match=f"BNB_SIM_WARP: expected 32 or 64, got '{value}'"):
+    with pytest.raises(SettingError, match=f"BNB_SIM_WARP: expected 32 or 64, got '{value}'"):
         sim._warp_size(32)
 
 

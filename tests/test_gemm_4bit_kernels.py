@@ -12,6 +12,7 @@ from gemm_4bit_choice import KERNELS, program
 
 import bnb_core
 from bnb_core import functional, registry
+from bnb_core.backend import SettingError
 from bnb_core.backends import compiled_gpu, dequantized, gemm_4bit_kernel, sim
 from bnb_core.records import Weight4bit
 
@@ -156,7 +157,7 @@ def test_a_kernel_that_there_is_not_is_an_error_that_names_the_variable(monkeypa
         monkeypatch.setattr(compiled_gpu, name, lambda *of: None)
     built = SimpleNamespace(gemm_4bit_kernels=("f32", "dense"))
     monkeypatch.setattr(compiled_gpu, "import_module", lambda name: built)
-    with pytest.raises(registry.SettingError, match="BNB_GEMM_4BIT_KERNEL: expected f32 or dense, got 'fastest'"):
+    with pytest.raises(SettingError, match="BNB_GEMM_4BIT_KERNEL: expected f32 or dense, got 'fastest'"):
         compiled_gpu.make_backend(compiled_gpu.GpuPlatform("cuda", build="", compiler="", minor=10))
 
 

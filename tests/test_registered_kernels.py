@@ -22,7 +22,7 @@ from torch.utils import backend_registration
 import bnb_core
 from bnb_core import functional as F
 from bnb_core import nn, registry
-from bnb_core.registry import BackendError
+from bnb_core.backend import BackendError
 
 needs_fake_device = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),

@@ -13,6 +13,7 @@ import torch
 
 import bnb_core
 from bnb_core import functional, registry
+from bnb_core.backend import Kernel
 from bnb_core.backends import compiled_gpu, gpu
 from bnb_core.records import Weight4bit
 
@@ -121,7 +122,7 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
     def function(*arguments, **outputs):
         calls.append(arguments)
 
-    kernel = compiled_gpu._on_its_device(registry.Kernel(function, several=function))
+    kernel = compiled_gpu._on_its_device(Kernel(function, several=function))
     on_meta = torch.empty(4, device="meta")
     weight = Weight4bit(on_meta, (4,), on_meta, 64, "nf4")
     kernel.function(weight, torch.float32, out=on_meta)

@@ -67,7 +67,8 @@ def test_without_a_gpu_of_another_maker_it_says_so():
 SERVING = "import bnb_core; from bnb_core import registry; print({*registry.serving('cuda').values()})"
 COMPILED = (
     "import bnb_core.backends.cuda as compiled, bnb_core.registry as registry, bnb_core.primitives",
-    "compiled.backend = registry.Backend('cuda', ('cuda',), 100, dict.fromkeys(registry.primitive_names(), print))",
+    "from bnb_core.backend import Backend",
+    "compiled.backend = Backend('cuda', ('cuda',), 100, dict.fromkeys(registry.primitive_names(), print))",
 )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from bnb_core import primitives, registry
+from bnb_core.backend import Backend
 from bnb_core.conformance import runner
 from bnb_core.conformance.case import Case, named, positional
-from bnb_core.registry import Backend
 
 NAME = "throwaway"
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from bnb_core.registry import Backend, InstructionSets, SettingError
+from bnb_core.backend import Backend, InstructionSets, SettingError
 
 from ..native import NativeKernels, kernels_of, module_file
 from .kernels import CpuKernels

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bnb_core import primitives
+from bnb_core.backend import EVERY_DEVICE, Backend, Kernel
 from bnb_core.primitive import made_readable
 from bnb_core.records import flat
-from bnb_core.registry import EVERY_DEVICE, Backend, Kernel
 
 from . import dispatcher
 from .routes import ROUTES, Route

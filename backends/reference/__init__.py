@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bnb_core.registry import Backend
+from bnb_core.backend import Backend
 
 from . import gemm_4bit, grouped, int8, optimizer, quantize
 

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import torch
 
-from bnb_core.registry import Backend, InstructionSets, SettingError
+from bnb_core.backend import Backend, InstructionSets, SettingError
 
 from ..gemm_4bit_kernel import ask_for_kernel
 from ..gpu import COMPILED_ROWS_ALIKE, GpuKernels

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bnb_core.registry import Backend, Kernel
+from bnb_core.backend import Backend, Kernel
 
 from ..compiled_gpu import DEVICE_TYPE as OTHER_GPUS
 from ..gpu import LargeProducts

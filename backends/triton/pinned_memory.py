@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class PinnedMemory:
-    """The paged memory (bnb_core.registry.PagedMemory) of a device that reaches the host's memory by its address.
+    """The paged memory (bnb_core.backend.PagedMemory) of a device that reaches the host's memory by its address.
 
     Args:
         touch: has a kernel read and write the first element of a tensor, and raises where it cannot be launched.

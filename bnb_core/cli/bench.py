@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bnb_core import registry
+from bnb_core.backend import Backend, BackendError, in_words
 from bnb_core.conformance import perf, report, runner
-from bnb_core.registry import Backend, BackendError
 
 from .errors import BadInput
 from .info import GPU_KINDS
@@ -52,7 +52,7 @@ def time_primitives(console: Console, backend: Backend, device: torch.device, si
         raise
     except Exception as error:
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-        raise click.ClickException(f"backend {backend.name!r}: {registry.in_words(error)}{notes}") from error
+        raise click.ClickException(f"backend {backend.name!r}: {in_words(error)}{notes}") from error
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*row.values())

@@ -15,11 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bnb_core import registry
+from bnb_core.backend import Backend
 from bnb_core.conformance import report, runner
 from bnb_core.conformance.case import Case
 from bnb_core.conformance.suite import all_cases, required_classes
 from bnb_core.conformance.values import DTYPES, dtype_name
-from bnb_core.registry import Backend
 
 from .bench import time_primitives
 from .errors import BadInput

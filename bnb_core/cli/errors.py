@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import click
 
-from bnb_core.registry import BackendError
+from bnb_core.backend import BackendError
 
 _NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())
 """What newer versions of click raise for a group without a command, to show its help."""

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import bnb_core
 from bnb_core import registry, signature
+from bnb_core.backend import Backend
 
 PACKAGES = ("torch", "numpy", "safetensors")
 GPU_KINDS = ("cuda", "xpu")
@@ -87,7 +88,7 @@ def find_gpus() -> Iterable[dict[str, str]]:
             yield {"device": f"{kind}:{index}", "name": properties.name, "memory": memory}
 
 
-def describe(backend: registry.Backend) -> dict[str, Any]:
+def describe(backend: Backend) -> dict[str, Any]:
     """One backend: available or why not, the devices it takes and what it tells of itself."""
     reason = registry.why_unavailable(backend)
     return {

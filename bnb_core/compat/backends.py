@@ -6,10 +6,11 @@ import sys
 from types import ModuleType
 
 from bnb_core import registry
+from bnb_core.backend import Backend
 
 
 class _CallableModule(ModuleType):
-    def __call__(self) -> dict[str, registry.Backend]:
+    def __call__(self) -> dict[str, Backend]:
         return registry.backends()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-from bnb_core.registry import in_words, installed_entry_points
+from bnb_core.backend import in_words
+from bnb_core.installed_backends import installed_entry_points
 
 ENTRY_POINT_GROUP = "bitsandbytes.backends"
 

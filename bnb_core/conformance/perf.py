@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from bnb_core import primitives, registry
+from bnb_core.backend import Backend
 from bnb_core.codebooks import create_dynamic_map
 from bnb_core.conformance.timing import interleaved_seconds
 from bnb_core.records import OptimizerState8bit, OptimizerStep, Weight4bit
-from bnb_core.registry import Backend
 
 SIZE = 4096
 ROUNDS = 5

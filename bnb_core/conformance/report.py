@@ -10,9 +10,9 @@ from typing import Any
 import numpy
 import torch
 
+from bnb_core.backend import Backend
 from bnb_core.conformance.files import read_object
 from bnb_core.conformance.runner import Result
-from bnb_core.registry import Backend
 from bnb_core.version import __version__
 
 FORMAT = 1

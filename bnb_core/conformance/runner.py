@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bnb_core import registry
+from bnb_core.backend import Backend
 from bnb_core.checks import check_device
 from bnb_core.conformance.case import Case, Context, Failure
 from bnb_core.conformance.files import read_object
@@ -85,7 +86,7 @@ def run_case(case: Case, context: Context, expected_failure: str | None = None) 
 
 def run(
     cases: Sequence[Case],
-    backend: registry.Backend,
+    backend: Backend,
     device: torch.device,
     seed: int = 0,
     progress: Callable[[Result], None] = lambda result: None,
@@ -113,7 +114,7 @@ def nothing_proved(results: Sequence[Result]) -> bool:
     return all(result.status == "skipped" for result in results)
 
 
-def device_of(backend: registry.Backend, device: str | None) -> torch.device:
+def device_of(backend: Backend, device: str | None) -> torch.device:
     """The device to test on: the one asked for, else the CPU if the backend serves it, else the first that it serves.
 
     Raises:
@@ -128,7 +129,7 @@ def device_of(backend: registry.Backend, device: str | None) -> torch.device:
 
 
 @contextmanager
-def instruction_set(backend: registry.Backend, name: str | None) -> Iterator[None]:
+def instruction_set(backend: Backend, name: str | None) -> Iterator[None]:
     """Have one of the backend's instruction sets serve, if a name is given, and check in the end that it still does.
 
     Raises:

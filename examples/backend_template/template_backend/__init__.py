@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from bnb_core.registry import Backend, delegated_to
+from bnb_core.backend import Backend
+from bnb_core.registry import delegated_to
 
 from . import kernels
 

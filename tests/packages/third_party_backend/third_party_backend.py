@@ -2,7 +2,7 @@
 
 import torch
 
-from bnb_core.registry import Backend
+from bnb_core.backend import Backend
 
 
 def dequantize_blockwise(A, absmax, code, blocksize, dtype, out):
