@@ -116,6 +116,15 @@ def signature() -> KernelExtension:
     return KernelExtension("bnb_core._signature", {"csrc_shared/signature.cpp": []}, ["csrc_shared"])
 
 
+def chosen_isas(known: list[str]) -> list[str]:
+    """Those of BNB_CPU_ISAS, in order, and portable code before them; all that are known where it is not set."""
+    requested = listed("BNB_CPU_ISAS", ";", "avx2;avx512")
+    for name in requested:
+        if name not in known:
+            raise SystemExit(f"BNB_CPU_ISAS: expected some of {';'.join(known)}, got {name!r}")
+    return [known[0], *(isa for isa in known[1:] if isa in requested or not requested)]
+
+
 def cpu_kernels() -> list[KernelExtension]:
     # An instruction set's flags go to its target and nowhere else: they let the compiler use instructions that another
     # machine lacks, even in code that runs before the choice.
@@ -125,8 +134,13 @@ def cpu_kernels() -> list[KernelExtension]:
         target_flags |= {"avx512_bf16": AVX512_BF16, "amx": AMX}
     if machine() in ("aarch64", "arm64"):
         target_flags |= {"neon": NEON, "neon_dotprod": NEON_DOTPROD, "neon_i8mm": NEON_I8MM}
-    targets = {f"csrc_cpu/targets/{target}.cpp": flags for target, flags in target_flags.items()}
-    source_flags = {**bindings("_kernels"), **sources("csrc_cpu/*.cpp"), **targets}
+    built = chosen_isas(list(target_flags))
+    source_flags = {
+        **bindings("_kernels"),
+        **sources("csrc_cpu/*.cpp"),
+        "csrc_cpu/dispatch.cpp": [f"-DBNB_ISAS={' '.join(f'BNB_ISA({isa})' for isa in built)}"],
+        **{f"csrc_cpu/targets/{isa}.cpp": target_flags[isa] for isa in built},
+    }
     return [KernelExtension("bnb_core.backends.cpu._kernels", source_flags, ["csrc_shared", "csrc_cpu"])]
 
 

@@ -7,7 +7,10 @@
 namespace bnb {
 namespace {
 
-bool always() { return true; }
+bool has_portable() { return true; }
+#if defined(__aarch64__)
+bool has_neon() { return true; }
+#endif
 
 struct Isa {
   const char* name;
@@ -15,21 +18,9 @@ struct Isa {
   const Target* target;
 };
 
-// Ascending: the last one available is the default.
-const Isa kIsas[] = {
-    {"portable", always, &portable_target},
-#if defined(__x86_64__)
-    {"avx2", has_avx2, &avx2_target},
-    {"avx512", has_avx512, &avx512_target},
-    {"avx512_vnni", has_avx512_vnni, &avx512_vnni_target},
-    {"avx512_bf16", has_avx512_bf16, &avx512_bf16_target},
-    {"amx", has_amx, &amx_target},
-#elif defined(__aarch64__)
-    {"neon", always, &neon_target},
-    {"neon_dotprod", has_neon_dotprod, &neon_dotprod_target},
-    {"neon_i8mm", has_neon_i8mm, &neon_i8mm_target},
-#endif
-};
+#define BNB_ISA(name) {#name, has_##name, &name##_target},
+// setup.py lists what it builds, ascending: the last one available is the default.
+const Isa kIsas[] = {BNB_ISAS};
 
 const Isa* chosen = &kIsas[0];
 

@@ -50,7 +50,10 @@ def without_timings(value):
     return [without_timings(item) for item in value] if isinstance(value, list) else value
 
 
-def test_a_short_run_writes_the_whole_report(tmp_path, text_folder):
+def test_a_short_run_writes_the_whole_report(tmp_path, text_folder, monkeypatch):
+    monkeypatch.setattr(
+        "bnb_core.cli.demo.command.Settings", partial(Settings, evaluation_windows=16, generated_tokens=16)
+    )
     result = demo("--steps", 5, "--data", text_folder, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     written = {path.name for path in (tmp_path / "out").iterdir()}

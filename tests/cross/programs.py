@@ -13,6 +13,7 @@ from unittest import mock
 ROOT = Path(__file__).parents[2]
 PROGRAM = "tests/cross/kernels.cpp"
 NOT_FOR_PYTHON = [f"csrc_cpu/{name}.cpp" for name in ("machine", "memory", "openmp", "threads")]
+DISPATCH = "csrc_cpu/dispatch.cpp"
 HASHES = 9 * 3
 """Of the groups of kernels with exact bits, for three dtypes."""
 CHECKS = 4 * 3
@@ -46,7 +47,7 @@ def build(compiler: list[str], machine: str, folder: Path, static: bool = True) 
     setup = setup_on(machine)
     every_level = machine != "unknown"
     sources = {PROGRAM: ["-DBNB_ALL_LEVELS"] if every_level else []} | {source: [] for source in NOT_FOR_PYTHON}
-    sources |= {"csrc_cpu/dispatch.cpp": []} if every_level else {}
+    sources |= {DISPATCH: setup["kernels"].source_flags[DISPATCH]} if every_level else {}
     sources |= targets(setup)
 
     def compile_one(source: str) -> str:

@@ -7,67 +7,13 @@ the threads of a GPU's block as threads, and blocks on two of the machine's.
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
 
 import pytest
 from compilers import needs
-
-ROOT = Path(__file__).parents[2]
-MEMORY = "address,undefined"
-THREADS = "thread"
-# The runtimes that must be loaded before the interpreter's own libraries.
-RUNTIMES = {MEMORY: ("libasan.so", "libubsan.so"), THREADS: ("libtsan.so",)}
-OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
-    # numpy's and torch's own libraries are not built for the thread sanitizer, nor is the OpenMP runtime.
-    "TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
+from sanitizers.sanitized import MEMORY, RUNTIMES, THREADS, run
 
 pytestmark = needs("gcc", remedy="apt-get install g++, with its sanitizer runtimes")
-
-
-@pytest.fixture(scope="session")
-def package(tmp_path_factory):
-    """Gives the folder of the package whose kernels are built with a sanitizer."""
-
-    @cache
-    def build(sanitizer: str) -> Path:
-        folder = tmp_path_factory.mktemp("sanitized")
-        source = folder / "source"
-        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.so", "__pycache__"))
-        flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=undefined -O1"
-        options = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": f"-fsanitize={sanitizer}"}
-        sets = {"BNB_BUILD": "cpu,sim" if sanitizer == MEMORY else "sim"}
-        environment = {**os.environ, "CC": "gcc", "CXX": "g++", **options, **sets}
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-        subprocess.run([*command, "--target", str(folder / "package"), str(source)], env=environment, check=True)
-        return folder / "package"
-
-    return build
-
-
-def _run(folder: Path, sanitizer: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    find = ["gcc", "-print-file-name="]
-    libraries = [
-        subprocess.run([find[0], find[1] + name], capture_output=True, text=True, check=True).stdout.strip()
-        for name in RUNTIMES[sanitizer]
-    ]
-    environment = {
-        **os.environ,
-        **OPTIONS,
-        "PYTHONPATH": str(folder),
-        "LD_PRELOAD": " ".join(libraries),
-        **variables,
-    }
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=3600)
 
 
 @pytest.mark.parametrize("module", ["cpu._kernels", "sim._cuda_kernels", "sim._hip_kernels"])
@@ -79,9 +25,9 @@ def test_a_read_beyond_a_buffer_is_found(package, module):
         "absmax = torch.zeros(14)\n"
         "k.dequantize_4bit((packed, (1024,), absmax, 64, 'nf4', None, None, None, 256), out, 0)\n"
     )
-    run = _run(package(MEMORY), MEMORY, "-c", code)
-    assert run.returncode != 0
-    assert "heap-buffer-overflow" in run.stderr
+    result = run(package(MEMORY), MEMORY, "-c", code)
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
 
 
 # One order of lanes is enough here: it changes neither which addresses are touched nor what is ordered. One dtype shows
@@ -109,7 +55,7 @@ def runs(package):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = {
             (backend, sanitizer, options): pool.submit(
-                _run,
+                run,
                 folders[sanitizer],
                 sanitizer,
                 "-m",
@@ -127,6 +73,6 @@ def runs(package):
 
 @pytest.mark.parametrize("name", [row[:3] for row in CONFORMANCE], ids=lambda name: f"{name[0]}-{name[1]}")
 def test_the_conformance_suite_passes(runs, name):
-    run = runs[name]
-    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
-    assert "ThreadSanitizer" not in run.stderr
+    result = runs[name]
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert "ThreadSanitizer" not in result.stderr
