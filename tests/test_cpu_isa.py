@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from test_registry import QUANTIZE, run_python
+from cross.programs import DISPATCH, setup_on, targets
+from fresh_python import QUANTIZE, run_python
 
 import bnb_core
 from bnb_core.backend import SettingError
@@ -120,10 +122,23 @@ def test_chips_of_amds_may_have_features(monkeypatch):
     assert hip.archs() == ["gfx90a:sramecc+:xnack-", "gfx11-generic"]
 
 
-def test_an_unknown_kernel_set_is_an_error_that_lists_those_there_are():
-    environment = {**os.environ, "BNB_BUILD": "cpu,gpu"}
+@pytest.mark.parametrize(
+    ("variable", "value", "accepted"),
+    [
+        ("BNB_BUILD", "cpu,gpu", "some of cpu, cuda, hip, sim, got 'gpu'"),
+        ("BNB_CPU_ISAS", "portable;sse", "some of portable(;[a-z0-9_]+)*, got 'sse'"),
+    ],
+)
+def test_what_cannot_be_built_is_an_error_that_lists_what_can(variable, value, accepted):
     command = [sys.executable, "setup.py", "--name"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.splitlines()[-1] == (
-        "BNB_BUILD: expected some of cpu, cuda, hip, sim, got 'gpu'"
-    )
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, variable: value}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert re.fullmatch(f"{variable}: expected {accepted}", result.stderr.splitlines()[-1])
+
+
+def test_the_instruction_sets_that_are_named_are_built_in_their_order_after_portable_code(monkeypatch):
+    monkeypatch.setenv("BNB_CPU_ISAS", "avx512;avx2;avx512")
+    setup = setup_on("x86_64")
+    assert [Path(source).stem for source in targets(setup)] == ["portable", "avx2", "avx512"]
+    table = ["-DBNB_ISAS=BNB_ISA(portable) BNB_ISA(avx2) BNB_ISA(avx512)"]
+    assert setup["kernels"].source_flags[DISPATCH] == table

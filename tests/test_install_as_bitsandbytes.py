@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import setuptools
+from fresh_python import run_python
 from packaging.version import Version
-from test_registry import run_python
 
 from bnb_core import optim
 from bnb_core.compat.names import MODULES, VERSION

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_registry import run_python
+from fresh_python import run_python
 
 # Those of bitsandbytes 0.50.2, as torch prints them.
 SCHEMAS = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_registry import PACKAGES, run_python
+from fresh_python import PACKAGES, run_python
 from torch.utils import backend_registration
 
 import bnb_core
