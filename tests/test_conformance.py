@@ -397,7 +397,7 @@ def test_the_backend_template_passes_and_prints_its_table(tmp_path):
     code = "from bnb_core.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(
-        [sys.executable, "-c", code, "conformance", "--backend", "template"],
+        [sys.executable, "-c", code, "conformance", "--backend", "template", "--dtype", "float32"],
         capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr

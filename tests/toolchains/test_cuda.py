@@ -11,6 +11,7 @@ import sys
 import pytest
 from compilers import VARIABLE, needs
 from toolchains import machine_code
+from wheel_builds import ROOT
 
 MOST_REGISTERS = 255
 LEAST_SUMS = 64
@@ -36,6 +37,13 @@ def kernels(report: str) -> dict[tuple[str, str], dict[str, int]]:
         elif current is not None and (match := re.search(r"Used (\d+) registers", line)):
             found[current]["registers"] = int(match[1])
     return found
+
+
+def test_the_sources_tell_no_other_architectures_apart():
+    """An architecture beyond these would have to be compiled here."""
+    folders = (ROOT / "csrc_cuda", ROOT / "csrc_shared")
+    text = "".join(path.read_text() for folder in folders for path in folder.glob("*.[hc]*"))
+    assert set(re.findall(r"__CUDA_ARCH__ *[<>=]+ *(\d+)", text)) == {"800", "900", "1200"}
 
 
 def test_every_architecture_compiles_without_a_warning(built):

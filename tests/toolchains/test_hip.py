@@ -26,7 +26,7 @@ from csrc_hip import toolchain  # noqa: E402
 CUDA_NAMES = r"\bcuda\w*\b|\bCUDA\w*|__CUDA(?!_ARCH__)\w*|\bCUDART\w*|\b__nv_\w+|\bnv_bfloat\w*|\bcublas\w*|<<<"
 DEVICE_LIBRARIES = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")
 # With the number by which AMD's device library knows the instruction set; gfx1200 has that of gfx1201.
-CLANG_ARCHS = {"gfx942": 9402, "gfx1100": 11000, "gfx1201": 12001}
+CLANG_ARCHS = {"gfx942": 9402, "gfx1201": 12001}
 REPORT = "-Rpass-analysis=kernel-resource-usage"
 
 needs_hipcc = needs("hipcc", remedy="apt-get install hipcc")
