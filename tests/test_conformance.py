@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from bnb_core.cli import conformance as cli_conformance
 from bnb_core.cli.commands import bnb_core as program
 from bnb_core.conformance import oracle, runner
 from bnb_core.conformance.case import Case, Failure
-from bnb_core.conformance.suite import all_cases, gemm_4bit, quantize, required_classes, threads
+from bnb_core.conformance.suite import all_cases, gemm_4bit, pairwise, quantize, required_classes, threads
 from bnb_core.conformance.values import DTYPES, dtype_name
 from bnb_core.formats import FORMATS
 
@@ -368,6 +369,7 @@ def test_the_report_says_where_it_comes_from(reports):
         (["--backend", "reference", "--device", "cpu:x"], "'cpu:x'"),
         (["--backend", "reference", "--device", "meta"], "a device that this machine has"),
         (["--backend", "reference", "--perf", "--case", "values*"], "--perf"),
+        (["--backend", "reference", "--perf", "--pairwise"], "--perf"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, sentence):
@@ -380,6 +382,17 @@ def test_a_dtype_selects_its_cases_and_those_without_one():
     both = cli_conformance.select_cases(("gemm_4bit",), ("float32", "bfloat16"), "*", thorough=False)
     left_out = [case for case in all_cases() if case.primitive == "gemm_4bit" and case not in both]
     assert left_out and {case.traits["dtype"] for case in left_out} == {"float16"}
+
+
+def test_a_pairwise_selection_has_every_two_classes_together_and_every_case_without_any():
+    def pairs(cases):
+        return {(case.primitive, *pair) for case in cases for pair in combinations(sorted(case.traits.items()), 2)}
+
+    some = pairwise(all_cases())
+    assert pairs(some) == pairs(all_cases())
+    assert {case.id for case in all_cases() if not case.traits} <= {case.id for case in some}
+    assert runner.coverage_gaps(some, required_classes()) == []
+    assert len(some) < 0.6 * len(all_cases())
 
 
 def test_a_case_that_is_named_for_a_dtype_has_it():

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bnb_core import registry
 from bnb_core.backend import Backend
-from bnb_core.conformance import report, runner
+from bnb_core.conformance import report, runner, suite
 from bnb_core.conformance.case import Case
 from bnb_core.conformance.suite import all_cases, required_classes
 from bnb_core.conformance.values import DTYPES, dtype_name
@@ -49,6 +49,7 @@ SUMMARY = {
     help="Only cases of this dtype, and those without one; may be repeated.",
 )
 @click.option("--case", "pattern", default="*", help="Only cases whose name matches this pattern.")
+@click.option("--pairwise", is_flag=True, help="Only as many cases as have every two of their classes together.")
 @click.option("--device", default=None, help="torch device; default: the backend's first.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random inputs.")
 @click.option("--thorough", is_flag=True, help="Also the cases that need minutes or gigabytes.")
@@ -62,6 +63,7 @@ def command(
     primitives: Sequence[str],
     dtypes: Sequence[str],
     pattern: str,
+    pairwise: bool,
     device: str | None,
     seed: int,
     thorough: bool,
@@ -72,16 +74,17 @@ def command(
     if context.invoked_subcommand is not None:
         return
     selected = bool(primitives or dtypes) or pattern != "*"
-    if perf and (selected or thorough):
-        raise BadInput(
-            "--perf: times every primitive, without --primitive, --dtype, --case and --thorough; leave them out"
-        )
+    if perf and (selected or thorough or pairwise):
+        others = "--primitive, --dtype, --case, --pairwise and --thorough"
+        raise BadInput(f"--perf: times every primitive, without {others}; leave them out")
     if backend_name is None:
         raise BadInput(f"--backend: expected one of {', '.join(registry.backends())}, got nothing")
     try:
         backend = registry.available_backend(backend_name)
         chosen_device = runner.device_of(backend, device)
         cases = select_cases(primitives, dtypes, pattern, thorough)
+        if pairwise:
+            cases = suite.pairwise(cases)
         isas = chosen_isas(backend, isa)
         expected = runner.ExpectedFailures(backend.expected_failures)
     except ValueError as error:

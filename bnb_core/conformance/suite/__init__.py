@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
+from itertools import combinations
 
 from bnb_core.conformance.case import Case
 from bnb_core.conformance.suite import (
@@ -52,6 +54,23 @@ def all_cases() -> tuple[Case, ...]:
             raise ValueError(f"two conformance cases are named {case.id!r}")
         seen.add(case.id)
     return cases
+
+
+def pairwise(cases: Iterable[Case]) -> list[Case]:
+    """Of the cases, in order, those with two classes of one primitive that no earlier one has together.
+
+    Most faults show where two classes meet, such as a shape and a dtype (Kuhn, Wallace and Gallo, "Software fault
+    interactions and implications for software testing", 2004). A case that tells no classes is kept.
+    """
+    seen: set[tuple[object, ...]] = set()
+    kept = []
+    for case in cases:
+        classes = sorted(case.traits.items())
+        pairs = {(case.primitive, *pair) for pair in combinations(classes, min(2, len(classes)))}
+        if not classes or not pairs <= seen:
+            kept.append(case)
+            seen |= pairs
+    return kept
 
 
 def required_classes() -> dict[str, dict[str, tuple[str, ...]]]:
