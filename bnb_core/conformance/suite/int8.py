@@ -27,7 +27,7 @@ from bnb_core.conformance.values import (
 )
 from bnb_core.records import Int8Rows, Int8Weight
 
-SHARED = "more than a thread's share"
+MORE_THAN_A_SHARE = "more than a thread's share"
 """A shape for which a CPU wakes a second thread. It is large, and slow in an interpreter."""
 
 ACTIVATION_SHAPES: dict[str, tuple[int, ...]] = {
@@ -41,7 +41,7 @@ ACTIVATION_SHAPES: dict[str, tuple[int, ...]] = {
     "4-D": (2, 2, 3, 17),
     "no rows": (0, 16),
     "no columns": (3, 0),
-    SHARED: (80, 1000),
+    MORE_THAN_A_SHARE: (80, 1000),
 }
 THRESHOLDS = (0.0, 3.0)
 
@@ -58,7 +58,7 @@ PRODUCT_SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "3-D": ((2, 3), 20, 64),
     "no rows": ((0,), 8, 32),
     "K long": ((2,), 3, 65536),
-    SHARED: ((130,), 200, 256),
+    MORE_THAN_A_SHARE: ((130,), 200, 256),
 }
 
 # (batch dimensions of dY, N, K)
@@ -360,7 +360,7 @@ def cases() -> Iterator[Case]:
             traits = {**product.traits, "dtype": "int8"}
             yield Case("int8_linear_matmul", product.name, partial(_check_matmul, sample=product), traits)
         if product.values == "random" and product.shape != "K long":
-            for outliers in (3,) if product.shape == SHARED else (0, 1, 3):
+            for outliers in (3,) if product.shape == MORE_THAN_A_SHARE else (0, 1, 3):
                 mixed = partial(_check_mixed_scaled_mm, sample=product, outliers=outliers)
                 traits = {**product.traits, "outliers": str(outliers)}
                 yield Case("int8_mixed_scaled_mm", f"{product.name},{outliers} outliers", mixed, traits)
@@ -372,7 +372,7 @@ def cases() -> Iterator[Case]:
         name = f"less exact matmuls by {names},{gradient.shape},{dtype_name(dtype)}"
         yield Case("int8_linear_backward", name, less_exact, {"dtype": dtype_name(dtype)})
     for dtype, shape in product_of((torch.float32, torch.bfloat16), PRODUCT_SHAPES):
-        if shape in ("K long", SHARED):
+        if shape in ("K long", MORE_THAN_A_SHARE):
             continue
         product = Product(dtype, shape)
         mixed = partial(_check_mixed_scaled_mm, sample=product, outliers=3, large=1e36)

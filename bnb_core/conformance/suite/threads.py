@@ -23,7 +23,7 @@ CHOSEN: tuple[tuple[ModuleType, dict[str, tuple[str, ...]]], ...] = (
     (quantize, {"shape": ("more blocks than a nested one",), "dtype": ("float32",)}),
     (gemm_4bit, {"shape": ("4 rows, N and K long", "5 rows", "260 rows, K a multiple of 64")}),
     (grouped, {"shape": ("more than a thread's share", "130 rows")}),
-    (int8, {"shape": ("more than a thread's share",), "dtype": ("float32", "int8"), "outliers": ("3",)}),
+    (int8, {"shape": (int8.MORE_THAN_A_SHARE,), "dtype": ("float32", "int8"), "outliers": ("3",)}),
     (int8, {"shape": ("5 rows", "260 rows")}),
     (optimizer, {"shape": ("many blocks",), "dtype": ("float32",)}),
 )
