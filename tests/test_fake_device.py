@@ -21,4 +21,4 @@ def test_the_suite_passes_on_a_device_of_its_own():
     )
     lines = result.stdout.splitlines()
     assert lines and lines[-1].endswith("cases on fake, 0 failed"), result.stdout + result.stderr
-    assert int(lines[-1].split()[0]) > 2000
+    assert int(lines[-1].split()[0]) > 1000

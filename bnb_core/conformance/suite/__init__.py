@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from heapq import heapify, heappop, heappush
 from itertools import combinations
 
 from bnb_core.conformance.case import Case
@@ -57,20 +58,32 @@ def all_cases() -> tuple[Case, ...]:
 
 
 def pairwise(cases: Iterable[Case]) -> list[Case]:
-    """Of the cases, in order, those with two classes of one primitive that no earlier one has together.
+    """Few of the cases, in order, that have every two classes of one primitive together that any of them has.
 
     Most faults show where two classes meet, such as a shape and a dtype (Kuhn, Wallace and Gallo, "Software fault
-    interactions and implications for software testing", 2004). A case that tells no classes is kept.
+    interactions and implications for software testing", 2004). The case with the most pairs that none has yet comes
+    next, the earlier one of equals. A case that tells no classes is kept.
     """
+    cases = list(cases)
+    missing = [_pairs(case) for case in cases]
+    kept = {i for i, pairs in enumerate(missing) if not pairs}
     seen: set[tuple[object, ...]] = set()
-    kept = []
-    for case in cases:
-        classes = sorted(case.traits.items())
-        pairs = {(case.primitive, *pair) for pair in combinations(classes, min(2, len(classes)))}
-        if not classes or not pairs <= seen:
-            kept.append(case)
-            seen |= pairs
-    return kept
+    heap = [(-len(pairs), i) for i, pairs in enumerate(missing) if pairs]
+    heapify(heap)
+    while heap:
+        most, i = heappop(heap)
+        missing[i] -= seen
+        if len(missing[i]) == -most:
+            kept.add(i)
+            seen |= missing[i]
+        elif missing[i]:
+            heappush(heap, (-len(missing[i]), i))
+    return [cases[i] for i in sorted(kept)]
+
+
+def _pairs(case: Case) -> set[tuple[object, ...]]:
+    classes = sorted(case.traits.items())
+    return {(case.primitive, *pair) for pair in combinations(classes, min(2, len(classes))) if pair}
 
 
 def required_classes() -> dict[str, dict[str, tuple[str, ...]]]:
