@@ -17,7 +17,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from bnb_core import registry
 from bnb_core.backend import Backend
 from bnb_core.conformance import runner
-from bnb_core.conformance.suite import all_cases, pairwise
+from bnb_core.conformance.suite import all_cases, covering
 from bnb_core.primitive import plain_tensor_type
 
 DEVICE = "fake"
@@ -92,11 +92,12 @@ def make_backend() -> Backend:
 def run_suite() -> None:
     """Hold the backend to the suite on its device; print what failed, and a last line for the test that reads it.
 
-    In float32 and what has no dtype, pairwise: where tensors are is the same in all of them, and this device is slow.
+    In float32 and what has no dtype, every two classes together: where tensors are is the same in all cases, and this
+    device is slow.
     """
     chosen = ("float32", "int8", None)
     cases = [case for case in all_cases() if not case.large and case.primitive and case.traits.get("dtype") in chosen]
-    cases = pairwise(cases)
+    cases = covering(cases, "pairs")
     # Without autograd's tracking of views, which makes tensors of its own.
     with torch.inference_mode(), registry.registered(make_backend()):
         results = runner.run(cases, registry.backends()["fake"], torch.device(DEVICE))

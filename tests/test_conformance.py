@@ -23,7 +23,7 @@ from bnb_core.cli import conformance as cli_conformance
 from bnb_core.cli.commands import bnb_core as program
 from bnb_core.conformance import oracle, runner
 from bnb_core.conformance.case import Case, Failure
-from bnb_core.conformance.suite import all_cases, gemm_4bit, pairwise, quantize, required_classes, threads
+from bnb_core.conformance.suite import all_cases, covering, gemm_4bit, quantize, required_classes, threads
 from bnb_core.conformance.values import DTYPES, dtype_name
 from bnb_core.formats import FORMATS
 
@@ -369,7 +369,7 @@ def test_the_report_says_where_it_comes_from(reports):
         (["--backend", "reference", "--device", "cpu:x"], "'cpu:x'"),
         (["--backend", "reference", "--device", "meta"], "a device that this machine has"),
         (["--backend", "reference", "--perf", "--case", "values*"], "--perf"),
-        (["--backend", "reference", "--perf", "--pairwise"], "--perf"),
+        (["--backend", "reference", "--perf", "--cover", "pairs"], "--perf"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, sentence):
@@ -384,15 +384,16 @@ def test_a_dtype_selects_its_cases_and_those_without_one():
     assert left_out and {case.traits["dtype"] for case in left_out} == {"float16"}
 
 
-def test_a_pairwise_selection_has_every_two_classes_together_and_every_case_without_any():
-    def pairs(cases):
-        return {(case.primitive, *pair) for case in cases for pair in combinations(sorted(case.traits.items()), 2)}
+@pytest.mark.parametrize("cover, size, share", [("classes", 1, 0.15), ("pairs", 2, 0.4)])
+def test_a_covering_selection_has_all_classes_or_all_pairs_and_every_case_without_any(cover, size, share):
+    def found(cases):
+        return {(case.primitive, *some) for case in cases for some in combinations(sorted(case.traits.items()), size)}
 
-    some = pairwise(all_cases())
-    assert pairs(some) == pairs(all_cases())
+    some = covering(all_cases(), cover)
+    assert found(some) == found(all_cases())
     assert {case.id for case in all_cases() if not case.traits} <= {case.id for case in some}
     assert runner.coverage_gaps(some, required_classes()) == []
-    assert len(some) < 0.4 * len(all_cases())
+    assert len(some) < share * len(all_cases())
 
 
 def test_a_case_that_is_named_for_a_dtype_has_it():

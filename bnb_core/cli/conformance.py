@@ -49,7 +49,11 @@ SUMMARY = {
     help="Only cases of this dtype, and those without one; may be repeated.",
 )
 @click.option("--case", "pattern", default="*", help="Only cases whose name matches this pattern.")
-@click.option("--pairwise", is_flag=True, help="Only as many cases as have every two of their classes together.")
+@click.option(
+    "--cover",
+    type=click.Choice([*suite.COVERS]),
+    help="Only few cases that have every class, or every two classes together.",
+)
 @click.option("--device", default=None, help="torch device; default: the backend's first.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random inputs.")
 @click.option("--thorough", is_flag=True, help="Also the cases that need minutes or gigabytes.")
@@ -63,7 +67,7 @@ def command(
     primitives: Sequence[str],
     dtypes: Sequence[str],
     pattern: str,
-    pairwise: bool,
+    cover: str | None,
     device: str | None,
     seed: int,
     thorough: bool,
@@ -74,8 +78,8 @@ def command(
     if context.invoked_subcommand is not None:
         return
     selected = bool(primitives or dtypes) or pattern != "*"
-    if perf and (selected or thorough or pairwise):
-        others = "--primitive, --dtype, --case, --pairwise and --thorough"
+    if perf and (selected or thorough or cover):
+        others = "--primitive, --dtype, --case, --cover and --thorough"
         raise BadInput(f"--perf: times every primitive, without {others}; leave them out")
     if backend_name is None:
         raise BadInput(f"--backend: expected one of {', '.join(registry.backends())}, got nothing")
@@ -83,8 +87,8 @@ def command(
         backend = registry.available_backend(backend_name)
         chosen_device = runner.device_of(backend, device)
         cases = select_cases(primitives, dtypes, pattern, thorough)
-        if pairwise:
-            cases = suite.pairwise(cases)
+        if cover:
+            cases = suite.covering(cases, cover)
         isas = chosen_isas(backend, isa)
         expected = runner.ExpectedFailures(backend.expected_failures)
     except ValueError as error:

@@ -57,18 +57,25 @@ def all_cases() -> tuple[Case, ...]:
     return cases
 
 
-def pairwise(cases: Iterable[Case]) -> list[Case]:
-    """Few of the cases, in order, that have every two classes of one primitive together that any of them has.
+COVERS = {"classes": 1, "pairs": 2}
+"""What few cases may cover, and how many classes that is at a time."""
+
+
+def covering(cases: Iterable[Case], cover: str) -> list[Case]:
+    """Few of the cases, in order, that have every class of each primitive, or every two that any of them has together.
 
     Most faults show where two classes meet, such as a shape and a dtype (Kuhn, Wallace and Gallo, "Software fault
-    interactions and implications for software testing", 2004). The case with the most pairs that none has yet comes
-    next, the earlier one of equals. A case that tells no classes is kept.
+    interactions and implications for software testing", 2004). The case with most that none has yet comes next, the
+    earlier one of equals. A case that tells no classes is kept.
+
+    Args:
+        cover: a key of COVERS.
     """
     cases = list(cases)
-    missing = [_pairs(case) for case in cases]
-    kept = {i for i, pairs in enumerate(missing) if not pairs}
+    missing = [_combinations(case, COVERS[cover]) for case in cases]
+    kept = {i for i, combined in enumerate(missing) if not combined}
     seen: set[tuple[object, ...]] = set()
-    heap = [(-len(pairs), i) for i, pairs in enumerate(missing) if pairs]
+    heap = [(-len(combined), i) for i, combined in enumerate(missing) if combined]
     heapify(heap)
     while heap:
         most, i = heappop(heap)
@@ -81,9 +88,9 @@ def pairwise(cases: Iterable[Case]) -> list[Case]:
     return [cases[i] for i in sorted(kept)]
 
 
-def _pairs(case: Case) -> set[tuple[object, ...]]:
+def _combinations(case: Case, size: int) -> set[tuple[object, ...]]:
     classes = sorted(case.traits.items())
-    return {(case.primitive, *pair) for pair in combinations(classes, min(2, len(classes))) if pair}
+    return {(case.primitive, *some) for some in combinations(classes, min(size, len(classes))) if some}
 
 
 def required_classes() -> dict[str, dict[str, tuple[str, ...]]]:
