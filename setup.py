@@ -279,7 +279,7 @@ class BuildWheel(bdist_wheel):
             compilers["nvcc"] = [str(cuda.nvcc()), "--version"]
             linked_in["cudart_static"] = str(cuda.release())
         if "hip" in requested():
-            compilers["hipcc"] = [hip.hipcc(), "--version"]
+            compilers["HIP compiler"] = [*hip.compiler(), "--version"]
         folder = Path(distinfo_path, "sboms")
         folder.mkdir()
         bill = bill_of_materials(self.distribution.get_version(), compilers, linked_in)

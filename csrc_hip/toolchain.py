@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-from functools import cache
 from pathlib import Path
 
 from csrc_shared.environment import listed
@@ -31,9 +30,9 @@ INCLUDE = ["-idirafter", str(ROOT / "csrc_hip" / "include")]
 # runtime.cpp finds AMD's runtime, whose functions it defines for this module alone. The module stays for good, as the
 # runtime knows its kernels.
 LINK_FLAGS = [f"-Wl,--version-script={ROOT / 'csrc_hip' / 'runtime.map'}", "-Wl,-z,nodelete"]
-# Without a language hipcc would compile files of host code for a GPU, too.
-HOST_FLAGS = ["-x", "c++", "-D__HIP_PLATFORM_AMD__=1"]
-DEVICE_FLAGS = ["-x", "hip", "-fhip-fp32-correctly-rounded-divide-sqrt"]
+# Without a language hipcc would compile files of host code for a GPU, too. What HIPCXX has for GPUs is not used there.
+HOST_FLAGS = ["-x", "c++", "-D__HIP_PLATFORM_AMD__=1", "-Wno-unused-command-line-argument"]
+DEVICE_FLAGS = ["-x", "hip", "-D__HIP_PLATFORM_AMD__=1", "-fhip-fp32-correctly-rounded-divide-sqrt"]
 
 
 def hipify(output: Path) -> dict[str, Path]:
@@ -72,32 +71,37 @@ def hipify(output: Path) -> dict[str, Path]:
 
 
 def installed() -> bool:
-    return _hipcc_or_none() is not None
+    return _compiler_or_none() is not None
 
 
-@cache
-def _hipcc_or_none() -> str | None:
-    """hipcc of ROCM_PATH, of the PATH or of ROCm's usual folder."""
+def _compiler_or_none() -> list[str] | None:
+    """The command that HIPCXX holds, or hipcc of ROCM_PATH, of the PATH or of ROCm's usual folder."""
+    named = os.environ.get("HIPCXX", "").split()
+    if named:
+        return named
     home = os.environ.get("ROCM_PATH")
-    if home:
-        return shutil.which("hipcc", path=f"{home}/bin")
-    return shutil.which("hipcc") or shutil.which("hipcc", path="/opt/rocm/bin")
+    hipcc = shutil.which("hipcc", path=f"{home}/bin" if home else None)
+    found = hipcc if hipcc or home else shutil.which("hipcc", path="/opt/rocm/bin")
+    return [found] if found else None
 
 
-def hipcc() -> str:
-    found = _hipcc_or_none()
+def compiler() -> list[str]:
+    """What compiles HIP: hipcc, or what HIPCXX names, as CMake does, a Clang with the flags that it needs there."""
+    found = _compiler_or_none()
     if found is None:
         raise SystemExit(
             "BNB_BUILD=hip needs hipcc, and none was found in ROCM_PATH/bin, on the PATH or in /opt/rocm/bin. It comes "
-            "with ROCm; on Debian and Ubuntu: apt install hipcc."
+            "with ROCm; on Debian and Ubuntu: apt install hipcc. A Clang that compiles HIP: set HIPCXX."
         )
+    if shutil.which(found[0]) is None:
+        raise SystemExit(f"HIPCXX: expected a compiler and its flags, but {found[0]!r} was not found")
     return found
 
 
 def visible_archs() -> list[str]:
     """Those of the GPUs of this machine."""
     try:
-        command = [str(Path(hipcc()).with_name("rocm_agent_enumerator"))]
+        command = [str(Path(compiler()[0]).with_name("rocm_agent_enumerator"))]
         report = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
         return []
@@ -119,8 +123,8 @@ def sources(hipified: dict[str, Path]) -> list[Path]:
 
 
 def compile_command(archs: list[str], source: str) -> list[str]:
-    """hipcc with its flags; env, because where nvcc is installed too, hipcc would call that one."""
-    command = ["env", "HIP_PLATFORM=amd", hipcc(), *FLAGS, *INCLUDE]
+    """The compiler with its flags; env, because where nvcc is installed too, hipcc would call that one."""
+    command = ["env", "HIP_PLATFORM=amd", *compiler(), *FLAGS, *INCLUDE]
     if source.endswith(".cpp"):
         return [*command, *HOST_FLAGS]
     # The compiler would name a file for its folder, and in another one make other bytes.

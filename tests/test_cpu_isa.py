@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 AVAILABLE = bnb_core.backends()["cpu"].instruction_sets.available()
 
 sys.path.append(str(ROOT))
+from csrc_hip import device_libraries  # noqa: E402
 from csrc_hip import toolchain as hip  # noqa: E402
 from csrc_shared.environment import listed  # noqa: E402
 
@@ -115,6 +116,20 @@ def test_what_is_no_chip_of_amds_is_an_error_before_anything_is_compiled(monkeyp
     monkeypatch.setenv("BNB_HIP_ARCHS", value)
     with pytest.raises(SystemExit, match=f"BNB_HIP_ARCHS: expected names of chips .*, got '{value}'"):
         hip.archs()
+
+
+def test_a_compiler_of_hip_that_is_named_and_missing_is_an_error(monkeypatch):
+    monkeypatch.setenv("HIPCXX", "no-such-clang --rocm-path=/usr")
+    with pytest.raises(
+        SystemExit, match="HIPCXX: expected a compiler and its flags, but 'no-such-clang' was not found"
+    ):
+        hip.compiler()
+
+
+@pytest.mark.parametrize("chip, version", [("gfx90a", 9010), ("gfx942:xnack+", 9402), ("gfx1201", 12001)])
+def test_amds_device_libraries_know_a_chip_by_a_number(chip, version):
+    """Debian's file for gfx90a says 9010."""
+    assert device_libraries.isa_version(chip) == version
 
 
 def test_chips_of_amds_may_have_features(monkeypatch):

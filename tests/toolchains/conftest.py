@@ -9,13 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from compilers import needs
 from wheel_builds import Built, build
 
 ROOT = Path(__file__).parents[2]
-ARCHS = ("75", "80", "90", "100")
-"""One for each way through the sources: newer ones, such as 120, go that of 80 (test_cuda.py)."""
+sys.path.insert(0, str(ROOT))
+from csrc_hip import device_libraries  # noqa: E402
+
+ARCHS = ("75", "80", "90")
+"""One for each way through the sources (test_cuda.py): 100 goes that of the PTX for 90, and 120 that of 80."""
 HIPCC_ARCHS = ("gfx90a", "gfx1030")
 """Debian's hipcc knows no newer ones."""
+CLANG_ARCHS = ("gfx942", "gfx1201")
+KERNEL_REPORT = "-Rpass-analysis=kernel-resource-usage"
+
+needs_clang = needs(
+    "hipcc", "clang++-19", "lld-19", "clang-offload-bundler-19",
+    remedy="apt-get install hipcc clang-19 lld-19 clang-tools-19",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,12 @@ def built(tmp_path_factory) -> CudaBuild:
 
 @pytest.fixture(scope="session")
 def hip_wheel(tmp_path_factory) -> Built:
-    """A wheel of the HIP kernels; in its report is what each kernel takes."""
+    """A wheel of the HIP kernels, by the compiler of a release; in its report is what each kernel takes."""
+    libraries = tmp_path_factory.mktemp("bitcode")
+    device_libraries.write(libraries, list(CLANG_ARCHS))
     return build(
         tmp_path_factory.mktemp("hip"),
         BNB_BUILD="hip",
-        BNB_HIP_ARCHS=";".join(HIPCC_ARCHS),
-        HIPCC_COMPILE_FLAGS_APPEND="-Rpass-analysis=kernel-resource-usage",
+        BNB_HIP_ARCHS=";".join(CLANG_ARCHS),
+        HIPCXX=f"clang++-19 --rocm-path=/usr --rocm-device-lib-path={libraries} {KERNEL_REPORT}",
     )

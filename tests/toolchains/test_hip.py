@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from compilers import needs
-from toolchains.conftest import HIPCC_ARCHS
+from toolchains.conftest import CLANG_ARCHS, HIPCC_ARCHS, KERNEL_REPORT, needs_clang
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -24,16 +24,6 @@ from csrc_hip import toolchain  # noqa: E402
 
 # __CUDA_ARCH__ fences what is NVIDIA's alone: it is never defined here.
 CUDA_NAMES = r"\bcuda\w*\b|\bCUDA\w*|__CUDA(?!_ARCH__)\w*|\bCUDART\w*|\b__nv_\w+|\bnv_bfloat\w*|\bcublas\w*|<<<"
-DEVICE_LIBRARIES = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")
-# With the number by which AMD's device library knows the instruction set; gfx1200 has that of gfx1201.
-CLANG_ARCHS = {"gfx942": 9402, "gfx1201": 12001}
-REPORT = "-Rpass-analysis=kernel-resource-usage"
-
-needs_hipcc = needs("hipcc", remedy="apt-get install hipcc")
-needs_clang = needs(
-    "hipcc", "clang++-19", "lld-19", "clang-offload-bundler-19",
-    remedy="apt-get install hipcc clang-19 lld-19 clang-tools-19",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -76,11 +66,10 @@ def test_renaming_leaves_the_sources_alone(hipified, tmp_path):
 
 def compile_kernels(command: list[str], hipified: dict[str, Path], folder: Path) -> str:
     """Compile every file of device code; gives what the compiler reported of the kernels."""
-    environment = {**os.environ, "HIP_PLATFORM": "amd"}
 
     def report_of(path: Path) -> str:
-        arguments = [REPORT, "-c", str(path), "-o", str(folder / f"{path.stem}.o")]
-        run = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=1200)
+        arguments = [KERNEL_REPORT, "-c", str(path), "-o", str(folder / f"{path.stem}.o")]
+        run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=1200)
         assert run.returncode == 0, f"{path.name}: {run.stderr[-4000:]}"
         assert "warning:" not in run.stderr, run.stderr[-4000:]
         return run.stderr
@@ -96,51 +85,12 @@ def check_kernels(report: str, archs: int) -> None:
     assert set(scratch) == {"0"}, re.findall(r"Function Name: (\w+)", report)
 
 
-@needs_hipcc
-def test_hipcc_compiles_every_kernel_without_scratch(hip_wheel):
-    check_kernels(hip_wheel.report, len(HIPCC_ARCHS))
-
-
-@pytest.fixture(scope="session")
-def device_libraries(tmp_path_factory) -> Path:
-    """Debian's, and for each newer chip the one file that says which it is."""
-    folder = tmp_path_factory.mktemp("bitcode")
-    for path in DEVICE_LIBRARIES.glob("*.bc"):
-        (folder / path.name).symlink_to(path)
-    for arch, number in CLANG_ARCHS.items():
-        source = folder / f"{arch}.ll"
-        source.write_text(
-            'target triple = "amdgcn-amd-amdhsa"\n'
-            "@__oclc_ISA_version = linkonce_odr hidden local_unnamed_addr addrspace(4) constant "
-            f"i32 {number}, align 4\n"
-        )
-        output = folder / f"oclc_isa_version_{arch.removeprefix('gfx')}.bc"
-        command = [
-            "clang-19",
-            "--target=amdgcn-amd-amdhsa",
-            "-nogpulib",
-            "-x",
-            "ir",
-            "-c",
-            "-emit-llvm",
-            str(source),
-            "-o",
-            str(output),
-        ]
-        subprocess.run(command, check=True, timeout=60)
-    return folder
+@needs("hipcc", remedy="apt-get install hipcc")
+def test_hipcc_compiles_every_kernel_without_scratch(hipified, tmp_path):
+    command = toolchain.compile_command(list(HIPCC_ARCHS), "kernels.hip")
+    check_kernels(compile_kernels(command, hipified, tmp_path), len(HIPCC_ARCHS))
 
 
 @needs_clang
-def test_clang_compiles_every_kernel_for_newer_chips_without_scratch(hipified, device_libraries, tmp_path):
-    command = [
-        "clang++-19",
-        *toolchain.FLAGS,
-        *toolchain.INCLUDE,
-        *toolchain.DEVICE_FLAGS,
-        *(f"--offload-arch={arch}" for arch in CLANG_ARCHS),
-        "--rocm-path=/usr",
-        f"--rocm-device-lib-path={device_libraries}",
-        "-D__HIP_PLATFORM_AMD__=1",
-    ]
-    check_kernels(compile_kernels(command, hipified, tmp_path), len(CLANG_ARCHS))
+def test_clang_compiles_every_kernel_for_newer_chips_without_scratch(hip_wheel):
+    check_kernels(hip_wheel.report, len(CLANG_ARCHS))

@@ -14,15 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from compilers import needs
-from toolchains.conftest import HIPCC_ARCHS
+from toolchains.conftest import CLANG_ARCHS, needs_clang
 
 STAND_IN = Path(__file__).parents[1] / "hip_runtime.cpp"
 TORCHS_GLIBC = (2, 28)
 """What torch's own wheels ask of a Linux (PEP 600): manylinux_2_28."""
 
 pytestmark = [
-    needs("hipcc", remedy="apt-get install hipcc"),
+    needs_clang,
     pytest.mark.skipif(torch.version.hip is not None, reason="this torch has loaded AMD's own runtime"),
 ]
 
@@ -119,7 +118,7 @@ def test_without_a_runtime_the_module_is_loaded_and_every_call_says_what_is_miss
     lost = tmp_path / module.name
     lost.write_bytes(module.read_bytes().replace(b"libamdhip64", b"libnowhere1"))
     archs, driver, missing, error = said_by(REFUSED, lost)
-    assert archs.split() == list(HIPCC_ARCHS)
+    assert archs.split() == list(CLANG_ARCHS)
     assert driver == "0"
     assert missing.startswith("there is no HIP runtime")
     assert "none of libnowhere1.so.7, .so.6, .so.5 and libnowhere1.so could be loaded; install" in missing
