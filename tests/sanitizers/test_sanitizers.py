@@ -32,7 +32,7 @@ def test_a_read_beyond_a_buffer_is_found(package, module):
 
 # One order of lanes is enough here: it changes neither which addresses are touched nor what is ordered. One dtype shows
 # what a template does, and float32 has kernels of its own for products. HIP's kernels are CUDA's in other names: what
-# waves of 64 change is to be seen. In the simulator a case takes seconds, most under the thread sanitizer, so they are
+# waves of 64 change is to be seen. A case takes seconds in the simulator, most under the thread sanitizer: they are
 # few. The longest come first.
 WAVE = {"BNB_SIM_WARP": "64"}
 CLASSES, PAIRS = ("--cover", "classes"), ("--cover", "pairs")
@@ -43,7 +43,7 @@ CONFORMANCE = [
     ("cuda-sim", THREADS, (*CLASSES, *BFLOAT16), {}),
     ("hip-sim", THREADS, (*CLASSES, *BFLOAT16), WAVE),
     ("cuda-sim", THREADS, (*CLASSES, *FLOAT32), {}),
-    ("cpu", MEMORY, ("--isa", "all"), {}),
+    ("cpu", MEMORY, (*PAIRS, "--isa", "all"), {}),
     ("cuda-sim", MEMORY, (*PAIRS, *BFLOAT16), {}),
     ("hip-sim", MEMORY, (*CLASSES, *BFLOAT16), WAVE),
     ("cuda-sim", MEMORY, (*PAIRS, *FLOAT32), {}),

@@ -26,7 +26,7 @@ if triton.knobs.runtime.interpret:
 TARGETS = {
     **{f"sm_{version}": GPUTarget("cuda", version, 32) for version in (75, 80, 90, 100, 120)},
     **{name: GPUTarget("hip", name, 64) for name in ("gfx90a", "gfx942", "gfx950")},
-    **{name: GPUTarget("hip", name, 32) for name in ("gfx1100", "gfx1200", "gfx1201")},
+    **{name: GPUTarget("hip", name, 32) for name in ("gfx1100", "gfx1201")},
 }
 OLDEST_AND_NEWEST = ("sm_75", "sm_120", "gfx90a", "gfx1201")
 """Of each maker and size of wave: for kernels without products, which have the same instructions on those between."""

@@ -113,7 +113,7 @@ def test_it_serves_where_no_compiler_is(released, tmp_path):
         ).stdout
 
     assert "cpu" in said("info")
-    assert " 0 failed, 0 failed as expected, 0 skipped" in said("conformance", "--backend", "cpu")
+    assert " 0 failed, 0 failed as expected, 0 skipped" in said("conformance", "--backend", "cpu", "--cover", "pairs")
 
 
 @pytest.fixture(scope="module")
