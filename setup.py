@@ -146,7 +146,6 @@ def cpu_kernels() -> list[KernelExtension]:
 
 def cuda_kernels() -> list[KernelExtension]:
     archs = cuda.archs()
-    nvcc = cuda.compile_command(archs)
     extension = KernelExtension(
         "bnb_core.backends.cuda._kernels",
         {
@@ -155,7 +154,9 @@ def cuda_kernels() -> list[KernelExtension]:
             "csrc_cuda/module.cpp": [gpu_archs(archs)],
         },
         ["csrc_shared", "csrc_cuda"],
-        lambda host, source: nvcc if source.endswith(".cu") else host_command(host, source),
+        lambda host, source: (
+            cuda.compile_command(archs, source) if source.endswith(".cu") else host_command(host, source)
+        ),
         include_dirs=[cuda.include_folder()],
         library_dirs=cuda.library_folders(),
         libraries=cuda.LIBRARIES,

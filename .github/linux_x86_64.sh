@@ -3,12 +3,13 @@
 #
 #   .github/linux_x86_64.sh FOLDER      on Debian 12, as root, since it installs compilers
 #
-# What it compiles runs on Linuxes from glibc 2.28 on, as auditwheel checks. BNB_CUDA_ARCHS and BNB_HIP_ARCHS may name
-# fewer chips than a release is for.
+# What it compiles runs on Linuxes from glibc 2.28 on, as auditwheel checks. BNB_CPU_ISAS, BNB_CUDA_ARCHS and
+# BNB_HIP_ARCHS may name less than a release is for.
 set -euo pipefail
 output=$(realpath -m "$1")
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
+work=/tmp/bnb_core_release
+rm -rf "$work" && mkdir "$work"
 
 apt-get update -qq
 apt-get install -y -qq g++ git python3-dev python3-venv hipcc clang-19 lld-19 clang-tools-19 > /dev/null
@@ -30,15 +31,17 @@ export HIPCXX="clang++-19 --rocm-path=/usr --rocm-device-lib-path=$work/amdgcn"
 SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
 export SOURCE_DATE_EPOCH
 
-# From the commit, and from its sdist in another folder.
-git clone --quiet . "$work/commit"
-python -m build --no-isolation --sdist --outdir "$work" "$work/commit"
-mkdir "$work/sdist"
-tar -xzf "$work"/*.tar.gz -C "$work/sdist" --strip-components=1
-for source in commit sdist; do
-  python -m build --no-isolation --wheel --outdir "$work/wheels" "$work/$source"
+# From the commit and from its sdist, in the same folder: nvcc has its path in the names of kernels.
+build() {
+  python -m build --no-isolation --wheel --outdir "$work/wheels" "$work/source"
   (cd "$work/wheels" && sha256sum ./*.whl) >> "$work/sums"
-done
+}
+git clone --quiet . "$work/source"
+python -m build --no-isolation --sdist --outdir "$work" "$work/source"
+build
+rm -rf "$work/source" && mkdir "$work/source"
+tar -xzf "$work"/*.tar.gz -C "$work/source" --strip-components=1
+build
 if [ "$(sort -u "$work/sums" | wc -l)" != 1 ]; then
   echo "two builds differ:" && cat "$work/sums"
   exit 1

@@ -107,11 +107,17 @@ def archs() -> list[str]:
     return requested or visible_archs() or [arch for arch in DEFAULT_ARCHS if arch in known]
 
 
-def compile_command(archs: list[str]) -> list[str]:
+def compile_command(archs: list[str], source: str) -> list[str]:
     """nvcc with its flags: machine code for each architecture, and the last one's PTX for chips to come."""
     # Hopper's own instructions (csrc_cuda/wgmma.h) are in the target 90a, which compilers before CUDA 12 lack.
     own = {"90": "90a"} if release() >= 12 else {}
     targets = [own.get(arch, arch) for arch in archs]
     codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
     newest = archs[-1]
-    return [str(nvcc()), *FLAGS, "-t", "2", *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+    ptx = f"-gencode=arch=compute_{newest},code=compute_{newest}"
+    return [str(nvcc()), *FLAGS, *_same_bytes(source), "-t", "2", *codes, ptx]
+
+
+def _same_bytes(source: str) -> list[str]:
+    """Names that nvcc otherwise makes up of random numbers and of its process; it makes others of a source's folder."""
+    return [f"-frandom-seed={Path(source).stem}", "--objdir-as-tempdir"] if release() >= 13 else []
