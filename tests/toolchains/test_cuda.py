@@ -13,6 +13,9 @@ from compilers import VARIABLE, needs
 from toolchains import machine_code
 from wheel_builds import ROOT
 
+sys.path.insert(0, str(ROOT))
+from csrc_cuda import toolchain
+
 MOST_REGISTERS = 255
 LEAST_SUMS = 64
 """A thread's sums of one product on wgmma."""
@@ -44,6 +47,17 @@ def test_the_sources_tell_no_other_architectures_apart():
     folders = (ROOT / "csrc_cuda", ROOT / "csrc_shared")
     text = "".join(path.read_text() for folder in folders for path in folder.glob("*.[hc]*"))
     assert set(re.findall(r"__CUDA_ARCH__ *[<>=]+ *(\d+)", text)) == {"800", "900", "1200"}
+
+
+def test_a_source_compiles_to_the_same_bytes_each_time(tmp_path):
+    """nvcc makes names of its process and of random numbers, unless it is told otherwise."""
+    source = "csrc_cuda/workspace.cu"
+    objects = [tmp_path / name / "workspace.o" for name in ("one", "other")]
+    for path in objects:
+        path.parent.mkdir()
+        command = [*toolchain.compile_command(["75"], source), "-c", source, "-o", str(path)]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    assert objects[0].read_bytes() == objects[1].read_bytes()
 
 
 def test_every_architecture_compiles_without_a_warning(built):
