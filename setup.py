@@ -37,6 +37,7 @@ HAS_STABLE_INTERFACE = not sysconfig.get_config_var("Py_GIL_DISABLED")
 PYTHON_INTERFACE = ["-DPy_LIMITED_API=0x030A0000"] if HAS_STABLE_INTERFACE else []
 
 OLDEST_GLIBC = "csrc_shared/oldest_glibc.cpp"
+OLDEST_GLIBC_OF_CUDART = "csrc_shared/oldest_glibc_of_cudart.cpp"
 HIPIFIED = Path("build/hipified")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -93,11 +94,11 @@ class KernelExtension(Extension):
         self.command = command
 
 
-def oldest_glibc_flags() -> list[str]:
-    """So that what is built on a new Linux runs on an old one; none where OLDEST_GLIBC has nothing to say."""
+def oldest_glibc_flags(source: str = OLDEST_GLIBC) -> list[str]:
+    """So that what is built on a new Linux runs on an old one; none where the source has nothing to say."""
     if for_windows() or platform.libc_ver()[0] != "glibc" or machine() not in ("x86_64", "aarch64"):
         return []
-    names = re.findall(r"^BNB_OLDEST_VERSION\((\w+)", Path(OLDEST_GLIBC).read_text(), re.MULTILINE)
+    names = re.findall(r"^BNB_OLDEST_VERSION\((\w+)", Path(source).read_text(), re.MULTILINE)
     return [f"-Wl,--wrap={name}" for name in names]
 
 
@@ -152,6 +153,7 @@ def cuda_kernels() -> list[KernelExtension]:
             **bindings("_kernels"),
             **sources("csrc_cuda/*.cu", "csrc_cuda/*.cpp"),
             "csrc_cuda/module.cpp": [gpu_archs(archs)],
+            **({OLDEST_GLIBC_OF_CUDART: []} if oldest_glibc_flags() else {}),
         },
         ["csrc_shared", "csrc_cuda"],
         lambda host, source: (
@@ -160,7 +162,7 @@ def cuda_kernels() -> list[KernelExtension]:
         include_dirs=[cuda.include_folder()],
         library_dirs=cuda.library_folders(),
         libraries=cuda.LIBRARIES,
-        extra_link_args=cuda.LINK_FLAGS,
+        extra_link_args=[*cuda.LINK_FLAGS, *oldest_glibc_flags(OLDEST_GLIBC_OF_CUDART)],
     )
     return [extension]
 

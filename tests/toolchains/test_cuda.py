@@ -154,6 +154,14 @@ def test_the_module_imports_without_a_driver_and_says_so(built):
         assert version == "0"
 
 
+def test_the_module_is_for_the_linuxes_of_torch(built):
+    """manylinux_2_28 (PEP 600): NVIDIA's static runtime calls what is younger in newer glibcs."""
+    (library,) = built.package.rglob("_kernels*.so")
+    symbols = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True, check=True).stdout
+    versions = [tuple(map(int, version.split("."))) for version in re.findall(r"GLIBC_(2\.\d+)", symbols)]
+    assert versions and max(versions) <= (2, 28)
+
+
 def test_the_module_depends_on_no_installed_cuda(built):
     (library,) = built.package.rglob("_kernels*.so")
     needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
