@@ -78,6 +78,7 @@ def known_archs() -> list[str]:
     return re.findall(r"sm_(\w+)", subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@cache
 def release() -> int:
     """The major version of this nvcc."""
     report = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout

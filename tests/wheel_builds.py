@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+TORCHS_GLIBC = (2, 28)
+"""What torch's own wheels ask of a Linux (PEP 600): manylinux_2_28."""
+
 EPOCH = "1700000000"
 """The time that every file of a wheel is said to be of (SOURCE_DATE_EPOCH, reproducible-builds.org)."""
 

@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from toolchains.conftest import CLANG_ARCHS, needs_clang
+from wheel_builds import TORCHS_GLIBC
 
 STAND_IN = Path(__file__).parents[1] / "hip_runtime.cpp"
-TORCHS_GLIBC = (2, 28)
-"""What torch's own wheels ask of a Linux (PEP 600): manylinux_2_28."""
 
 pytestmark = [
     needs_clang,

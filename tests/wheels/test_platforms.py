@@ -13,14 +13,11 @@ from pathlib import Path
 
 import pytest
 from compilers import needs
-from wheel_builds import ROOT, build, build_environment, repaired
+from wheel_builds import ROOT, TORCHS_GLIBC, build, build_environment, repaired
 
 HERE = Path(__file__).parent
 MINORS = range(10, 15)
 """Of the Pythons 3.x that the wheel is for."""
-
-TORCHS_GLIBC = (2, 28)
-"""What torch's own wheels ask of a Linux (PEP 600): manylinux_2_28."""
 
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
