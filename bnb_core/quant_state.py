@@ -319,3 +319,19 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def check_quant_state(name: str, value: object) -> None:
+    if value is None:
+        raise ValueError(f"{name}: expected the QuantState of the codes, got None")
+    if not isinstance(value, QuantState):
+        raise TypeError(f"{name}: expected a QuantState, got {type(value).__name__}")
+
+
+def weight_4bit(packed: Tensor, quant_state: QuantState, name: str = "quant_state") -> Weight4bit:
+    """What the primitives take for packed codes and their quant state, which errors call ``name``."""
+    try:
+        return quant_state.weight_4bit(packed)
+    except AttributeError:
+        check_quant_state(name, quant_state)
+        raise

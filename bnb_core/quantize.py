@@ -18,7 +18,7 @@ from bnb_core.checks import (
     check_dtype_argument,
     check_flag,
 )
-from bnb_core.functional import DEFAULT_BLOCKSIZE_4BIT
+from bnb_core.functional.blockwise import DEFAULT_BLOCKSIZE_4BIT
 from bnb_core.nn.experts import GroupedLinear4bit
 from bnb_core.nn.fused_experts import quantized_experts, unknown_experts
 from bnb_core.nn.linear4bit import Linear4bit

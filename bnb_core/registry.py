@@ -42,7 +42,7 @@ _observers: list[Callable[[str, str], None]] = []
 
 
 def declare(primitive: str) -> None:
-    """Make a primitive's name known; primitives.py calls it once for each."""
+    """Make a primitive's name known; primitives/ calls it once for each."""
     _primitives.append(primitive)
 
 

@@ -11,6 +11,8 @@ import bnb_core
 from bnb_core import functional, nn, primitives, registry
 from bnb_core.autograd import grouped_linear_4bit
 from bnb_core.backend import Backend
+from bnb_core.quant_state import weight_4bit
+from bnb_core.records import Int8Rows, Int8Weight
 
 
 def _experts():
@@ -56,7 +58,7 @@ def test_codes_from_elsewhere_keep_their_meaning_in_the_mode():
     A, (CB, SCB, _) = torch.randn(4, 64), functional.int8_vectorwise_quant(torch.randn(8, 64))
     A[1, 3] = 50.0
     q, row_stats, mask = primitives.int8_vectorwise_quant(A, 6.0)
-    arguments = A, primitives.Int8Rows(q, row_stats), primitives.Int8Weight(CB, SCB), mask, None
+    arguments = A, Int8Rows(q, row_stats), Int8Weight(CB, SCB), mask, None
     expected = primitives.int8_mixed_scaled_mm(*arguments)
     with bnb_core.batch_invariant():
         torch.testing.assert_close(primitives.int8_mixed_scaled_mm(*arguments), expected, atol=0.5, rtol=0.0)
@@ -124,7 +126,7 @@ def test_a_kernel_that_says_nothing_about_rows_is_called_for_one_at_a_time():
         rows.append(len(A))
         out.fill_(len(rows))
 
-    weight = functional.weight_4bit(*functional.quantize_4bit(torch.randn(8, 64)))
+    weight = weight_4bit(*functional.quantize_4bit(torch.randn(8, 64)))
     arguments = torch.randn(3, 64), weight, None
     with registry.registered(Backend("counting", ("cpu",), 1000, {"gemm_4bit": gemm})):
         primitives.gemm_4bit(*arguments)

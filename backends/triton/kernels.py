@@ -1,4 +1,4 @@
-"""The primitives over Triton, by name: tensors are contiguous, arguments and outputs as primitives.py declares them.
+"""The primitives over Triton, by name: tensors are contiguous, arguments and outputs as primitives/ declares them.
 
 Products return what they leave to torch's matmul (dequantized.py).
 """

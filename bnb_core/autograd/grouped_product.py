@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bnb_core import functional, primitives
+from bnb_core import primitives
 from bnb_core.autograd.product_4bit import keep_weight, kept_weight
 from bnb_core.autograd.rules import by_the_choice_of_the_forward, eager, needs_gradient, tangent, transforms
 from bnb_core.primitive import NAMESPACE, goes_to_dispatcher, plain
-from bnb_core.quant_state import QuantState
+from bnb_core.quant_state import QuantState, weight_4bit
 from bnb_core.records import Weight4bit
 
 
@@ -196,7 +196,7 @@ def grouped_linear_4bit(
     Raises:
         TypeError, ValueError: an argument that is not as above, by its name.
     """
-    weights = functional.weight_4bit(B, quant_state)
+    weights = weight_4bit(B, quant_state)
     if not transposed:
         return product(A, weights, offsets, bias)
     result = untransposed_product(A, weights, offsets)

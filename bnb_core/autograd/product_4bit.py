@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnb_core import functional, primitives, registry
+from bnb_core import primitives, registry
 from bnb_core.autograd.rules import (
     asks_for_gradient,
     by_the_choice_of_the_forward,
@@ -23,7 +23,7 @@ from bnb_core.autograd.rules import (
 )
 from bnb_core.checks import check_dense, check_dtype, check_float, check_same_device, check_shape
 from bnb_core.primitive import NAMESPACE, goes_to_dispatcher, plain, plain_codes
-from bnb_core.quant_state import QuantState
+from bnb_core.quant_state import QuantState, check_quant_state, weight_4bit
 from bnb_core.records import Weight4bit
 
 _TENSORS = 5
@@ -222,7 +222,7 @@ def matmul_4bit(
     if bias is not None:
         check_dtype("bias", bias, (A.dtype,))
         check_shape("bias", bias, (K,))
-    result = untransposed_product(A, functional.weight_4bit(B, quant_state))
+    result = untransposed_product(A, weight_4bit(B, quant_state))
     return write_out(result if bias is None else result + bias, out, A, bias)
 
 
@@ -230,7 +230,7 @@ def linear_4bit(
     A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """:func:`matmul_4bit` for A [..., K] alone: what a layer computes, whose input is never taken for another."""
-    return product(A, functional.weight_4bit(B, quant_state), bias, out)
+    return product(A, weight_4bit(B, quant_state), bias, out)
 
 
 _TRANSPOSED_WEIGHT = (
@@ -241,7 +241,7 @@ _TRANSPOSED_WEIGHT = (
 
 def _weight_shape(quant_state: Any) -> tuple[int, int]:
     if not isinstance(quant_state, QuantState):
-        functional.check_quant_state("quant_state", quant_state)
+        check_quant_state("quant_state", quant_state)
     shape = quant_state.shape
     if not isinstance(shape, tuple | list) or len(shape) != 2:
         raise ValueError(f"quant_state: expected one of a 2-D weight, got shape {shape}")

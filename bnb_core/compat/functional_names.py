@@ -14,7 +14,7 @@ from bnb_core.checks import check_choice, check_dense, check_flag, check_same_de
 from bnb_core.codebooks import create_dynamic_map
 from bnb_core.compat.c_library import lib
 from bnb_core.paged import GlobalPageManager
-from bnb_core.quant_state import QuantState
+from bnb_core.quant_state import QuantState, check_quant_state
 
 __all__ = [
     "FIRST_CUDA_DEVICE",
@@ -163,7 +163,7 @@ def _convert_weight_packed_for_cpu(
     Returns:
         The packed weight and a state whose scales are plain f32, as callers hand them on by themselves.
     """
-    functional.check_quant_state("quant_state", quant_state)
+    check_quant_state("quant_state", quant_state)
     plain = copy(quant_state)
     plain.absmax = functional.dequantize_absmax(quant_state)
     plain.nested, plain.offset, plain.state2 = False, None, None

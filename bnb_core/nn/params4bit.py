@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bnb_core import functional
 from bnb_core.checks import QUANT_STORAGES, QUANT_TYPES, check_blocksize, check_choice, check_dtype_argument
-from bnb_core.functional import DEFAULT_BLOCKSIZE_4BIT, QuantState
+from bnb_core.functional import QuantState
+from bnb_core.functional.blockwise import DEFAULT_BLOCKSIZE_4BIT
 from bnb_core.nn.quantized_parameter import QuantizedParameter, in_any_mode, moved_codes
 from bnb_core.primitive import plain_tensor_type
 
