@@ -94,6 +94,8 @@ class PlaneProducts {
   static constexpr int kVectors = kWord;
   static constexpr int kMostRows = 8;
   static constexpr int columns(int rows) { return rows <= 2 ? kStreams : 1; }
+  static constexpr int chains(int rows) { return rows <= 4 ? 2 : 1; }  // registers hold no more
+  static constexpr int block(int rows) { return rows <= 2 ? 1 : 16; }
 
   explicit PlaneProducts(const float* code) : planes_(code) {}
   BNB_INLINE GroupValues decode(const GroupCodes& codes) const {

@@ -15,6 +15,8 @@ class BFloat16Products {
   static constexpr int kVectors = kSpanParts;
   static constexpr int kMostRows = 8;
   static constexpr int columns(int rows) { return rows <= 2 ? 4 : 2; }
+  static constexpr int chains(int) { return 1; }
+  static constexpr int block(int) { return 1; }
   static_assert(kGroup == kSpan, "a group is reordered as a span");
 
   explicit BFloat16Products(const float* code) : code_(scaled_codebook(BNB_TARGET::load(code), 1.0f)) {}

@@ -17,6 +17,7 @@ constexpr int kWordBytes = kWord / 2;
 constexpr int kGroup = kWord * kLanes;  // elements in a vector of words
 constexpr int kChunk = 4096;            // elements of a row whose scales are read at a time
 constexpr int kChunkGroups = kChunk / kGroup;
+constexpr int kCachedBytes = 24 << 10;  // of A's rows, for a block of rows of W: most of a first-level cache
 constexpr int kSmallestBlock = 32;
 constexpr int kMaxScales =
     kChunk / kSmallestBlock + 1 + kLanes;  // of a chunk, and what a vector reads beyond
@@ -31,6 +32,8 @@ class FloatProducts {
   static constexpr int kVectors = kWord;  // in a group
   static constexpr int kMostRows = 4;     // of A, at a time
   static constexpr int columns(int rows) { return rows <= 2 ? kStreams : kStreams / 2; }
+  static constexpr int chains(int) { return 1; }  // of sums, for a row and a column
+  static constexpr int block(int) { return 1; }   // rows of W that take turns with a part of A
 
   explicit FloatProducts(const float* code) : code_(code) {}
   BNB_INLINE auto decode(const Words& words) const { return code_(words); }
@@ -82,8 +85,10 @@ struct Gemm4bit {
 // The words of one row of W, and the scale of each, a part of the row at a time.
 class RowReader {
  public:
-  void start(const Weight4bit& w, const StoredScales& stored, int64_t row) {
+  // `ahead`: how many bytes beyond a group memory is asked for meanwhile.
+  void start(const Weight4bit& w, const StoredScales& stored, int64_t row, int64_t ahead) {
     w_ = &w;
+    ahead_ = ahead;
     stored_ = &stored;
     start_ = row * w.K / kWord * kWord;
     end_ = (row + 1) * w.K;
@@ -116,7 +121,7 @@ class RowReader {
   template <class Words>
   BNB_INLINE Words steady_words(int group) const {
     const uint8_t* p = bytes_ + group * kGroupBytes;
-    __builtin_prefetch(p + kPrefetchBytes);
+    __builtin_prefetch(p + ahead_);
     return Words(p);
   }
   template <class Words>
@@ -154,7 +159,7 @@ class RowReader {
 
   const Weight4bit* w_;
   const StoredScales* stored_;
-  int64_t start_, end_;
+  int64_t start_, end_, ahead_;
   int shift_;  // of an index of words to one of blocks
   int words_in_block_;
   const uint8_t* bytes_;
@@ -176,6 +181,7 @@ struct Product {
 
   int64_t weight_rows() const { return ceil_div(w.N - phase, phases); }
   int64_t weight_row(int64_t i) const { return phase + i * phases; }
+  int64_t row_bytes() const { return phases * w.K / 2; }
 };
 
 // Adds the products of a chunk of some rows of W with a few rows of A. What it sums in is local, and stays in
@@ -186,6 +192,7 @@ void add_chunk(const Products products, const RowReader (&readers)[columns], int
   using Vector = typename Products::Vector;
   using Words = typename Products::Words;
   constexpr int kVectors = Products::kVectors, kElements = kGroup / kVectors;
+  constexpr int kChains = Products::chains(rows);
   F32 sums[rows][columns] = {};
   const I32 steady_lanes = readers[0].block_of_lane(0);
   for (int g = 0; g < groups; g++, a += rows * kGroup) {
@@ -196,7 +203,7 @@ void add_chunk(const Products products, const RowReader (&readers)[columns], int
     const auto scales_of = [&](int c) {
       return steady ? readers[c].scales(block, steady_lanes) : readers[c].scales(g);
     };
-    if constexpr (columns * kVectors <= kRegisters / 2) {
+    if constexpr (columns > 1 && columns * kVectors <= kRegisters / 2) {
       Vector values[columns][kVectors];
       F32 scales[columns];
       BNB_UNROLL for (int c = 0; c < columns; c++) {
@@ -222,14 +229,18 @@ void add_chunk(const Products products, const RowReader (&readers)[columns], int
       BNB_UNROLL for (int c = 0; c < columns; c++) {
         const auto words = words_of(c);
         const auto decoded = products.decode(words);
-        F32 partial[rows] = {};
+        F32 partial[rows][kChains] = {};
         for (int i = 0; i < kVectors; i++) {
           const Vector value = decoded[i];
-          BNB_UNROLL for (int r = 0; r < rows; r++) partial[r] =
-              Products::multiply_add(value, x[r][i], partial[r]);
+          BNB_UNROLL for (int r = 0; r < rows; r++) partial[r][i % kChains] =
+              Products::multiply_add(value, x[r][i], partial[r][i % kChains]);
         }
         const F32 scale = scales_of(c);
-        BNB_UNROLL for (int r = 0; r < rows; r++) sums[r][c] = fma(partial[r], scale, sums[r][c]);
+        BNB_UNROLL for (int r = 0; r < rows; r++) {
+          F32 sum = partial[r][0];
+          for (int chain = 1; chain < kChains; chain++) sum += partial[r][chain];
+          sums[r][c] = fma(sum, scale, sums[r][c]);
+        }
       }
     }
   }
@@ -240,33 +251,42 @@ void add_chunk(const Products products, const RowReader (&readers)[columns], int
 
 // A few rows of A: codes are looked up, multiplied and summed in registers, and a block's scale is applied to
 // its partial sums. Every column reads a part of W of its own from front to back: few long streams are what
-// memory delivers fastest.
+// memory delivers fastest. Where A's rows do not fit into the first-level cache, a block of rows of W takes
+// turns with the part of them that does.
 template <class Products, int rows>
 void gemv(const Product<typename Products::Element>& product, int64_t begin, int64_t end) {
-  constexpr int columns = Products::columns(rows);
+  constexpr int columns = Products::columns(rows), kBlock = Products::block(rows);
+  constexpr int64_t kCachedGroups = kCachedBytes / (rows * kGroup * sizeof(typename Products::Element));
+  const int64_t most_groups = kBlock == 1 ? kChunkGroups : min(kChunkGroups, kCachedGroups);
+  const int64_t spans = max(ceil_div(product.groups, most_groups), 1);
+  const int64_t span = ceil_div(product.groups, spans);
+  const int64_t ahead = kBlock == 1 ? kPrefetchBytes : product.row_bytes();
   const Products products(product.code);
   const int64_t part = ceil_div(end - begin, columns);
   RowReader readers[columns];
-  for (int64_t i = 0; i < part; i++) {
-    const auto row_of = [&](int c) { return min(begin + c * part + i, end - 1); };
-    for (int c = 0; c < columns; c++) {
-      readers[c].start(product.w, product.stored, product.weight_row(row_of(c)));
-    }
-    F32 sums[rows][columns] = {};
-    for (int64_t group = 0; group < product.groups; group += kChunkGroups) {
-      const int groups = static_cast<int>(min(kChunkGroups, product.groups - group));
-      bool steady = true;
-      for (RowReader& reader : readers) {
-        reader.open(group, groups);
-        steady &= reader.steady(groups, readers[0]);
+  for (int64_t first = 0; first < part; first += kBlock) {
+    const int64_t count = min(kBlock, part - first);
+    const auto row_of = [&](int64_t i, int c) {
+      return product.weight_row(min(begin + c * part + first + i, end - 1));
+    };
+    F32 sums[kBlock][rows][columns] = {};
+    for (int64_t group = 0; group < product.groups; group += span) {
+      const int groups = static_cast<int>(min(span, product.groups - group));
+      for (int64_t i = 0; i < count; i++) {
+        bool steady = true;
+        for (int c = 0; c < columns; c++) {
+          readers[c].start(product.w, product.stored, row_of(i, c), ahead);
+          readers[c].open(group, groups);
+          steady &= readers[c].steady(groups, readers[0]);
+        }
+        const auto add =
+            steady ? add_chunk<true, Products, rows, columns> : add_chunk<false, Products, rows, columns>;
+        add(products, readers, groups, product.a + group * rows * kGroup, sums[i]);
       }
-      const auto add =
-          steady ? add_chunk<true, Products, rows, columns> : add_chunk<false, Products, rows, columns>;
-      add(products, readers, groups, product.a + group * rows * kGroup, sums);
     }
-    for (int c = 0; c < columns; c++) {
-      for (int r = 0; r < rows; r++) {
-        product.y[r * product.w.N + product.weight_row(row_of(c))] = reduce_add(sums[r][c]);
+    for (int64_t i = 0; i < count; i++) {
+      for (int c = 0; c < columns; c++) {
+        for (int r = 0; r < rows; r++) product.y[r * product.w.N + row_of(i, c)] = reduce_add(sums[i][r][c]);
       }
     }
   }
