@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes chosen so that the whole demo takes under five minutes on two cores."""
+    """Sizes chosen so that the whole demo takes five to seven minutes on two cores."""
 
     steps: int = 900
     seed: int = 0
