@@ -204,6 +204,7 @@ void add_chunk(const Products products, const RowReader (&readers)[columns], int
       return steady ? readers[c].scales(block, steady_lanes) : readers[c].scales(g);
     };
     if constexpr (columns > 1 && columns * kVectors <= kRegisters / 2) {
+      static_assert(kChains == 1, "several columns are chains enough");
       Vector values[columns][kVectors];
       F32 scales[columns];
       BNB_UNROLL for (int c = 0; c < columns; c++) {
@@ -258,8 +259,8 @@ void gemv(const Product<typename Products::Element>& product, int64_t begin, int
   constexpr int columns = Products::columns(rows), kBlock = Products::block(rows);
   constexpr int64_t kCachedGroups = kCachedBytes / (rows * kGroup * sizeof(typename Products::Element));
   const int64_t most_groups = kBlock == 1 ? kChunkGroups : min(kChunkGroups, kCachedGroups);
-  const int64_t spans = max(ceil_div(product.groups, most_groups), 1);
-  const int64_t span = ceil_div(product.groups, spans);
+  const int64_t chunks = max(ceil_div(product.groups, most_groups), 1);
+  const int64_t chunk = ceil_div(product.groups, chunks);
   const int64_t ahead = kBlock == 1 ? kPrefetchBytes : product.row_bytes();
   const Products products(product.code);
   const int64_t part = ceil_div(end - begin, columns);
@@ -270,8 +271,8 @@ void gemv(const Product<typename Products::Element>& product, int64_t begin, int
       return product.weight_row(min(begin + c * part + first + i, end - 1));
     };
     F32 sums[kBlock][rows][columns] = {};
-    for (int64_t group = 0; group < product.groups; group += span) {
-      const int groups = static_cast<int>(min(span, product.groups - group));
+    for (int64_t group = 0; group < product.groups; group += chunk) {
+      const int groups = static_cast<int>(min(chunk, product.groups - group));
       for (int64_t i = 0; i < count; i++) {
         bool steady = true;
         for (int c = 0; c < columns; c++) {
