@@ -1,7 +1,7 @@
 """Builds the compiled kernels; everything else about the package stands in pyproject.toml.
 
-BNB_BUILD names the kernel sets to build, separated by commas: cpu, cuda, hip, sim. By default cpu, and cuda or hip
-where both the compiler and such a GPU are on the machine.
+BNB_BUILD names the kernel sets to build, separated by commas: cpu, cpu-sim, cuda, hip, sim. By default cpu, and cuda or
+hip where both the compiler and such a GPU are on the machine.
 """
 
 import os
@@ -54,6 +54,10 @@ NEON_I8MM = ["-march=armv8.2-a+dotprod+i8mm"]
 def machine() -> str:
     """The one to build for, such as x86_64; another than this one where Python's own variable for that names it."""
     return os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).rpartition("-")[2]
+
+
+def for_x86() -> bool:
+    return machine() in ("x86_64", "AMD64", "amd64")
 
 
 def for_windows() -> bool:
@@ -126,22 +130,32 @@ def chosen_isas(known: list[str]) -> list[str]:
     return [known[0], *(isa for isa in known[1:] if isa in requested or not requested)]
 
 
-def cpu_kernels() -> list[KernelExtension]:
-    # An instruction set's flags go to its target and nowhere else: they let the compiler use instructions that another
-    # machine lacks, even in code that runs before the choice.
-    target_flags = {"portable": []}
-    if machine() in ("x86_64", "AMD64", "amd64"):
-        target_flags |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512_VNNI}
-        target_flags |= {"avx512_bf16": AVX512_BF16, "amx": AMX}
+def cpu_targets() -> dict[str, list[str]]:
+    """The flags of each instruction set that is built, ascending.
+
+    They go to its target and nowhere else: they let the compiler use instructions that another machine lacks, even in
+    code that runs before the choice.
+    """
+    flags: dict[str, list[str]] = {"portable": []}
+    if for_x86():
+        flags |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512_VNNI, "avx512_bf16": AVX512_BF16, "amx": AMX}
     if machine() in ("aarch64", "arm64"):
-        target_flags |= {"neon": NEON, "neon_dotprod": NEON_DOTPROD, "neon_i8mm": NEON_I8MM}
-    built = chosen_isas(list(target_flags))
-    source_flags = {
-        **bindings("_kernels"),
+        flags |= {"neon": NEON, "neon_dotprod": NEON_DOTPROD, "neon_i8mm": NEON_I8MM}
+    return {isa: flags[isa] for isa in chosen_isas(list(flags))}
+
+
+def cpu_sources(module: str, target_flags: dict[str, list[str]]) -> dict[str, list[str]]:
+    isas = " ".join(f"BNB_ISA({isa})" for isa in target_flags)
+    return {
+        **bindings(module),
         **sources("csrc_cpu/*.cpp"),
-        "csrc_cpu/dispatch.cpp": [f"-DBNB_ISAS={' '.join(f'BNB_ISA({isa})' for isa in built)}"],
-        **{f"csrc_cpu/targets/{isa}.cpp": target_flags[isa] for isa in built},
+        "csrc_cpu/dispatch.cpp": [f"-DBNB_ISAS={isas}"],
+        **{f"csrc_cpu/targets/{isa}.cpp": flags for isa, flags in target_flags.items()},
     }
+
+
+def cpu_kernels() -> list[KernelExtension]:
+    source_flags = cpu_sources("_kernels", cpu_targets())
     return [KernelExtension("bnb_core.backends.cpu._kernels", source_flags, ["csrc_shared", "csrc_cpu"])]
 
 
@@ -189,7 +203,25 @@ def gpu_archs(archs: list[str]) -> str:
     return f'-DBNB_GPU_ARCHS="{" ".join(archs)}"'
 
 
-def simulated_kernels() -> list[KernelExtension]:
+def simulated_cpu_kernels() -> list[KernelExtension]:
+    """The CPU's kernels for AVX-512 and AMX, on any machine with AVX2: not optimized, as they are slow anyway."""
+    target_flags = {isa: [*AVX2, "-O1"] for isa in cpu_targets() if isa.startswith(("avx512", "amx"))}
+    if not target_flags:
+        raise SystemExit("BNB_BUILD: cpu-sim simulates instruction sets of x86-64 from avx512 on, and none is built")
+    source_flags = cpu_sources("_cpu_kernels", {"portable": [], **target_flags})
+    source_flags["csrc_sim/x86/machine.cpp"] = source_flags.pop("csrc_cpu/machine.cpp")
+    return [
+        KernelExtension(
+            "bnb_core.backends.sim._cpu_kernels",
+            source_flags,
+            ["csrc_shared", "csrc_cpu", "csrc_sim/x86"],
+            lambda host, source: [*host_command(host, source), "-Wno-psabi"],
+            include_dirs=["csrc_sim/x86"],
+        )
+    ]
+
+
+def simulated_gpu_kernels() -> list[KernelExtension]:
     """The GPU kernels for the host, on the simulator: the CUDA sources, and the same in HIP's names."""
     cuda_sources = sources("csrc_cuda/*.cu", "csrc_cuda/managed_memory.cpp")
     hipified = hip.hipify(HIPIFIED)
@@ -217,7 +249,13 @@ def include_flags(folder: str) -> list[str]:
     return [] if Path(folder) == Path("/usr/include") else ["-isystem", folder]
 
 
-KERNEL_SETS = {"cpu": cpu_kernels, "cuda": cuda_kernels, "hip": hip_kernels, "sim": simulated_kernels}
+KERNEL_SETS = {
+    "cpu": cpu_kernels,
+    "cpu-sim": simulated_cpu_kernels,
+    "cuda": cuda_kernels,
+    "hip": hip_kernels,
+    "sim": simulated_gpu_kernels,
+}
 
 
 class BuildKernels(build_ext):

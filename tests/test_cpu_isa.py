@@ -16,7 +16,8 @@ from fresh_python import QUANTIZE, run_python
 
 import bnb_core
 from bnb_core.backend import SettingError
-from bnb_core.backends import cpu, sim
+from bnb_core.backends import cpu
+from bnb_core.backends.sim import gpu as sim
 
 ROOT = Path(__file__).parents[1]
 AVAILABLE = bnb_core.backends()["cpu"].instruction_sets.available()
@@ -140,7 +141,7 @@ def test_chips_of_amds_may_have_features(monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value", "accepted"),
     [
-        ("BNB_BUILD", "cpu,gpu", "some of cpu, cuda, hip, sim, got 'gpu'"),
+        ("BNB_BUILD", "cpu,gpu", "some of cpu, cpu-sim, cuda, hip, sim, got 'gpu'"),
         ("BNB_CPU_ISAS", "portable;sse", "some of portable(;[a-z0-9_]+)*, got 'sse'"),
     ],
 )
@@ -149,6 +150,21 @@ def test_what_cannot_be_built_is_an_error_that_lists_what_can(variable, value, a
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, variable: value}, capture_output=True, text=True)
     assert result.returncode == 1
     assert re.fullmatch(f"{variable}: expected {accepted}", result.stderr.splitlines()[-1])
+
+
+def test_simulated_instruction_sets_are_compiled_for_avx2_alone():
+    sources = targets(setup_on("x86_64", "simulated_cpu_kernels"))
+    flags = {Path(source).stem: flags for source, flags in sources.items()}
+    assert list(flags) == ["portable", *(level for level in cpu.LEVELS if level.startswith(("avx512", "amx")))]
+    used = {flag for each in flags.values() for flag in each if flag.startswith("-m")}
+    assert used == {"-mavx2", "-mfma", "-mf16c"}
+
+
+@pytest.mark.parametrize(("machine", "isas"), [("aarch64", ""), ("x86_64", "avx2")])
+def test_a_simulation_of_nothing_is_an_error(monkeypatch, machine, isas):
+    monkeypatch.setenv("BNB_CPU_ISAS", isas)
+    with pytest.raises(SystemExit, match="cpu-sim simulates instruction sets of x86-64 from avx512 on, and none is"):
+        setup_on(machine, "simulated_cpu_kernels")
 
 
 def test_the_instruction_sets_that_are_named_are_built_in_their_order_after_portable_code(monkeypatch):

@@ -37,7 +37,7 @@ def test_the_environment_variable_chooses_per_primitive():
 
 @pytest.mark.parametrize(
     ("value", "named"),
-    [("nowhere", "cpu, cuda"), ("gemm_3bit=cpu", "quantize_4bit"), ("gemm_4bit=cpu,gemm_4bit=cpu", "twice")],
+    [("nowhere", "cpu, cpu-sim, cuda"), ("gemm_3bit=cpu", "quantize_4bit"), ("gemm_4bit=cpu,gemm_4bit=cpu", "twice")],
 )
 def test_a_wrong_environment_variable_is_an_error_that_lists_what_there_is(value, named):
     result = run_python(f"import bnb_core; print('imported')\n{QUANTIZE}", BNB_BACKEND=value)

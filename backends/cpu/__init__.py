@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -29,13 +30,22 @@ OPENMP = {"darwin": "libtorch_cpu.dylib", "win32": "libiomp5md.dll"}
 """Which of torch's libraries has its OpenMP runtime, or depends on it; elsewhere it is libtorch_cpu.so."""
 
 
-def _load_kernels(cap: str | None) -> ModuleType:
+def _loaded_kernels(cap: str | None) -> ModuleType:
     """The compiled module, on an instruction set no higher than the cap and the OpenMP runtime that torch runs on."""
     module = import_module("bnb_core.backends.cpu._kernels")
     if cap is not None:
         module.set_isa(capped_level(cap, module.isas_available()))
-    module.set_openmp(str(Path(torch.__file__).parent / "lib" / OPENMP.get(sys.platform, "libtorch_cpu.so")))
+    set_openmp(module)
     return module
+
+
+def set_openmp(module: ModuleType) -> None:
+    """Have the module run on the OpenMP runtime that torch runs on.
+
+    Raises:
+        RuntimeError: it is not found.
+    """
+    module.set_openmp(str(Path(torch.__file__).parent / "lib" / OPENMP.get(sys.platform, "libtorch_cpu.so")))
 
 
 def level_cap() -> str | None:
@@ -62,7 +72,7 @@ def _unavailable_backend(reason: str) -> Backend:
 def _make_backend() -> Backend:
     cap = level_cap()
     try:
-        module = _load_kernels(cap)
+        module = _loaded_kernels(cap)
     except ImportError as error:
         return _unavailable_backend(
             f"its compiled kernels cannot be loaded ({error}); build them with `pip install .` and a C++17 compiler "
@@ -71,25 +81,32 @@ def _make_backend() -> Backend:
     except (ValueError, RuntimeError) as error:
         return _unavailable_backend(str(error))
 
-    def details() -> dict[str, str]:
-        return {
-            "isa": module.isa(),
-            **({ISA_VARIABLE: f"{cap} at most"} if cap else {}),
-            "isas available": ", ".join(module.isas_available()),
-            "isas built": ", ".join(module.isas_built()),
-            "openmp": module.openmp_path(),
-            "threads": str(torch.get_num_threads()),
-        }
-
     return Backend(
         name="cpu",
-        device_types=("cpu",),
         priority=100,
-        kernels=kernels_of(CpuKernels(NativeKernels(module, stream=lambda device: 0)), rows_alike(module.isa)),
-        details=details,
-        instruction_sets=InstructionSets(module.isas_available, module.isa, module.set_isa),
-        library=module_file(module),
+        **served_by(module),
+        details=lambda: {**facts(module), **({ISA_VARIABLE: f"{cap} at most"} if cap else {})},
     )
+
+
+def served_by(module: ModuleType) -> dict[str, Any]:
+    """What a Backend over the module is, whatever it is called."""
+    return {
+        "device_types": ("cpu",),
+        "kernels": kernels_of(CpuKernels(NativeKernels(module, stream=lambda device: 0)), rows_alike(module.isa)),
+        "instruction_sets": InstructionSets(module.isas_available, module.isa, module.set_isa),
+        "library": module_file(module),
+    }
+
+
+def facts(module: ModuleType) -> dict[str, str]:
+    return {
+        "isa": module.isa(),
+        "isas available": ", ".join(module.isas_available()),
+        "isas built": ", ".join(module.isas_built()),
+        "openmp": module.openmp_path(),
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 backend = _make_backend()

@@ -39,8 +39,9 @@ class TileSession {
       configuration[16 + 2 * tile] = kTileRowBytes;
       configuration[48 + tile] = kTileSide;
     }
-    // GCC 12's _tile_loadconfig does not tell that it reads 64 bytes, and the stores above get lost.
-    __asm__ volatile("ldtilecfg %0" : : "m"(configuration));
+    // GCC 12's _tile_loadconfig does not tell that it reads 64 bytes, and the stores above would get lost.
+    __asm__ volatile("" : : "m"(configuration));
+    _tile_loadconfig(configuration);
   }
   ~TileSession() { _tile_release(); }
   TileSession(const TileSession&) = delete;

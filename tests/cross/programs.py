@@ -20,8 +20,8 @@ CHECKS = 4 * 3
 """Of the products, for three dtypes."""
 
 
-def setup_on(machine: str) -> dict[str, object]:
-    """What setup.py defines on such a machine, and as "kernels" its CPU kernels; nothing is built."""
+def setup_on(machine: str, kernels: str = "cpu_kernels") -> dict[str, object]:
+    """What setup.py defines on such a machine, and as "kernels" those that the function makes; nothing is built."""
     environment = {**os.environ, "BNB_BUILD": "cpu"}
     folder = os.getcwd()
     os.chdir(ROOT)
@@ -32,7 +32,7 @@ def setup_on(machine: str) -> dict[str, object]:
             mock.patch.dict(os.environ, environment),
         ):
             names = runpy.run_path("setup.py")
-            return {**names, "kernels": names["cpu_kernels"]()[0]}
+            return {**names, "kernels": names[kernels]()[0]}
     finally:
         os.chdir(folder)
 
