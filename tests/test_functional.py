@@ -303,14 +303,3 @@ def test_matmul_into_out_needs_no_gradient():
 def test_top_level_names():
     assert bnb_core.features == {"multi_backend"} and "cpu" in bnb_core.supported_torch_devices
     assert set(bnb_core.utils.LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.values()) == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("rows", [3, 8, 16])
-@pytest.mark.parametrize("blocksize", [64, 4096])
-def test_a_few_long_rows_are_multiplied_with_all_of_the_weight(rows, blocksize):
-    """Longer than what a kernel keeps in a cache, and with more outputs than take turns with it."""
-    packed, state = F.quantize_nf4(torch.randn(40, 1600), blocksize=blocksize)
-    A, weight = torch.randn(rows, 1600), F.dequantize_4bit(packed, state)
-    product = F.gemm_4bit(A, packed, state).double()
-    terms = A.double().abs() @ weight.double().abs().T
-    assert ((product - A.double() @ weight.double().T).abs() <= 1e-5 * terms).all()

@@ -53,6 +53,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "N of 0, 70 rows": ((70,), 0, 128),
     "K of 0": ((3,), 8, 0),
     "K long": ((1,), 8, 8200),
+    "7 rows, K long": ((7,), 40, 1600),
     "N long": ((40,), 600, 128),
     "N long, K no multiple of 256": ((70,), 131, 320),
     "N long, K odd": ((3,), 200, 67),
@@ -181,6 +182,7 @@ def _samples() -> Iterator[Sample]:
             for nested in (False, True):
                 yield Sample(dtype, "K odd", blocksize, nested=nested)
                 yield Sample(dtype, "130 rows", blocksize, nested=nested)
+        yield Sample(dtype, "7 rows, K long", max(BLOCKSIZES))  # a block is longer than a row
         for layout in LAYOUTS:
             yield Sample(dtype, "5 rows", layout=layout)
             yield Sample(dtype, "3-D", layout=layout)
