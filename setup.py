@@ -1,7 +1,7 @@
 """Builds the compiled kernels; everything else about the package stands in pyproject.toml.
 
-BNB_BUILD names the kernel sets to build, separated by commas: cpu, cpu-sim, cuda, hip, sim. By default cpu, and cuda or
-hip where both the compiler and such a GPU are on the machine.
+BNB_BUILD names the kernel sets to build, separated by commas: cpu, cuda, hip, and what simulates them, cpu-sim,
+cuda-sim, hip-sim. By default cpu, and cuda or hip where both the compiler and such a GPU are on the machine.
 """
 
 import os
@@ -221,11 +221,8 @@ def simulated_cpu_kernels() -> list[KernelExtension]:
     ]
 
 
-def simulated_gpu_kernels() -> list[KernelExtension]:
-    """The GPU kernels for the host, on the simulator: the CUDA sources, and the same in HIP's names."""
-    cuda_sources = sources("csrc_cuda/*.cu", "csrc_cuda/managed_memory.cpp")
-    hipified = hip.hipify(HIPIFIED)
-    hip_sources = {str(path): ["-D__HIP_PLATFORM_AMD__"] for path in hip.sources(hipified) if "module" not in path.name}
+def simulated_gpu_kernels(module: str, kernel_sources: dict[str, list[str]]) -> list[KernelExtension]:
+    """The kernels of a GPU for the host, on the simulator."""
     return [
         KernelExtension(
             f"bnb_core.backends.sim.{module}",
@@ -235,8 +232,16 @@ def simulated_gpu_kernels() -> list[KernelExtension]:
             include_dirs=["csrc_sim/include"],
             libraries=["dl", "pthread"],
         )
-        for module, kernel_sources in (("_cuda_kernels", cuda_sources), ("_hip_kernels", hip_sources))
     ]
+
+
+def simulated_cuda_kernels() -> list[KernelExtension]:
+    return simulated_gpu_kernels("_cuda_kernels", sources("csrc_cuda/*.cu", "csrc_cuda/managed_memory.cpp"))
+
+
+def simulated_hip_kernels() -> list[KernelExtension]:
+    kernels = [path for path in hip.sources(hip.hipify(HIPIFIED)) if "module" not in path.name]
+    return simulated_gpu_kernels("_hip_kernels", {str(path): ["-D__HIP_PLATFORM_AMD__"] for path in kernels})
 
 
 def include_flags(folder: str) -> list[str]:
@@ -253,8 +258,9 @@ KERNEL_SETS = {
     "cpu": cpu_kernels,
     "cpu-sim": simulated_cpu_kernels,
     "cuda": cuda_kernels,
+    "cuda-sim": simulated_cuda_kernels,
     "hip": hip_kernels,
-    "sim": simulated_gpu_kernels,
+    "hip-sim": simulated_hip_kernels,
 }
 
 

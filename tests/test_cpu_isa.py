@@ -141,7 +141,7 @@ def test_chips_of_amds_may_have_features(monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value", "accepted"),
     [
-        ("BNB_BUILD", "cpu,gpu", "some of cpu, cpu-sim, cuda, hip, sim, got 'gpu'"),
+        ("BNB_BUILD", "cpu,gpu", "some of cpu, cpu-sim, cuda, cuda-sim, hip, hip-sim, got 'gpu'"),
         ("BNB_CPU_ISAS", "portable;sse", "some of portable(;[a-z0-9_]+)*, got 'sse'"),
     ],
 )

@@ -38,8 +38,8 @@ def _make_backend(name: str, module_name: str, warp_size: int) -> Backend:
         module = import_module(f"bnb_core.backends.sim.{module_name}")
     except ImportError as error:
         reason = (
-            f"its kernels are not built ({error}); BNB_BUILD=cpu,sim pip install --no-build-isolation . builds them "
-            "with a C++17 compiler, beside the torch that translates them"
+            f"its kernels are not built ({error}); BNB_BUILD=cpu,{name} pip install --no-build-isolation . builds "
+            "them with a C++17 compiler, HIP's beside the torch that translates them"
         )
         return Backend(name, ("cpu",), 0, {}, unavailable=reason, by_name_only=True)
     module.set_warp_size(_warp_size(warp_size))

@@ -32,8 +32,8 @@ def test_a_read_beyond_a_buffer_is_found(package, module):
 
 # One order of lanes is enough here: it changes neither which addresses are touched nor what is ordered. One dtype shows
 # what a template does, and float32 has kernels of its own for products. HIP's kernels are CUDA's in other names: what
-# waves of 64 change is to be seen. A case takes seconds in the simulator, most under the thread sanitizer: they are
-# few. The longest come first.
+# waves of 64 change of addresses is to be seen, and they order more than warps of 32 do. A case takes seconds in the
+# simulator, most under the thread sanitizer: they are few. The longest come first.
 WAVE = {"BNB_SIM_WARP": "64"}
 CLASSES, PAIRS = ("--cover", "classes"), ("--cover", "pairs")
 BFLOAT16 = ("--dtype", "bfloat16")
@@ -41,7 +41,6 @@ PRODUCTS = ("gemm_4bit", "grouped_gemm_4bit", "grouped_gemm_4bit_backward", "int
 FLOAT32 = ("--dtype", "float32", *(word for name in PRODUCTS for word in ("--primitive", name)))
 CONFORMANCE = [
     ("cuda-sim", THREADS, (*CLASSES, *BFLOAT16), {}),
-    ("hip-sim", THREADS, (*CLASSES, *BFLOAT16), WAVE),
     ("cuda-sim", THREADS, (*CLASSES, *FLOAT32), {}),
     ("cpu", MEMORY, (*PAIRS, "--isa", "all"), {}),
     ("cuda-sim", MEMORY, (*PAIRS, *BFLOAT16), {}),
