@@ -54,10 +54,12 @@ def _randn(context: Context, name: str, *shape: int, dtype: torch.dtype = torch.
     return torch.randn(shape, generator=context.generator(name)).to(dtype)
 
 
-def _linear4bit(context: Context, layer: str = "even", quant_type: str = "nf4", nested: bool = True) -> Linear4bit:
-    """A quantized layer with random weight and bias."""
+def _linear4bit(
+    context: Context, dtype: torch.dtype = torch.float32, layer: str = "even", nested: bool = True
+) -> Linear4bit:
+    """A quantized layer with random weight and bias, which computes in the dtype."""
     K, N = LAYERS[layer]
-    module = Linear4bit(K, N, quant_type=quant_type, compress_statistics=nested)
+    module = Linear4bit(K, N, compute_dtype=dtype, quant_type="nf4", compress_statistics=nested)
     with torch.no_grad():
         module.weight.copy_(_randn(context, f"weight,{layer}", N, K))
         module.bias.copy_(_randn(context, f"bias,{layer}", N))
@@ -70,7 +72,7 @@ def _dense_weight(module: Linear4bit) -> np.ndarray:
 
 def _check_linear4bit(context: Context, layer: str, shape: str, dtype: torch.dtype, layout: str) -> None:
     """Forward and backward against f64."""
-    module = _linear4bit(context, layer)
+    module = _linear4bit(context, dtype, layer)
     size = (*INPUT_SHAPES[shape], LAYERS[layer][0])
     cpu = _randn(context, f"x,{layer},{shape}", *size, dtype=dtype)
     x = context.move(LAYOUTS[layout](cpu)).requires_grad_()
@@ -118,7 +120,7 @@ def _same_state(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
 
 def _forward_leaves_state(context: Context, dtype: torch.dtype) -> None:
     """A forward, in any mode, and a move change nothing of what is saved, nor what backward computes."""
-    for module in (_linear4bit(context), _linear8bit(context)):
+    for module in (_linear4bit(context, dtype), _linear8bit(context)):
         before = _state_bits(module)
         x = _randn(context, "state", 4, 128, dtype=dtype).to(context.device)
         module.eval()
