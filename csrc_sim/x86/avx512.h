@@ -139,16 +139,16 @@ BNB_SIMULATED __m512i _mm512_mask_sub_epi16(__m512i otherwise, __mmask32 mask, _
   return blend<int16_t>(mask, otherwise, (__m512i)((Lanes<uint16_t>)a - (Lanes<uint16_t>)b));
 }
 BNB_SIMULATED __m512i _mm512_subs_epu16(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_subs_epu16(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_subs_epu16(x, y); }, a, b);
 }
 BNB_SIMULATED __m512i _mm512_max_epi16(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_max_epi16(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_max_epi16(x, y); }, a, b);
 }
 BNB_SIMULATED __m512i _mm512_max_epi32(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_max_epi32(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_max_epi32(x, y); }, a, b);
 }
 BNB_SIMULATED __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_madd_epi16(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_madd_epi16(x, y); }, a, b);
 }
 BNB_SIMULATED int _mm512_reduce_add_epi32(__m512i x) {
   uint32_t sum = 0;
@@ -167,15 +167,15 @@ BNB_SIMULATED __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
   return by_halves<__m256>([](auto x, auto y, auto z) { return _mm256_fmadd_ps(x, y, z); }, a, b, c);
 }
 BNB_SIMULATED __m512 _mm512_sqrt_ps(__m512 x) {
-  return by_halves<__m256>([](auto y, auto, auto) { return _mm256_sqrt_ps(y); }, x, x, x);
+  return by_halves<__m256>([](auto y) { return _mm256_sqrt_ps(y); }, x);
 }
 BNB_SIMULATED __m512i _mm512_cvtps_epi32(__m512 x) {
-  const auto convert = [](auto y, auto, auto) { return _mm256_castsi256_ps(_mm256_cvtps_epi32(y)); };
-  return (__m512i)by_halves<__m256>(convert, x, x, x);
+  const auto convert = [](auto y) { return _mm256_castsi256_ps(_mm256_cvtps_epi32(y)); };
+  return (__m512i)by_halves<__m256>(convert, x);
 }
 BNB_SIMULATED __m512 _mm512_cvtepi32_ps(__m512i x) {
-  const auto convert = [](auto y, auto, auto) { return _mm256_castps_si256(_mm256_cvtepi32_ps(y)); };
-  return (__m512)by_halves<__m256i>(convert, x, x, x);
+  const auto convert = [](auto y) { return _mm256_castps_si256(_mm256_cvtepi32_ps(y)); };
+  return (__m512)by_halves<__m256i>(convert, x);
 }
 BNB_SIMULATED float _mm512_reduce_add_ps(__m512 x) {
   for (int half = 8; half > 0; half /= 2) {
@@ -308,22 +308,22 @@ BNB_SIMULATED __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int places) {
   return _mm512_loadu_si512(result);
 }
 BNB_SIMULATED __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_unpacklo_epi16(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_unpacklo_epi16(x, y); }, a, b);
 }
 BNB_SIMULATED __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_unpackhi_epi16(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_unpackhi_epi16(x, y); }, a, b);
 }
 BNB_SIMULATED __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_unpacklo_epi32(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_unpacklo_epi32(x, y); }, a, b);
 }
 BNB_SIMULATED __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_unpackhi_epi32(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_unpackhi_epi32(x, y); }, a, b);
 }
 BNB_SIMULATED __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_unpacklo_epi64(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_unpacklo_epi64(x, y); }, a, b);
 }
 BNB_SIMULATED __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_unpackhi_epi64(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_unpackhi_epi64(x, y); }, a, b);
 }
 
 }  // namespace

@@ -16,8 +16,8 @@ BNB_SIMULATED __m512i _mm512_mask_sub_epi8(__m512i otherwise, __mmask64 mask, __
   return blend<int8_t>(mask, otherwise, (__m512i)((Lanes<uint8_t>)a - (Lanes<uint8_t>)b));
 }
 BNB_SIMULATED __m512i _mm512_mask_subs_epu8(__m512i otherwise, __mmask64 mask, __m512i a, __m512i b) {
-  const auto subtract = [](auto x, auto y, auto) { return _mm256_subs_epu8(x, y); };
-  return blend<int8_t>(mask, otherwise, by_halves<__m256i>(subtract, a, b, b));
+  const auto subtract = [](auto x, auto y) { return _mm256_subs_epu8(x, y); };
+  return blend<int8_t>(mask, otherwise, by_halves<__m256i>(subtract, a, b));
 }
 BNB_SIMULATED __m512i _mm512_popcnt_epi8(__m512i x) {
   const auto bytes = (Lanes<uint8_t>)x;
@@ -60,10 +60,10 @@ BNB_SIMULATED __m512i _mm512_permutex2var_epi8(__m512i low, __m512i index, __m51
   return permuted<uint8_t>(index, low, high, 2);
 }
 BNB_SIMULATED __m512i _mm512_unpacklo_epi8(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_unpacklo_epi8(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_unpacklo_epi8(x, y); }, a, b);
 }
 BNB_SIMULATED __m512i _mm512_unpackhi_epi8(__m512i a, __m512i b) {
-  return by_halves<__m256i>([](auto x, auto y, auto) { return _mm256_unpackhi_epi8(x, y); }, a, b, b);
+  return by_halves<__m256i>([](auto x, auto y) { return _mm256_unpackhi_epi8(x, y); }, a, b);
 }
 
 }  // namespace

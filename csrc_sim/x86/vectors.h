@@ -46,16 +46,18 @@ BNB_SIMULATED __m512i blend(uint64_t mask, __m512i no, __m512i yes) {
   return (__m512i)each_lane<Lane>([&](int i) { return is_set(mask, i) ? y[i] : n[i]; });
 }
 
+template <class Half, class Whole>
+BNB_SIMULATED Half half_of(const Whole& x, int place) {
+  Half result;
+  std::memcpy(&result, reinterpret_cast<const char*>(&x) + place * sizeof result, sizeof result);
+  return result;
+}
+
 // A function of AVX2's, on both halves of vectors.
-template <class Half, class Whole, class Function>
-BNB_SIMULATED Whole by_halves(const Function& function, Whole a, Whole b, Whole c) {
-  Half low[3], high[3];
-  const Whole all[3] = {a, b, c};
-  for (int i = 0; i < 3; i++) {
-    std::memcpy(&low[i], &all[i], sizeof(Half));
-    std::memcpy(&high[i], reinterpret_cast<const char*>(&all[i]) + sizeof(Half), sizeof(Half));
-  }
-  const Half halves[2] = {function(low[0], low[1], low[2]), function(high[0], high[1], high[2])};
+template <class Half, class Function, class Whole, class... Wholes>
+BNB_SIMULATED Whole by_halves(const Function& function, Whole first, Wholes... others) {
+  const Half halves[2] = {function(half_of<Half>(first, 0), half_of<Half>(others, 0)...),
+                          function(half_of<Half>(first, 1), half_of<Half>(others, 1)...)};
   Whole result;
   std::memcpy(&result, halves, sizeof result);
   return result;
