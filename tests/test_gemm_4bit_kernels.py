@@ -13,7 +13,8 @@ from gemm_4bit_choice import KERNELS, program
 import bnb_core
 from bnb_core import functional, registry
 from bnb_core.backend import SettingError
-from bnb_core.backends import compiled_gpu, dequantized, gemm_4bit_kernel, sim
+from bnb_core.backends import compiled_gpu, dequantized, gemm_4bit_kernel
+from bnb_core.backends.sim.gpu import ORDERS
 from bnb_core.records import Weight4bit
 
 SIMULATED = {"cuda-sim": "_cuda_kernels", "hip-sim": "_hip_kernels"}
@@ -61,7 +62,7 @@ def test_each_kernel_is_as_exact_as_promised_in_all_orders(simulated, kernel, dt
     simulated.set_gemm_4bit_kernel(KERNELS.index(kernel))
     rows = rows_of(kernel)
     for order, M, N, K, nested in zip(
-        sim.ORDERS, (1, rows, rows + 1), (75, 200, 136), (1088, 576, 320), (False, True, False), strict=True
+        ORDERS, (1, rows, rows + 1), (75, 200, 136), (1088, 576, 320), (False, True, False), strict=True
     ):
         simulated.set_order(order)
         A, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
