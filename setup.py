@@ -29,7 +29,7 @@ from csrc_shared.environment import listed
 if sys.platform == "darwin":
     os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
 
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS = ["-std=c++17", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
 # Python's stable interface as of the oldest Python that we serve: one build for all of them.
@@ -68,9 +68,9 @@ Command = Callable[[list[str], str], list[str]]
 """The command that compiles a source, without its own flags, from the host compiler's command and the source."""
 
 
-def host_command(host: list[str], source: str) -> list[str]:
+def host_command(host: list[str], source: str, optimization: str = "-O3") -> list[str]:
     """The builder's own flags come last, so that they hold."""
-    return [*host, *FLAGS, *WARNINGS, *os.environ.get("CXXFLAGS", "").split()]
+    return [*host, optimization, *FLAGS, *WARNINGS, *os.environ.get("CXXFLAGS", "").split()]
 
 
 class KernelExtension(Extension):
@@ -203,9 +203,14 @@ def gpu_archs(archs: list[str]) -> str:
     return f'-DBNB_GPU_ARCHS="{" ".join(archs)}"'
 
 
+def simulated_command(host: list[str], source: str) -> list[str]:
+    """Compiled in half the time, for an eighth more of the runs'."""
+    return host_command(host, source, "-O1")
+
+
 def simulated_cpu_kernels() -> list[KernelExtension]:
-    """The CPU's kernels for AVX-512 and AMX, on any machine with AVX2: not optimized, as they are slow anyway."""
-    target_flags = {isa: [*AVX2, "-O1"] for isa in cpu_targets() if isa.startswith(("avx512", "amx"))}
+    """The CPU's kernels for AVX-512 and AMX, on any machine with AVX2."""
+    target_flags = {isa: AVX2 for isa in cpu_targets() if isa.startswith(("avx512", "amx"))}
     if not target_flags:
         raise SystemExit("BNB_BUILD: cpu-sim simulates instruction sets of x86-64 from avx512 on, and none is built")
     source_flags = cpu_sources("_cpu_kernels", {"portable": [], **target_flags})
@@ -215,7 +220,7 @@ def simulated_cpu_kernels() -> list[KernelExtension]:
             "bnb_core.backends.sim._cpu_kernels",
             source_flags,
             ["csrc_shared", "csrc_cpu", "csrc_sim/x86"],
-            lambda host, source: [*host_command(host, source), "-Wno-psabi"],
+            lambda host, source: [*simulated_command(host, source), "-Wno-psabi"],
             include_dirs=["csrc_sim/x86"],
         )
     ]
@@ -228,7 +233,7 @@ def simulated_gpu_kernels(module: str, kernel_sources: dict[str, list[str]]) -> 
             f"bnb_core.backends.sim.{module}",
             {**bindings(module), **kernel_sources, **sources("csrc_sim/*.cpp")},
             ["csrc_shared", "csrc_cuda", "csrc_sim"],
-            lambda host, source: [*host_command(host, source), "-g1", "-Wno-unknown-pragmas", "-x", "c++"],
+            lambda host, source: [*simulated_command(host, source), "-g1", "-Wno-unknown-pragmas", "-x", "c++"],
             include_dirs=["csrc_sim/include"],
             libraries=["dl", "pthread"],
         )

@@ -23,12 +23,13 @@ CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
 
 def interpreter(minor: int) -> str | None:
-    """One that starts: on the PATH, or of pyenv, whose commands on the PATH need not."""
+    """One that starts, by its own file: on the PATH, or of pyenv, whose commands on the PATH need not."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     found = [shutil.which(f"python3.{minor}"), *sorted(versions.glob(f"3.{minor}.*/bin/python3.{minor}"))]
     for path in filter(None, found):
-        if subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
-            return str(path)
+        run = subprocess.run([path, "-c", "import sys; print(sys.executable)"], capture_output=True, text=True)
+        if run.returncode == 0:
+            return run.stdout.strip()
     return None
 
 
