@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from bnb_core import functional, optim
 from bnb_core.conformance.compare import same_bits
+from bnb_core.optim.optimizer import Optimizer8bit
 
 OPTIMIZERS = {
     name: getattr(optim, name)
@@ -26,7 +27,7 @@ optimizers = pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS
 SETTINGS = {"SGD8bit": {"momentum": 0.9}}
 
 
-def _optimizer(kind: type[optim.Optimizer8bit], model: nn.Module) -> optim.Optimizer8bit:
+def _optimizer(kind: type[Optimizer8bit], model: nn.Module) -> Optimizer8bit:
     return kind(model.parameters(), lr=1e-2, min_8bit_size=512, **SETTINGS.get(kind.__name__, {}))
 
 
@@ -35,7 +36,7 @@ def _model(seed: int) -> nn.Module:
     return nn.Sequential(nn.Linear(48, 50), nn.ReLU(), nn.Linear(50, 20))
 
 
-def _train(model: nn.Module, optimizer: optim.Optimizer8bit, seed: int, steps: int = 3) -> None:
+def _train(model: nn.Module, optimizer: Optimizer8bit, seed: int, steps: int = 3) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         model(torch.randn(8, 48, generator=generator)).square().mean().backward()
@@ -43,7 +44,7 @@ def _train(model: nn.Module, optimizer: optim.Optimizer8bit, seed: int, steps: i
         optimizer.zero_grad()
 
 
-def _same_from_here(one: tuple[nn.Module, optim.Optimizer8bit], other: tuple[nn.Module, optim.Optimizer8bit]) -> None:
+def _same_from_here(one: tuple[nn.Module, Optimizer8bit], other: tuple[nn.Module, Optimizer8bit]) -> None:
     _train(*one, seed=2)
     _train(*other, seed=2)
     for (name, value), loaded in zip(one[0].named_parameters(), other[0].parameters(), strict=True):
@@ -91,7 +92,7 @@ def test_live_state_is_flat_for_everything_but_plain_iteration():
 @pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat parameters", "original parameters"])
 @pytest.mark.filterwarnings("ignore")
 def test_state_comes_back_through_fsdp1(kind, use_orig_params, process_group):
-    def build(seed: int) -> tuple[nn.Module, optim.Optimizer8bit]:
+    def build(seed: int) -> tuple[nn.Module, Optimizer8bit]:
         cpu = torch.device("cpu")
         model = FullyShardedDataParallel(_model(seed), use_orig_params=use_orig_params, device_id=cpu)
         return model, _optimizer(kind, model)
@@ -111,7 +112,7 @@ def _flattened(values: torch.Tensor) -> nn.Parameter:
     return p
 
 
-def _stepped(kind: type[optim.Optimizer8bit], p: nn.Parameter) -> optim.Optimizer8bit:
+def _stepped(kind: type[Optimizer8bit], p: nn.Parameter) -> Optimizer8bit:
     optimizer = kind([p], min_8bit_size=512)
     p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
     optimizer.step()
