@@ -1,4 +1,4 @@
-"""A format that is added to a copy of the source is held to the suite on every backend, and layers take it.
+"""A format added to a copy of the source is held to the suite on the reference, the CPU and CUDA; layers take it.
 
 The kernels are those that are built with the sanitizers: they are built once, and HIP's are CUDA's.
 """
